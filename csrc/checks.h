@@ -1,0 +1,133 @@
+// Argument checks shared by the CPU and CUDA launchers. A message names the operator and the tensor,
+// what was expected and what came; nothing is written before every check has passed.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "stable.h"
+
+namespace densenet_efficient {
+
+// A tensor argument and its name, for messages.
+struct Arg {
+  const char* op;
+  const char* name;
+  const Tensor& tensor;
+};
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << "]";
+  return text.str();
+}
+
+inline const char* dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return "another dtype";
+  }
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Arg& arg, const Parts&... parts) {
+  std::ostringstream text;
+  text << "densenet_efficient::" << arg.op << ": " << arg.name << " ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline void check_shape(const Arg& arg, std::initializer_list<int64_t> expected) {
+  bool same = arg.tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t d = 0;
+  for (auto it = expected.begin(); same && it != expected.end(); ++it, ++d)
+    same = arg.tensor.size(d) == *it;
+  if (same) return;
+  std::ostringstream text;
+  for (auto it = expected.begin(); it != expected.end(); ++it)
+    text << (it == expected.begin() ? "" : ", ") << *it;
+  fail(arg, "must have shape [", text.str(), "], got ", shape_text(arg.tensor));
+}
+
+inline void check_dim(const Arg& arg, int64_t dim) {
+  if (arg.tensor.dim() != dim)
+    fail(arg, "must have ", dim, " dimensions, got shape ", shape_text(arg.tensor));
+}
+
+inline void check_dtype(const Arg& arg, ScalarType expected) {
+  if (arg.tensor.scalar_type() != expected)
+    fail(arg, "must be ", dtype_text(expected), ", got ", dtype_text(arg.tensor.scalar_type()));
+}
+
+// The dtype of activations; returns the dtype its statistics and parameter gradients are kept in.
+inline ScalarType check_activation_dtype(const Arg& arg) {
+  switch (arg.tensor.scalar_type()) {
+    case ScalarType::Double: return ScalarType::Double;
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return ScalarType::Float;
+    default: fail(arg, "must be float64, float32, bfloat16 or float16");
+  }
+}
+
+inline void check_device(const Arg& arg, const Tensor& like, const char* like_name) {
+  if (arg.tensor.is_cpu() != like.is_cpu() || arg.tensor.get_device() != like.get_device())
+    fail(arg, "must be on the same device as ", like_name);
+}
+
+inline void check_contiguous(const Arg& arg) {
+  if (!arg.tensor.is_contiguous()) fail(arg, "must be contiguous");
+}
+
+// The distance in elements between two neighbouring rows of a channels-last tensor of any rank;
+// fails where the rows are not evenly spaced or the channels are not neighbours.
+inline int64_t check_rows(const Arg& arg) {
+  const Tensor& t = arg.tensor;
+  const int64_t last = t.dim() - 1;
+  const int64_t channels = t.size(last);
+  if (channels > 1 && t.stride(last) != 1)
+    fail(arg, "must be channels last: stride of the last dimension 1, got ", t.stride(last));
+  int64_t row_stride = channels, inner = 1;
+  bool found = false;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (t.size(d) == 0) return channels;
+    if (t.size(d) > 1) {
+      if (!found) {
+        row_stride = t.stride(d) / inner;
+        found = true;
+      }
+      if (t.stride(d) != row_stride * inner || row_stride < channels)
+        fail(arg, "must have evenly spaced rows of at least ", channels,
+             " elements; stride of dimension ", d, " is ", t.stride(d));
+    }
+    inner *= t.size(d);
+  }
+  return row_stride;
+}
+
+// A [rows, C] table of per-channel vectors (norm, stats, dnorm, correction): contiguous, except that
+// a table may be a column slice of a wider one. Returns its row stride.
+inline int64_t check_table(const Arg& arg, int64_t rows, int64_t channels, ScalarType dtype,
+                           const Tensor& like, const char* like_name) {
+  check_shape(arg, {rows, channels});
+  check_dtype(arg, dtype);
+  check_device(arg, like, like_name);
+  return check_rows(arg);
+}
+
+// An activation tensor of a given shape, with x's dtype and device. Returns its row stride.
+inline int64_t check_activation(const Arg& arg, std::initializer_list<int64_t> shape,
+                                const Tensor& x, const char* x_name) {
+  check_shape(arg, shape);
+  check_dtype(arg, x.scalar_type());
+  check_device(arg, x, x_name);
+  return check_rows(arg);
+}
+
+}  // namespace densenet_efficient

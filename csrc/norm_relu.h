@@ -1,0 +1,66 @@
+// Batch normalisation and ReLU on one value, and their gradients: every formula that the kernels
+// share, once, for the host and the device. A is the arithmetic type: float, or double for float64.
+#pragma once
+
+#if defined(__CUDACC__)
+#define DE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DE_HOST_DEVICE inline
+#endif
+
+namespace densenet_efficient {
+
+// Rows of a `norm` tensor [4, C], of a `correction` tensor [4, C], of `stats` and of `dnorm` [2, C].
+enum NormRow { kScale = 0, kShift = 1, kMean = 2, kRstd = 3, kNormRows = 4 };
+enum CorrectionRow { kA = 0, kP = 1, kQ = 2, kCenter = 3, kCorrectionRows = 4 };
+enum StatsRow { kStatsMean = 0, kStatsVar = 1, kStatsRows = 2 };
+enum DnormRow { kDgamma = 0, kDbeta = 1, kDnormRows = 2 };
+
+// The norm's value in front of the ReLU. One fused multiply-add wherever the hardware has it, so
+// that forward and backward see the same sign and the mask is exactly the forward's.
+template <typename A>
+DE_HOST_DEVICE A normalise(A x, A scale, A shift) {
+  return x * scale + shift;
+}
+
+// A NaN passes, as it does in the framework's ReLU.
+template <typename A>
+DE_HOST_DEVICE A relu(A z) {
+  return z < A(0) ? A(0) : z;
+}
+
+template <typename A>
+DE_HOST_DEVICE A norm_relu(A x, A scale, A shift) {
+  return relu(normalise(x, scale, shift));
+}
+
+// dz: the gradient behind the ReLU, zero where the ReLU cut; a NaN passes here too.
+template <typename A>
+DE_HOST_DEVICE A relu_mask(A dh, A z) {
+  return z <= A(0) ? A(0) : dh;
+}
+
+// The gradient through the norm and its batch statistics.
+template <typename A>
+DE_HOST_DEVICE A correct(A dz, A x, A a, A p, A q, A mean) {
+  return a * dz - p - (x - mean) * q;
+}
+
+// (count, mean, M2): a running mean and sum of squared deviations, merged by Chan's formula. Merging
+// in a fixed order gives the same bits on every run; no difference of large sums ever appears.
+template <typename A>
+struct Moments {
+  A count, mean, m2;
+};
+
+template <typename A>
+DE_HOST_DEVICE Moments<A> merge(Moments<A> left, Moments<A> right) {
+  const A count = left.count + right.count;
+  if (count == A(0)) return Moments<A>{A(0), A(0), A(0)};
+  const A delta = right.mean - left.mean;
+  const A share = right.count / count;
+  return Moments<A>{count, left.mean + delta * share,
+                    left.m2 + right.m2 + delta * delta * left.count * share};
+}
+
+}  // namespace densenet_efficient

@@ -1,0 +1,80 @@
+// Every operator's schema, on one page.
+//
+// Conventions
+//   rows       a pixel is a row: [M, C] with M = N * H * W. Row tensors are channels last: the last
+//              stride is 1 and the row stride may exceed C, so a tensor may be a channel slice of a
+//              larger feature buffer. Four-dimensional arguments are [N, H, W, C] in that same sense.
+//   norm       [4, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd.
+//              A normalised value is a * x + s; x_hat is (x - mean) * rstd.
+//   stats      [2, C]: mean and biased variance over the rows, of the values as stored.
+//   dnorm      [2, C]: dgamma = sum dz * x_hat and dbeta = sum dz over the rows.
+//   correction [4, C]: a, p, q, mean. The gradient through a norm is a * dz - p - (x - mean) * q.
+//   dz         the gradient behind the ReLU mask, in front of the norm's scale.
+// Activations are float64, float32, bfloat16 or float16, weights have the activations' dtype. norm,
+// stats, dnorm, correction and weight gradients are float32 (float64 beside float64 activations).
+// Kernels write only into the tensors marked with "!".
+#include "stable.h"
+
+STABLE_TORCH_LIBRARY(densenet_efficient, library) {
+  // stats of x [M, C].
+  library.def("channel_stats(Tensor x, Tensor(a!) stats) -> ()");
+
+  // norm from stats; gamma and beta [C] or None (1 and 0).
+  library.def(
+      "norm_fold(Tensor stats, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) norm) -> ()");
+
+  // correction from dnorm, for statistics taken over `count` rows (0: constant statistics, p = q = 0).
+  // accumulate: adds p and q to the first C columns of a shared correction [4, C_total] instead.
+  library.def(
+      "norm_correction(Tensor dnorm, Tensor norm, int count, bool accumulate, "
+      "Tensor(a!) correction) -> ()");
+
+  // dx [M, C] := a * dx - p - (x - mean) * q, in place.
+  library.def("norm_correction_apply(Tensor(a!) dx, Tensor x, Tensor correction) -> ()");
+
+  // y [M, K] = relu(a * x + s) @ weight^T, x [M, C], weight [K, C]; optionally the stats of y.
+  library.def(
+      "norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor(a!) y, "
+      "Tensor(b!)? stats) -> ()");
+
+  // dz_y [M, K] is the masked gradient of the norm that follows y; its correction [4, K] gives
+  // dy = a * dz_y - p - (y - mean) * q. Then dz = (dy @ weight) * [a * x + s > 0], and
+  // dx [M, C] += a * dz, dweight [K, C] = dy^T @ relu(a * x + s), dnorm [2, C] of dz.
+  library.def(
+      "norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm, "
+      "Tensor weight, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> ()");
+
+  // y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1 (zero behind the ReLU), stride 1;
+  // x [N, H, W, C], weight [K, C, 3, 3] in any dense layout; optionally the stats of y.
+  library.def(
+      "norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor(a!) y, "
+      "Tensor(b!)? stats) -> ()");
+
+  // dy := a * dy - p - (y - mean) * q first, where y and correction [4, K] are given (dy itself is
+  // not written). dz = conv3x3^T(dy, weight) * [a * x + s > 0]. dx = dz, or, with accumulate,
+  // dx += a * dz. dweight [K, C, 3, 3] (contiguous), dnorm [2, C] of dz.
+  library.def(
+      "norm_relu_conv3x3_backward(Tensor dy, Tensor? y, Tensor? correction, Tensor x, Tensor norm, "
+      "Tensor weight, bool accumulate, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> ()");
+
+  // y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T (the pooling commutes with the 1x1
+  // convolution; odd edges are dropped); optionally the stats of y.
+  library.def(
+      "transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor(a!) y, "
+      "Tensor(b!)? stats) -> ()");
+
+  // dy [N, H/2, W/2, K]. dx [N, H, W, C] is written whole: through the pooling, the ReLU and the
+  // norm, whose statistics were taken over `count` rows (0: constant statistics).
+  library.def(
+      "transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int count, "
+      "Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> ()");
+
+  // y [N, ceil(H/2), ceil(W/2), C] = max_pool(relu(a * x + s), kernel 3, stride 2, padding 1);
+  // optionally the stats of y.
+  library.def("stem_forward(Tensor x, Tensor norm, Tensor(a!) y, Tensor(b!)? stats) -> ()");
+
+  // dx [N, H, W, C] is written whole; the first maximum of a window (row-major) takes its gradient.
+  library.def(
+      "stem_backward(Tensor dy, Tensor x, Tensor norm, int count, Tensor(a!) dx, "
+      "Tensor(b!) dnorm) -> ()");
+}
