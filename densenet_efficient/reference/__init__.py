@@ -1,0 +1,40 @@
+"""Plain PyTorch twins of everything this library computes: the operators (stages), and the layers,
+blocks and models built of ordinary nn.Modules. They are the specification; nothing here needs the
+compiled library, and everything works in float64."""
+
+from .models import DenseBlock, DenseLayer, DenseNet, Transition
+from .stages import (
+    channel_stats,
+    norm_correction,
+    norm_correction_apply,
+    norm_fold,
+    norm_relu_conv1x1_backward,
+    norm_relu_conv1x1_forward,
+    norm_relu_conv3x3_backward,
+    norm_relu_conv3x3_forward,
+    stem_backward,
+    stem_forward,
+    transition_backward,
+    transition_forward,
+    wide_dtype,
+)
+
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "DenseNet",
+    "Transition",
+    "channel_stats",
+    "norm_correction",
+    "norm_correction_apply",
+    "norm_fold",
+    "norm_relu_conv1x1_backward",
+    "norm_relu_conv1x1_forward",
+    "norm_relu_conv3x3_backward",
+    "norm_relu_conv3x3_forward",
+    "stem_backward",
+    "stem_forward",
+    "transition_backward",
+    "transition_forward",
+    "wide_dtype",
+]
