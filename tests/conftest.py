@@ -1,0 +1,96 @@
+"""Shared by every test: torchvision beside any torch, seeding, the `gpu` marker, and the measure of
+numerical error that the tolerances are stated in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from densenet_efficient.vision import import_torchvision
+
+import_torchvision("torchvision.models.densenet")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="torch sees no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """||value - exact|| / ||exact||, in float64; the norm itself where exact is zero."""
+    exact = exact.detach().double()
+    size = exact.norm().item()
+    error = (value.detach().double() - exact).norm().item()
+    return error / size if size else error
+
+
+@dataclass
+class ErrorRatio:
+    """Our error against float64 over the framework's own, on the same input."""
+
+    together: float
+    worst: float
+    worst_name: str
+
+    def __str__(self) -> str:
+        return (
+            f"error {self.together:.3f} times the framework's over all tensors, "
+            f"{self.worst:.3f} times on {self.worst_name}"
+        )
+
+
+def error_ratio(
+    ours: Mapping[str, Tensor], framework: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> ErrorRatio:
+    """Compares relative errors tensor by tensor, and over all of them together (root of the sum of
+    squares, so that every tensor counts alike whatever its magnitude)."""
+    assert ours.keys() == framework.keys() == exact.keys()
+    own = {name: relative_error(ours[name], exact[name]) for name in exact}
+    peer = {name: relative_error(framework[name], exact[name]) for name in exact}
+    ratios = {name: own[name] / peer[name] if peer[name] else own[name] and math.inf for name in own}
+    worst_name = max(ratios, key=lambda name: ratios[name])
+    together = math.hypot(*own.values()) / math.hypot(*peer.values())
+    return ErrorRatio(together, ratios[worst_name], worst_name)
+
+
+def training_step(model: nn.Module, x: Tensor, target: Tensor, **autocast: object) -> dict[str, Tensor]:
+    """One forward and backward pass with cross entropy: the output, the input's gradient and every
+    parameter's, by name. autocast: arguments of torch.autocast beside the device."""
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    if autocast:
+        with torch.autocast(x.device.type, **autocast):  # type: ignore[arg-type]
+            output = model(x)
+    else:
+        output = model(x)
+    nn.functional.cross_entropy(output.to(x.dtype), target).backward()
+    assert x.grad is not None
+    tensors = {"output": output.detach(), "input.grad": x.grad}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient"
+        tensors[f"{name}.grad"] = parameter.grad
+    return tensors
