@@ -1,0 +1,182 @@
+// What every launcher does around its kernels: device guard, current stream, launch and its check,
+// dispatch on the dtype, registration. In the host emulation a launch runs the kernel on the spot.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../checks.h"
+#include "device.cuh"
+
+#if defined(DE_EMULATE)
+#include "../emulation/emulator.h"
+#else
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <atomic>
+#endif
+
+// Registers a file's launchers: DE_REGISTER(m) { m.impl("stage", TORCH_BOX(&stage)); }
+#if defined(DE_EMULATE)
+#define DE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(densenet_efficient, CPU, m)
+#else
+#define DE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(densenet_efficient, CUDA, m)
+#endif
+
+namespace densenet_efficient {
+
+// Grid, threads of a block, dynamic shared memory of a block.
+struct LaunchShape {
+  int64_t grid_x = 1;
+  int64_t grid_y = 1;
+  int block = 256;
+  int64_t shared_bytes = 0;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// What launchers size their grids and tiles by. The emulation pretends to be a small Hopper device.
+struct Device {
+  int index = 0;
+  int multiprocessors = 4;
+  int capability = 90;            // 10 * major + minor
+  int shared_bytes = 227 * 1024;  // the most one block may ask for
+};
+
+#if defined(DE_EMULATE)
+
+class Launcher {
+ public:
+  Launcher(const char* op, const Tensor&) : op_(op) {}
+  const Device& device() const { return device_; }
+
+  template <auto kernel, typename... Args>
+  void launch(const LaunchShape& shape, const Args&... args) const {
+    emulation::run(op_, __PRETTY_FUNCTION__, static_cast<int>(shape.grid_x),
+                   static_cast<int>(shape.grid_y), shape.block, shape.shared_bytes,
+                   [&] { kernel(args...); });
+  }
+  void clear(void* pointer, int64_t bytes) const { __builtin_memset(pointer, 0, bytes); }
+
+ private:
+  const char* op_;
+  Device device_;
+};
+
+#else
+
+constexpr int kMaxDevices = 64;
+
+// Figures of a device, asked once per device.
+inline const Device& device_figures(int index) {
+  static Device devices[kMaxDevices];
+  static std::atomic<bool> known[kMaxDevices];
+  if (index < 0 || index >= kMaxDevices) throw std::runtime_error("device index out of range");
+  if (!known[index].load(std::memory_order_acquire)) {
+    Device device;
+    device.index = index;
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    device.capability = 10 * major + minor;
+    devices[index] = device;  // two threads may both write here, the same values
+    known[index].store(true, std::memory_order_release);
+  }
+  return devices[index];
+}
+
+// The stream torch runs on. The function lives in libtorch_cuda, which this library is not linked
+// against (it also loads beside a CPU-only torch), so it is looked up in the loaded library.
+inline cudaStream_t current_stream(int device) {
+  using GetStream = int32_t (*)(int32_t, void**);
+  static const GetStream get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    if (!symbol) throw std::runtime_error("densenet_efficient: libtorch_cuda.so is not loaded");
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  void* stream = nullptr;
+  if (get_stream(device, &stream) != 0)
+    throw std::runtime_error("densenet_efficient: no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Makes the tensor's device current for its lifetime and launches kernels on torch's stream there.
+class Launcher {
+ public:
+  Launcher(const char* op, const Tensor& tensor)
+      : op_(op),
+        guard_(tensor.get_device()),
+        device_(device_figures(tensor.get_device())),
+        stream_(current_stream(tensor.get_device())) {}
+
+  const Device& device() const { return device_; }
+
+  template <auto kernel, typename... Args>
+  void launch(const LaunchShape& shape, const Args&... args) const {
+    constexpr int64_t kDefaultShared = 48 * 1024;
+    if (shape.shared_bytes > kDefaultShared) allow_shared<kernel>();
+    const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
+    kernel<<<grid, shape.block, shape.shared_bytes, stream_>>>(args...);
+    check(cudaGetLastError(), "launch");
+  }
+  void clear(void* pointer, int64_t bytes) const {
+    check(cudaMemsetAsync(pointer, 0, bytes, stream_), "clearing a workspace");
+  }
+
+ private:
+  // The limit is a property of kernel and device; raised to the device's maximum once and for all.
+  template <auto kernel>
+  void allow_shared() const {
+    static std::atomic<bool> allowed[kMaxDevices];
+    if (allowed[device_.index].load(std::memory_order_relaxed)) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               device_.shared_bytes),
+          "asking for shared memory");
+    allowed[device_.index].store(true, std::memory_order_relaxed);
+  }
+  void check(cudaError_t error, const char* what) const {
+    if (error == cudaSuccess) return;
+    std::ostringstream text;
+    text << "densenet_efficient::" << op_ << ": " << what << " failed: "
+         << cudaGetErrorString(error);
+    throw std::runtime_error(text.str());
+  }
+
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  const Device& device_;
+  cudaStream_t stream_;
+};
+
+#endif  // DE_EMULATE
+
+// Calls f with a value whose type stands for the dtype: f(BFloat16{}) and so on. The tensor-core
+// stages take 16-bit types only; everything else takes the general path in Python.
+template <typename F>
+void dispatch_16bit(const Arg& arg, F&& f) {
+  switch (arg.tensor.scalar_type()) {
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    default: fail(arg, "must be bfloat16 or float16, got ", dtype_text(arg.tensor.scalar_type()));
+  }
+}
+
+template <typename F>
+void dispatch_activation(const Arg& arg, F&& f) {
+  switch (arg.tensor.scalar_type()) {
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    default: fail(arg, "must be float64, float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace densenet_efficient

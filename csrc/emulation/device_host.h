@@ -1,0 +1,268 @@
+// The host's side of cuda/device.cuh: the same primitives, executed and counted by the emulator.
+// Each takes the place in the source that calls it as a last argument, filled in by the compiler.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "emulator.h"
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+namespace densenet_efficient {
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+}  // namespace densenet_efficient
+
+namespace densenet_efficient::device {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+using emulation::Access;
+using emulation::Site;
+using emulation::WarpOp;
+
+// ---- Indices -------------------------------------------------------------------------------------
+
+inline int thread_index() { return emulation::position().thread; }
+inline int lane_index() { return emulation::position().lane; }
+inline int warp_index() { return emulation::position().warp; }
+inline int block_x() { return emulation::position().block_x; }
+inline int block_y() { return emulation::position().block_y; }
+inline int grid_x() { return emulation::position().grid_x; }
+inline int grid_y() { return emulation::position().grid_y; }
+
+// ---- Barriers and warp exchange ------------------------------------------------------------------
+
+inline void sync_threads(Site site = Site::current()) { emulation::block_barrier(site); }
+inline void sync_warp(Site site = Site::current()) {
+  emulation::warp_rendezvous(WarpOp::kSync, nullptr, nullptr, nullptr, 0, 0, site);
+}
+
+template <typename V>
+struct Shuffle {
+  V value;
+  int source;  // the lane to read from; the lane's own where the exchange leaves the warp
+
+  static void combine(void* const* inputs, void* const* outputs, int) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int source = static_cast<const Shuffle*>(inputs[lane])->source;
+      *static_cast<V*>(outputs[lane]) = static_cast<const Shuffle*>(inputs[source])->value;
+    }
+  }
+  V exchange(const Site& site) const {
+    V result;
+    emulation::warp_rendezvous(WarpOp::kShuffle, this, &result, &combine, 0, 0, site);
+    return result;
+  }
+};
+
+template <typename V>
+V shuffle_xor(V value, int mask, Site site = Site::current()) {
+  return Shuffle<V>{value, (lane_index() ^ mask) & 31}.exchange(site);
+}
+template <typename V>
+V shuffle_down(V value, int delta, Site site = Site::current()) {
+  const int source = lane_index() + delta;
+  return Shuffle<V>{value, source < 32 ? source : lane_index()}.exchange(site);
+}
+template <typename V>
+V shuffle(V value, int lane, Site site = Site::current()) {
+  return Shuffle<V>{value, lane & 31}.exchange(site);
+}
+
+inline uint32_t ballot(bool predicate, Site site = Site::current()) {
+  uint32_t result = 0;
+  emulation::warp_rendezvous(
+      WarpOp::kBallot, &predicate, &result,
+      [](void* const* inputs, void* const* outputs, int) {
+        uint32_t mask = 0;
+        for (int lane = 0; lane < 32; ++lane)
+          mask |= uint32_t(*static_cast<const bool*>(inputs[lane])) << lane;
+        for (int lane = 0; lane < 32; ++lane) *static_cast<uint32_t*>(outputs[lane]) = mask;
+      },
+      0, 0, site);
+  return result;
+}
+
+// ---- Memory --------------------------------------------------------------------------------------
+
+inline unsigned char* shared_memory() { return emulation::shared_block(); }
+
+template <typename V>
+V global_load(const void* pointer, Site site = Site::current()) {
+  emulation::note(Access::kGlobalLoad, pointer, sizeof(V), site);
+  return *static_cast<const V*>(pointer);
+}
+template <typename V>
+V global_load_constant(const void* pointer, Site site = Site::current()) {
+  return global_load<V>(pointer, site);
+}
+template <typename V>
+void global_store(void* pointer, V value, Site site = Site::current()) {
+  emulation::note(Access::kGlobalStore, pointer, sizeof(V), site);
+  *static_cast<V*>(pointer) = value;
+}
+template <typename V>
+V shared_load(const void* pointer, Site site = Site::current()) {
+  emulation::note(Access::kSharedLoad, pointer, sizeof(V), site);
+  return *static_cast<const V*>(pointer);
+}
+template <typename V>
+void shared_store(void* pointer, V value, Site site = Site::current()) {
+  emulation::note(Access::kSharedStore, pointer, sizeof(V), site);
+  *static_cast<V*>(pointer) = value;
+}
+
+// Blocks run one after another, so an ordinary increment is atomic.
+inline unsigned atomic_ticket(unsigned* counter) { return (*counter)++; }
+inline void memory_fence() {}
+
+template <int N>
+void cp_async(void* shared, const void* global, int source_bytes = N,
+              Site site = Site::current()) {
+  static_assert(N == 4 || N == 8 || N == 16);
+  emulation::async_copy(shared, global, N, source_bytes, site);
+}
+inline void cp_async_commit() { emulation::async_commit(); }
+template <int Pending>
+void cp_async_wait() {
+  emulation::async_wait(Pending);
+}
+
+// ---- Tensor cores --------------------------------------------------------------------------------
+
+// Lanes 8i..8i+7 name the rows of matrix i; argument: the number of matrices, negative: transposed.
+inline void combine_ldmatrix(void* const* inputs, void* const* outputs, int argument) {
+  const int matrices = argument < 0 ? -argument : argument;
+  for (int matrix = 0; matrix < matrices; ++matrix) {
+    uint16_t rows[8][8];
+    for (int row = 0; row < 8; ++row)
+      std::memcpy(rows[row], *static_cast<const void* const*>(inputs[8 * matrix + row]), 16);
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = 2 * (lane % 4);
+      const uint16_t low = argument < 0 ? rows[t][g] : rows[g][t];
+      const uint16_t high = argument < 0 ? rows[t + 1][g] : rows[g][t + 1];
+      static_cast<uint32_t*>(outputs[lane])[matrix] = low | uint32_t(high) << 16;
+    }
+  }
+}
+inline void ldmatrix(uint32_t* r, const void* row, int argument, const Site& site) {
+  const int named = 8 * std::abs(argument);
+  if (lane_index() < named) emulation::note(Access::kSharedLoad, row, 16, site);
+  emulation::warp_rendezvous(WarpOp::kLdmatrix, &row, r, &combine_ldmatrix, argument, 0, site);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::current()) {
+  ldmatrix(r, row, 4, site);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::current()) {
+  ldmatrix(r, row, -4, site);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = Site::current()) {
+  ldmatrix(r, row, 2, site);
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site site = Site::current()) {
+  ldmatrix(r, row, -2, site);
+}
+
+inline float to_float_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t to_bits(float value) { return std::bit_cast<uint32_t>(value); }
+
+template <typename T>
+uint32_t pack(float low, float high) {
+  return T(low).x | uint32_t(T(high).x) << 16;
+}
+template <typename T>
+float2 unpack(uint32_t pair) {
+  return float2{static_cast<float>(T(static_cast<uint16_t>(pair), T::from_bits())),
+                static_cast<float>(T(static_cast<uint16_t>(pair >> 16), T::from_bits()))};
+}
+
+struct MmaOperands {
+  const uint32_t* a;  // 4 registers
+  const uint32_t* b;  // 2 registers
+};
+
+// Depth: 16 for two 16-bit values in a register, 8 for one TF32 value.
+template <typename T, int Depth>
+void combine_mma(void* const* inputs, void* const* outputs, int) {
+  float a[16][Depth], b[Depth][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const MmaOperands& operands = *static_cast<const MmaOperands*>(inputs[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + 8 * (i & 1);
+      if constexpr (Depth == 16) {
+        const float2 pair = unpack<T>(operands.a[i]);
+        a[row][2 * t + 8 * (i >> 1)] = pair.x;
+        a[row][2 * t + 8 * (i >> 1) + 1] = pair.y;
+      } else {
+        a[row][t + 4 * (i >> 1)] = to_float_bits(operands.a[i]);
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (Depth == 16) {
+        const float2 pair = unpack<T>(operands.b[i]);
+        b[2 * t + 8 * i][g] = pair.x;
+        b[2 * t + 8 * i + 1][g] = pair.y;
+      } else {
+        b[t + 4 * i][g] = to_float_bits(operands.b[i]);
+      }
+    }
+  }
+  float d[16][8];
+  for (int row = 0; row < 16; ++row) {
+    for (int col = 0; col < 8; ++col) d[row][col] = 0.0f;
+    for (int depth = 0; depth < Depth; ++depth)
+      for (int col = 0; col < 8; ++col) d[row][col] += a[row][depth] * b[depth][col];
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* out = static_cast<float*>(outputs[lane]);
+    const int g = lane / 4, t = lane % 4;
+    out[0] += d[g][2 * t];
+    out[1] += d[g][2 * t + 1];
+    out[2] += d[g + 8][2 * t];
+    out[3] += d[g + 8][2 * t + 1];
+  }
+}
+
+template <typename T>
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                 Site site = Site::current()) {
+  const MmaOperands operands{a, b};
+  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &combine_mma<T, 16>, 0, 2 * 16 * 8 * 16,
+                             site);
+}
+inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                            Site site = Site::current()) {
+  const MmaOperands operands{a, b};
+  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &combine_mma<float, 8>, 0,
+                             2 * 16 * 8 * 8, site);
+}
+// Rounds to ten bits of fraction, ties away from zero.
+inline uint32_t to_tf32(float value) {
+  const uint32_t bits = to_bits(value);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+
+}  // namespace densenet_efficient::device

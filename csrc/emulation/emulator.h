@@ -1,0 +1,82 @@
+// Runs one kernel launch on the host: every thread of a block is a fiber, warp primitives and
+// barriers are rendezvous, shared memory is an exactly sized heap block filled with NaN.
+//
+// What it checks: barriers that not all threads reach, warp primitives that not all lanes reach at
+// the same place, two threads touching the same shared bytes without a barrier in between, misaligned
+// vector accesses; out-of-bounds accesses are left to the address sanitizer. The order in which threads
+// run follows a seed, so that a result that depends on it shows.
+// What it counts: see Counters. Lanes of a warp that execute the same access between two
+// synchronisations are one warp-wide access, as they would be on the device.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <string>
+#include <vector>
+
+namespace densenet_efficient::emulation {
+
+using Site = std::source_location;
+
+enum class Access { kGlobalLoad, kGlobalStore, kSharedLoad, kSharedStore };
+
+// Of one place in the source: how often warps accessed memory there, and at what cost.
+struct SiteCounters {
+  std::string file;
+  int line = 0;
+  Access access = Access::kGlobalLoad;
+  int64_t requests = 0;  // warp-wide
+  int64_t bytes = 0;     // distinct bytes within each request
+  int64_t units = 0;     // sectors of 32 bytes, or shared-memory wavefronts
+  int64_t ideal = 0;     // what the same bytes cost at best
+};
+
+// Of one kernel launch.
+struct Counters {
+  std::string op, kernel;
+  int grid_x = 0, grid_y = 0, block = 0;
+  int64_t shared_bytes = 0;
+  int64_t mma = 0;            // warp-wide tensor-core instructions
+  int64_t mma_flops = 0;      // their multiplications and additions
+  int64_t ldmatrix = 0;       // warp-wide
+  int64_t shuffles = 0;       // warp-wide
+  int64_t barriers = 0;       // block-wide
+  std::vector<SiteCounters> sites;
+};
+
+// The run's order: 0 runs threads in ascending order, 1 in descending, others shuffle. Even seeds
+// let asynchronous copies arrive as late as they may, odd ones at once.
+void set_seed(uint64_t seed);
+const std::vector<Counters>& launches();
+void clear_launches();
+
+// Runs body once for every thread of the grid. Throws std::runtime_error on a broken rule.
+void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
+         int64_t shared_bytes, const std::function<void()>& body);
+
+// ---- Called from kernels, on a fiber --------------------------------------------------------------
+
+struct ThreadPosition {
+  int thread, block_x, block_y, grid_x, grid_y, lane, warp;
+};
+const ThreadPosition& position();
+unsigned char* shared_block();
+
+// Notes one thread's access, and fails it where the address is not a multiple of the width.
+void note(Access access, const void* pointer, int bytes, const Site& site);
+
+void block_barrier(const Site& site);
+
+enum class WarpOp { kSync, kShuffle, kBallot, kLdmatrix, kMma };
+
+// Waits until all 32 lanes are here; the last one runs combine over every lane's input and output.
+using Combine = void (*)(void* const* inputs, void* const* outputs, int argument);
+void warp_rendezvous(WarpOp op, const void* input, void* output, Combine combine, int argument,
+                     int flops, const Site& site);
+
+void async_copy(void* shared, const void* global, int bytes, int source_bytes, const Site& site);
+void async_commit();
+void async_wait(int pending);
+
+}  // namespace densenet_efficient::emulation
