@@ -18,8 +18,8 @@ LIBRARY = f"lib{PACKAGE}.so"
 
 
 class BuildNative(build_ext):
-    """Both artefacts are built by ninja in build/, then copied: into the wheel, or beside the sources
-    for an editable installation."""
+    """Both artefacts are built by ninja in build/, then copied: into the wheel, or, for an editable
+    installation, beside the sources."""
 
     def run(self) -> None:
         built = native.build(ROOT, self.distribution.get_version())

@@ -1,4 +1,4 @@
-"""PEP 517 and PEP 660 build backend: setuptools, with the target environment's torch looked up first.
+"""PEP 517 and PEP 660 build backend: setuptools, once the target environment's torch is found.
 
 torch is no build requirement: the library must be compiled against the torch it will run with,
 not against a second one that an installer would fetch into its isolated environment.
@@ -21,7 +21,7 @@ from setuptools.build_meta import (  # noqa: F401  (hooks that need no torch)
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    # The first hook that runs: a missing torch or compiler is reported before anything else happens.
+    # The first hook that runs: a missing torch or compiler is reported before anything else.
     toolchain.find_torch()
     toolchain.find_compiler()
     return build_meta.get_requires_for_build_wheel(config_settings)
@@ -36,7 +36,7 @@ def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
 def build_wheel(
     wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
 ) -> str:
-    # setuptools copies the package into build/lib* and never removes what the sources no longer have.
+    # setuptools copies the package into build/lib* and never removes what the sources have lost.
     for stale in Path("build").glob("lib*"):
         shutil.rmtree(stale)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

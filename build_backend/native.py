@@ -1,19 +1,22 @@
 """Writes build.ninja for the operator library and the pybind11 module, and runs it.
 
-Options come from the environment and are recorded in the module (python -m densenet_efficient info):
+Options come from the environment; `python -m densenet_efficient info` shows what was built:
 
-    MAX_JOBS                       parallel compilations (default: what ninja takes, the cores)
-    CXX                            C++ compiler
-    DENSENET_EFFICIENT_MARCH       -march of the CPU kernels (default native; none: no flag)
-    DENSENET_EFFICIENT_CUDA        1: failing CUDA kernels are an error; 0: leave them out
-                                   (default: compiled where nvcc is, left out with a warning where it fails)
-    CUDA_HOME, TORCH_CUDA_ARCH_LIST  which nvcc, and which architectures
-    DENSENET_EFFICIENT_DEBUG       1: assertions and symbols, little optimisation
-    DENSENET_EFFICIENT_SANITIZE    e.g. address or address,undefined, for the host code
+    MAX_JOBS                     parallel compilations (default: by the cores)
+    CXX                          C++ compiler
+    DENSENET_EFFICIENT_MARCH     -march of the CPU kernels (default native; none: no flag)
+    DENSENET_EFFICIENT_CUDA      1: CUDA kernels or an error; 0: leave them out (default: compiled
+                                 where nvcc is found, left out with a warning where they fail)
+    CUDA_HOME                    which nvcc
+    TORCH_CUDA_ARCH_LIST         which GPU architectures
+    DENSENET_EFFICIENT_DEBUG     1: assertions and symbols, little optimisation
+    DENSENET_EFFICIENT_SANITIZE  e.g. address or address,undefined, for the host code
+    DENSENET_EFFICIENT_TORCH     the folder that contains torch, where it is not found by itself
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import subprocess
@@ -139,11 +142,17 @@ class Build:
         if self.options.cuda == "1":
             raise toolchain.BuildError(
                 "DENSENET_EFFICIENT_CUDA=1 asks for the CUDA kernels, and nvcc was not found in "
-                "CUDA_HOME, on PATH or in /usr/local/cuda. Install the CUDA toolkit or set CUDA_HOME."
+                "CUDA_HOME, on PATH or in /usr/local/cuda. Install the CUDA toolkit, or set "
+                "CUDA_HOME, then run this command again."
             )
         return None, "left out (nvcc was not found when the library was built)"
 
     def run(self) -> Built:
+        with open(self.folder / "lock", "w") as lock:  # two builds of one tree take turns
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return self.run_locked()
+
+    def run_locked(self) -> Built:
         built = self.write_ninja()
         self.ninja_run("host")
         if self.nvcc is not None:
@@ -168,8 +177,8 @@ class Build:
         bar = "*" * 80
         print(
             f"{bar}\nWARNING: the CUDA kernels failed to compile (see above). Building for the CPU "
-            f"only: CUDA tensors\nwill take the general path. DENSENET_EFFICIENT_CUDA=1 makes this an "
-            f"error.\n{bar}",
+            "only: CUDA\ntensors will take the general path. DENSENET_EFFICIENT_CUDA=1 makes this "
+            f"an error.\n{bar}",
             file=sys.stderr,
             flush=True,
         )
@@ -184,7 +193,7 @@ class Build:
                 raise
             raise toolchain.BuildError(
                 f"densenet-efficient failed to compile with {self.compiler.version} against torch "
-                f"{self.torch.version}; the compiler's messages stand above (pip shows them with -v)."
+                f"{self.torch.version}; the compiler's messages stand above."
             ) from None
 
     def write_ninja(self) -> Built:
@@ -268,7 +277,7 @@ class Build:
         includes: list[object] = ["-I", self.root / "csrc", "-I", self.folder]
         for folder in (toolchain.find_pybind11(self.torch), sysconfig.get_path("include")):
             includes += ["-isystem", folder]
-        # No -march: this module tells a CPU that lacks the library's features so, and must run there.
+        # No -march: this module must run on the CPU that lacks what the library needs, to say so.
         flags: list[object] = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-DNDEBUG"]
         ninja.rule(
             "module",

@@ -1,4 +1,4 @@
-"""What the build needs from the machine: torch, a C++ compiler, ninja, pybind11 and, if it is there, nvcc.
+"""What the build needs from the machine: torch, a C++ compiler, ninja, pybind11, perhaps nvcc.
 
 Nothing here imports torch: its folder and its version file are enough, and a build stays quick.
 Every failure is a BuildError whose text is one paragraph: what is missing and what to do.
@@ -127,8 +127,8 @@ def find_torch() -> Torch:
         numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
         if numbers < MINIMUM_TORCH:
             raise BuildError(
-                f"densenet-efficient needs torch >= 2.10, and {root} is torch {version}. Upgrade it "
-                "(pip install --upgrade torch), then run this command again."
+                f"densenet-efficient needs torch >= 2.10, and {root} is torch {version}. Upgrade "
+                "it (pip install --upgrade torch), then run this command again."
             )
         return Torch(root, version)
     raise BuildError(
@@ -156,8 +156,8 @@ def find_ninja() -> str:
         return program
     raise BuildError(
         "densenet-efficient is compiled with ninja, which was not found as a Python package or on "
-        "PATH. Build isolation installs it by itself; without isolation run pip install ninja, then "
-        "run this command again."
+        "PATH. Build isolation installs it by itself; without isolation run pip install ninja, "
+        "then run this command again."
     )
 
 
@@ -228,7 +228,7 @@ class CudaArchs:
 
 
 def parse_cuda_archs(text: str) -> CudaArchs:
-    """Reads TORCH_CUDA_ARCH_LIST: "8.0;8.6;9.0a;12.0+PTX", separated by semicolons, commas or spaces.
+    """Reads TORCH_CUDA_ARCH_LIST: "8.0;8.6;9.0a;12.0+PTX" (semicolons, commas or spaces).
 
     9.0 means 9.0a: machine code of either runs on the same GPUs. Entries below 8.0 are left out
     (the kernels need bfloat16 tensor cores); BuildError where nothing is left or an entry is odd.
@@ -239,8 +239,8 @@ def parse_cuda_archs(text: str) -> CudaArchs:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
             raise BuildError(
-                "TORCH_CUDA_ARCH_LIST must hold entries such as 8.0, 9.0a or 12.0+PTX, separated by "
-                f"semicolons, and has {entry!r}. Correct it or unset it (the default is "
+                "TORCH_CUDA_ARCH_LIST must hold entries such as 8.0, 9.0a or 12.0+PTX, separated "
+                f"by semicolons, and has {entry!r}. Correct it or unset it (the default is "
                 f"{DEFAULT_CUDA_ARCHS}), then run this command again."
             )
         major, minor, suffix, with_ptx = match.groups()
@@ -252,8 +252,8 @@ def parse_cuda_archs(text: str) -> CudaArchs:
             ptx.append(name + suffix)
     if not code:
         raise BuildError(
-            f"TORCH_CUDA_ARCH_LIST is {text!r}, and the CUDA kernels need at least 8.0. Add such an "
-            "architecture, or build without them (DENSENET_EFFICIENT_CUDA=0)."
+            f"TORCH_CUDA_ARCH_LIST is {text!r}, and the CUDA kernels need at least 8.0. Add such "
+            "an architecture, or build without them (DENSENET_EFFICIENT_CUDA=0)."
         )
     return CudaArchs(tuple(dict.fromkeys(code)), tuple(dict.fromkeys(ptx)))
 
