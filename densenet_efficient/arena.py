@@ -1,0 +1,119 @@
+"""Scratch memory shared by all blocks of all models: a declarative table, one slab per stream.
+
+A stage's working memory is a table of :class:`Buffer` rows. :func:`lease` lays a table out in one
+slab for the length of a forward or backward call and takes it back afterwards, so a model needs the
+scratch of its largest block only. Nothing lives in a slab between two calls: two models may be
+interleaved, two forwards may precede a backward, a backward may never come. Slabs belong to a
+device and a stream; a second thread on the same stream gets a slab of its own. While a CUDA graph
+is captured, scratch comes from the framework's allocator instead, whose graph-private pool keeps
+it alive as long as the graph.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256
+"""Every buffer starts at a multiple of this many bytes of its slab."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One row of a memory table.
+
+    name: what the buffer holds. shape, dtype: of the tensor. lifetime: ``"output"`` (handed to the
+    caller), ``"kept"`` (from forward to backward), ``"scratch"`` (one call, shared by all blocks)
+    or ``"transient"`` (one call, from the framework's allocator).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    lifetime: str
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes, without alignment."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def slab_bytes(table: Iterable[Buffer]) -> int:
+    """Bytes of the slab that holds every row of ``table``."""
+    return sum(_aligned(row.bytes) for row in table)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+_lock = threading.Lock()
+_free: dict[tuple[torch.device, int], list[Tensor]] = {}
+
+
+@contextmanager
+def lease(table: Iterable[Buffer], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Uninitialised tensors for the rows of ``table``, by name, until the context ends."""
+    rows = list(table)
+    key = _key(device)
+    slab = _take(key, slab_bytes(rows), device)
+    try:
+        views: dict[str, Tensor] = {}
+        offset = 0
+        for row in rows:
+            views[row.name] = slab[offset : offset + row.bytes].view(row.dtype).view(row.shape)
+            offset += _aligned(row.bytes)
+        yield views
+    finally:
+        if key is not None:
+            with _lock:
+                _free.setdefault(key, []).append(slab)
+
+
+def _key(device: torch.device) -> tuple[torch.device, int] | None:
+    """Whose slab this is; None where slabs must not outlive the call (graph capture)."""
+    if device.type != "cuda":
+        return device, 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def _take(key: tuple[torch.device, int] | None, size: int, device: torch.device) -> Tensor:
+    slab = None
+    if key is not None:
+        with _lock:
+            stack = _free.get(key)
+            slab = stack.pop() if stack else None
+        if slab is not None and slab.numel() < size:
+            slab = None  # freed before its larger successor is allocated
+    if slab is None:
+        slab = torch.empty(size, dtype=torch.uint8, device=device)
+    return slab
+
+
+def reserved_bytes(device: torch.device | str | None = None) -> int:
+    """Bytes of idle slabs, of one device or of all."""
+    wanted = None if device is None else torch.device(device)
+    with _lock:
+        return sum(
+            slab.numel()
+            for (owner, _), stack in _free.items()
+            for slab in stack
+            if wanted is None or owner == wanted
+        )
+
+
+def release(device: torch.device | str | None = None) -> None:
+    """Give idle slabs back to the framework's allocator; the next step allocates them anew."""
+    wanted = None if device is None else torch.device(device)
+    with _lock:
+        for owner, stream in list(_free):
+            if wanted is None or owner == wanted:
+                del _free[owner, stream]

@@ -1,0 +1,401 @@
+"""The dense block's algorithm, forward and backward.
+
+Read it beside ``docs/design.md``. One channels-last feature buffer F ``[N, *spatial, C_total]`` per
+block is the block's output: layer l reads its first ``C_l`` channels and writes its ``k`` new ones
+behind them. Batch statistics belong to channels and are taken once, when a channel is written. In
+backward one gradient buffer E of F's shape starts as the gradient of the output, every layer adds
+``a dz`` to its inputs, and the batch-norm terms P and Q, two vectors shared by all consumers of a
+channel, are applied when backward reaches the layer that produced it.
+
+    forward, layer l                          backward, layer l (from the last to the first)
+    norm1 = fold(stats[:C_l])                 dy  = E[slice] - P - (F[slice] - mean) Q
+    b     = relu(norm1 F[:C_l]) W1^T  (A)     dz2 = conv3x3^T(dy, W2) [norm2 b > 0]
+    norm2 = fold(stats of b)                  db  = a2 dz2 - p2 - (b - mean2) q2
+    F[slice] = conv3x3(relu(norm2 b)) (B)     dz1 = (db W1) [norm1 F > 0];  E[:C_l] += a1 dz1
+
+``store`` keeps b of every layer for backward; ``recompute`` keeps F and the statistics only and runs
+stage A again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import arena, general
+from .arena import Buffer
+from .general import ConvOptions, accumulation_dtype
+
+PARAMETERS_PER_LAYER = 8
+"""gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2; None where a layer has none."""
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """One batch norm of a call.
+
+    eps: added to the variance. running: [2, C] mean and variance to use, or None for the batch's.
+    """
+
+    eps: float
+    running: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One dense layer of a call.
+
+    in_channels C_l, growth k, bottleneck K (0: a plain layer, norm1 and conv1 only).
+    conv1, conv2: None for the kernels' own geometry (1x1; 3x3 with padding 1), else the options of
+    the general path. A plain layer's only convolution is conv1, with None meaning 3x3.
+    drop_rate: probability of dropping a new value, 0 outside training.
+    """
+
+    in_channels: int
+    growth: int
+    bottleneck: int
+    norm1: NormPlan
+    norm2: NormPlan | None
+    conv1: ConvOptions | None = None
+    conv2: ConvOptions | None = None
+    drop_rate: float = 0.0
+    channelwise_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Everything about one call of a block that is not a differentiable tensor.
+
+    stages: :mod:`~densenet_efficient.ops` or :mod:`~densenet_efficient.general`. memory: ``"store"``
+    or ``"recompute"``. seed: of the dropout masks, which backward draws again.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    stages: ModuleType
+    memory: str
+    seed: int = 0
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the block's input."""
+        return self.layers[0].in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the feature buffer."""
+        return self.layers[-1].in_channels + self.layers[-1].growth
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether any norm1 of the block uses the batch's statistics of F's channels."""
+        return any(layer.norm1.running is None for layer in self.layers)
+
+
+def scratch_table(
+    plan: BlockPlan, image: Sequence[int], dtype: torch.dtype, backward: bool
+) -> list[Buffer]:
+    """Shared scratch of one forward or backward call.
+
+    image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
+    """
+    widest = max(layer.bottleneck for layer in plan.layers)
+    table = []
+    if widest and (plan.memory == "recompute" or not backward):
+        table.append(Buffer("bottleneck", (*image, widest), dtype, "scratch"))
+    if widest and backward:
+        table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))
+    if any(layer.drop_rate > 0 for layer in plan.layers):
+        growth = max(layer.growth for layer in plan.layers)
+        table.append(Buffer("dropout mask", (*image, growth), dtype, "scratch"))
+    return table
+
+
+def kept_table(plan: BlockPlan, image: Sequence[int], dtype: torch.dtype) -> list[Buffer]:
+    """What a block keeps from forward to backward."""
+    table = [Buffer("features", (*image, plan.out_channels), dtype, "output")]
+    acc = accumulation_dtype(dtype)
+    table.append(Buffer("statistics", (2, plan.out_channels), acc, "kept"))
+    for index, layer in enumerate(plan.layers):
+        if layer.bottleneck:
+            table.append(Buffer(f"statistics of b{index}", (2, layer.bottleneck), acc, "kept"))
+            if plan.memory == "store":
+                table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))
+    return table
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, *spatial, C], possibly a channel slice -> [M, C], the same memory."""
+    return x.view(-1, x.shape[-1]) if x.dim() != 2 else x
+
+
+def _front(buffer: Tensor, channels: int) -> Tensor:
+    """The first channels of every pixel of a scratch buffer, packed."""
+    image = buffer.shape[:-1]
+    return buffer.view(-1)[: image.numel() * channels].view(*image, channels)
+
+
+@dataclass
+class _Layer:
+    """A layer's tensors of one call: parameters in kernel dtypes, derived vectors on demand."""
+
+    plan: LayerPlan
+    stages: ModuleType
+    gamma1: Tensor | None
+    beta1: Tensor | None
+    weight1: Tensor
+    bias1: Tensor | None
+    gamma2: Tensor | None
+    beta2: Tensor | None
+    weight2: Tensor | None
+    bias2: Tensor | None
+
+    def fold1(self, stats: Tensor) -> Tensor:
+        """norm1 [4, C_l] from the statistics of F."""
+        plan = self.plan
+        source = stats[:, : plan.in_channels] if plan.norm1.running is None else plan.norm1.running
+        return self._fold(source, self.gamma1, self.beta1, plan.norm1.eps)
+
+    def fold2(self, stats: Tensor) -> Tensor:
+        """norm2 [4, K] from the statistics of b."""
+        assert self.plan.norm2 is not None
+        running = self.plan.norm2.running
+        return self._fold(
+            stats if running is None else running, self.gamma2, self.beta2, self.plan.norm2.eps
+        )
+
+    def _fold(self, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+        norm = stats.new_empty((4, stats.shape[1]))
+        self.stages.norm_fold(stats, gamma, beta, eps, norm)
+        return norm
+
+    def conv1_forward(self, x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
+        """b from F[:C_l]; for a plain layer the new features."""
+        if self.plan.conv1 is not None:
+            general.norm_relu_conv_forward(
+                x, norm, self.weight1, self.bias1, self.plan.conv1, y, stats
+            )
+        elif self.plan.bottleneck:
+            weight = self.weight1.view(self.weight1.shape[:2])
+            self.stages.norm_relu_conv1x1_forward(_rows(x), norm, weight, _rows(y), stats)
+        else:
+            self.stages.norm_relu_conv3x3_forward(x, norm, self.weight1, y, stats)
+
+    def conv2_forward(self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
+        """The new features from b."""
+        if self.plan.conv2 is not None:
+            general.norm_relu_conv_forward(
+                b, norm, self.weight2, self.bias2, self.plan.conv2, y, stats
+            )
+        else:
+            self.stages.norm_relu_conv3x3_forward(b, norm, self.weight2, y, stats)
+
+
+def _layers(plan: BlockPlan, parameters: Sequence[Tensor | None], dtype: torch.dtype):
+    """The layers' tensors, one layer at a time; weights are cast when their layer is reached."""
+    acc = accumulation_dtype(dtype)
+
+    def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(to).contiguous()
+
+    dtypes = (acc, acc, dtype, dtype) * 2
+    for index, layer in enumerate(plan.layers):
+        start = index * PARAMETERS_PER_LAYER
+        mine = parameters[start : start + PARAMETERS_PER_LAYER]
+        yield lambda layer=layer, mine=mine: _Layer(
+            layer, plan.stages, *(cast(t, to) for t, to in zip(mine, dtypes, strict=True))
+        )
+
+
+def _dropout_mask(plan: BlockPlan, index: int, y: Tensor, scratch: dict[str, Tensor]) -> Tensor:
+    """The layer's mask, 0 or 1 / (1 - p), for y [N, *spatial, k]; the same on every call."""
+    layer = plan.layers[index]
+    keep = 1.0 - layer.drop_rate
+    generator = torch.Generator(y.device).manual_seed(plan.seed + index)
+    if layer.channelwise_dropout:
+        shape = (y.shape[0], *(1 for _ in y.shape[1:-1]), y.shape[-1])
+        mask = scratch["dropout mask"].view(-1)[: y.shape[0] * y.shape[-1]].view(shape)
+    else:
+        mask = _front(scratch["dropout mask"], layer.growth)
+    mask.bernoulli_(keep, generator=generator)
+    return mask.div_(keep) if keep > 0 else mask
+
+
+def block_forward(
+    plan: BlockPlan, x: Tensor, known_stats: Tensor | None, parameters: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """The block's forward pass.
+
+    x ``[N, C_0, *spatial]``; known_stats ``[2, C_0]`` of x where the stage before took them.
+    Returns F ``[N, *spatial, C_total]``, its stats ``[2, C_total]``, the stats ``[2, K]`` of every
+    layer's b, and every b (``store``) or an empty list.
+    """
+    image = (x.shape[0], *x.shape[2:])
+    features = torch.empty((*image, plan.out_channels), dtype=x.dtype, device=x.device)
+    acc = accumulation_dtype(x.dtype)
+    stats = torch.zeros((2, plan.out_channels), dtype=acc, device=x.device)
+    bottleneck_stats: list[Tensor] = []
+    kept: list[Tensor] = []
+
+    first = features[..., : plan.in_channels]
+    first.copy_(x.movedim(1, -1))
+    if plan.batch_stats:
+        if known_stats is not None:
+            stats[:, : plan.in_channels].copy_(known_stats)
+        else:
+            plan.stages.channel_stats(_rows(first), stats[:, : plan.in_channels])
+
+    with arena.lease(scratch_table(plan, image, x.dtype, backward=False), x.device) as scratch:
+        for index, make in enumerate(_layers(plan, parameters, x.dtype)):
+            layer = make()
+            channels, growth = layer.plan.in_channels, layer.plan.growth
+            inputs = features[..., :channels]
+            new = features[..., channels : channels + growth]
+            dropped = layer.plan.drop_rate > 0
+            new_stats = stats[:, channels : channels + growth] if plan.batch_stats else None
+            fused_stats = None if dropped else new_stats
+            norm1 = layer.fold1(stats)
+            if layer.plan.bottleneck:
+                width = layer.plan.bottleneck
+                if plan.memory == "store":
+                    b = torch.empty((*image, width), dtype=x.dtype, device=x.device)
+                    kept.append(b)
+                else:
+                    b = _front(scratch["bottleneck"], width)
+                b_stats = torch.zeros((2, width), dtype=acc, device=x.device)
+                bottleneck_stats.append(b_stats)
+                assert layer.plan.norm2 is not None
+                wanted = b_stats if layer.plan.norm2.running is None else None
+                layer.conv1_forward(inputs, norm1, b, wanted)
+                layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
+            else:
+                layer.conv1_forward(inputs, norm1, new, fused_stats)
+            if dropped:
+                new.mul_(_dropout_mask(plan, index, new, scratch))
+                if new_stats is not None:
+                    plan.stages.channel_stats(_rows(new), new_stats)
+    return features, stats, bottleneck_stats, kept
+
+
+def _empty_gradient(weight: Tensor, wanted: bool, acc: torch.dtype) -> Tensor | None:
+    return torch.empty(weight.shape, dtype=acc, device=weight.device) if wanted else None
+
+
+def block_backward(
+    plan: BlockPlan,
+    gradient: Tensor,
+    features: Tensor,
+    stats: Tensor,
+    bottleneck_stats: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The block's backward pass.
+
+    gradient E ``[N, *spatial, C_total]`` is consumed: it holds the outside gradient of F and is
+    overwritten. wanted: which parameters need a gradient. Returns the gradient of the block's input,
+    a channel slice of E, and the parameters' gradients in their own dtypes.
+    """
+    stages = plan.stages
+    image = features.shape[:-1]
+    count = image.numel()
+    acc = stats.dtype
+    correction = torch.zeros((4, plan.out_channels), dtype=acc, device=stats.device)
+    correction[0].fill_(1)
+    correction[3].copy_(stats[0])
+    gradients: list[Tensor | None] = [None] * len(parameters)
+
+    makers = list(_layers(plan, parameters, features.dtype))
+    table = scratch_table(plan, image, features.dtype, backward=True)
+    with arena.lease(table, features.device) as scratch:
+        for index in reversed(range(len(makers))):
+            layer = makers[index]()
+            channels, growth = layer.plan.in_channels, layer.plan.growth
+            slot = slice(channels, channels + growth)
+            inputs, d_inputs = features[..., :channels], gradient[..., :channels]
+            new, d_new = features[..., slot], gradient[..., slot]
+            fix: Tensor | None = correction[:, slot] if plan.batch_stats else None
+            start = index * PARAMETERS_PER_LAYER
+            need = wanted[start : start + PARAMETERS_PER_LAYER]
+            if layer.plan.drop_rate > 0:
+                if fix is not None:
+                    stages.norm_correction_apply(_rows(d_new), _rows(new), fix)
+                    fix = None
+                d_new.mul_(_dropout_mask(plan, index, new, scratch))
+
+            norm1 = layer.fold1(stats)
+            dnorm1 = norm1.new_empty((2, channels))
+            dweight1 = _empty_gradient(layer.weight1, need[2], acc)
+            dbias1 = None if layer.bias1 is None else _empty_gradient(layer.bias1, need[3], acc)
+            dnorm2 = dweight2 = dbias2 = None
+            if layer.plan.bottleneck:
+                width = layer.plan.bottleneck
+                assert layer.plan.norm2 is not None and layer.weight2 is not None
+                norm2 = layer.fold2(bottleneck_stats[index])
+                if plan.memory == "store":
+                    b = kept[index]
+                else:
+                    b = _front(scratch["bottleneck"], width)
+                    layer.conv1_forward(inputs, norm1, b, None)
+                dz2 = _front(scratch["bottleneck gradient"], width)
+                dnorm2 = norm2.new_empty((2, width))
+                dweight2 = _empty_gradient(layer.weight2, need[6], acc)
+                if layer.bias2 is not None:
+                    dbias2 = _empty_gradient(layer.bias2, need[7], acc)
+                if layer.plan.conv2 is not None:
+                    general.norm_relu_conv_backward(
+                        d_new, new, fix, b, norm2, layer.weight2, layer.plan.conv2, False, dz2,
+                        dweight2, dbias2, dnorm2,
+                    )  # fmt: skip
+                else:
+                    stages.norm_relu_conv3x3_backward(
+                        d_new, new, fix, b, norm2, layer.weight2, False, dz2, dweight2, dnorm2
+                    )
+                fix2 = torch.empty_like(norm2)
+                stages.norm_correction(
+                    dnorm2, norm2, count if layer.plan.norm2.running is None else 0, False, fix2
+                )
+                if layer.plan.conv1 is not None:
+                    general.norm_relu_conv_backward(
+                        dz2, b, fix2, inputs, norm1, layer.weight1, layer.plan.conv1, True,
+                        d_inputs, dweight1, dbias1, dnorm1,
+                    )  # fmt: skip
+                else:
+                    shape = layer.weight1.shape[:2]
+                    stages.norm_relu_conv1x1_backward(
+                        _rows(dz2), _rows(b), fix2, _rows(inputs), norm1,
+                        layer.weight1.view(shape), _rows(d_inputs),
+                        None if dweight1 is None else dweight1.view(shape), dnorm1,
+                    )  # fmt: skip
+            elif layer.plan.conv1 is not None:
+                general.norm_relu_conv_backward(
+                    d_new, new, fix, inputs, norm1, layer.weight1, layer.plan.conv1, True,
+                    d_inputs, dweight1, dbias1, dnorm1,
+                )  # fmt: skip
+            else:
+                stages.norm_relu_conv3x3_backward(
+                    d_new, new, fix, inputs, norm1, layer.weight1, True, d_inputs, dweight1, dnorm1
+                )
+            if layer.plan.norm1.running is None:
+                stages.norm_correction(dnorm1, norm1, count, True, correction)
+
+            computed = [dnorm1[0], dnorm1[1], dweight1, dbias1]
+            computed += [None, None] if dnorm2 is None else [dnorm2[0], dnorm2[1]]
+            computed += [dweight2, dbias2]
+            for offset, value in enumerate(computed):
+                parameter = parameters[start + offset]
+                if parameter is not None and need[offset] and value is not None:
+                    gradients[start + offset] = value.to(parameter.dtype)
+
+    d_first = gradient[..., : plan.in_channels]
+    if plan.batch_stats:
+        stages.norm_correction_apply(
+            _rows(d_first),
+            _rows(features[..., : plan.in_channels]),
+            correction[:, : plan.in_channels],
+        )
+    return d_first, gradients

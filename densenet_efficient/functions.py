@@ -1,0 +1,286 @@
+"""Autograd's view of the stages: one Function each for the dense block, the transition and the stem.
+
+The Functions hold no algorithm: the block's is in :mod:`densenet_efficient.block`, the others are
+one operator forward and one backward. Each returns its result and the result's channel statistics,
+which the next stage's norm uses instead of a pass of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ownership
+from .block import BlockPlan, NormPlan, block_backward, block_forward
+from .general import accumulation_dtype
+
+
+def first_order(gradients: tuple[Any, ...], what: str) -> tuple[Any, ...]:
+    """Make differentiating ``gradients`` a clear error where the caller asked for a graph of them."""
+    if not torch.is_grad_enabled():
+        return gradients
+    message = (
+        f"{what} has first derivatives only: its backward pass cannot be differentiated again. "
+        "Use densenet_efficient.reference (or the model before convert) for double backward."
+    )
+    error = torch._C._functions.DelayedError(message, 1)
+    return tuple(error(g) if isinstance(g, Tensor) else g for g in gradients)
+
+
+def no_forward_mode(what: str) -> None:
+    """Raise for forward-mode automatic differentiation."""
+    raise RuntimeError(
+        f"{what} does not support forward-mode automatic differentiation (jvp); use "
+        "densenet_efficient.reference (or the model before convert) for it."
+    )
+
+
+def gradient_buffer(held: list[Tensor]) -> Tensor:
+    """E ``[N, *spatial, C]`` from the incoming gradient ``[N, C, *spatial]``: the only element of
+    ``held``, taken over in place where its layout and its ownership allow, copied otherwise."""
+    if held[0].movedim(1, -1).is_contiguous() and ownership.is_sole_owner(held):
+        return held[0].movedim(1, -1)
+    return held[0].movedim(1, -1).clone(memory_format=torch.contiguous_format)
+
+
+class DenseBlockFunction(torch.autograd.Function):
+    """Autograd's view of a block: (plan, x, known_stats, *parameters) -> (y, stats, *inner).
+
+    y ``[N, C_total, *spatial]`` is F seen channels first; stats ``[2, C_total]`` and the inner
+    tensors (statistics of every b; in ``store`` mode every b) carry no gradient.
+    """
+
+    @staticmethod
+    def forward(plan: BlockPlan, x: Tensor, known_stats: Tensor | None, *parameters):
+        """See :func:`block_forward`."""
+        with torch.autocast(x.device.type, enabled=False):
+            features, stats, inner, kept = block_forward(plan, x, known_stats, parameters)
+        return features.movedim(-1, 1), stats, *inner, *kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep F, the statistics, in ``store`` mode every b, and the parameters."""
+        plan, _, _, *parameters = inputs
+        y, *inner = output
+        ctx.plan = plan
+        ctx.inner = len(inner)
+        ctx.mark_non_differentiable(*inner)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, *inner, *parameters)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """See :func:`block_backward`."""
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if gradients[0] is None:
+            return nothing
+        held = [gradients[0]]
+        del gradients
+        plan: BlockPlan = ctx.plan
+        y, stats, *rest = ctx.saved_tensors
+        inner, parameters = rest[: ctx.inner - 1], rest[ctx.inner - 1 :]
+        layers = sum(1 for layer in plan.layers if layer.bottleneck)
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+            e = gradient_buffer(held)
+            held.clear()
+            dx, computed = block_backward(
+                plan, e, y.movedim(1, -1), stats, inner[:layers], inner[layers:],
+                parameters, ctx.needs_input_grad[3:],
+            )  # fmt: skip
+        dx = dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None
+        return first_order((None, dx, None, *computed), "EfficientDenseBlock")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        """Forward-mode differentiation is refused."""
+        no_forward_mode("EfficientDenseBlock")
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """One call of a transition or a stem.
+
+    norm: as in a block. stages: :mod:`~densenet_efficient.ops` or
+    :mod:`~densenet_efficient.general`. want_stats: whether to take the result's statistics.
+    """
+
+    norm: NormPlan
+    stages: ModuleType
+    want_stats: bool
+
+    def statistics(self, x: Tensor, known: Tensor | None) -> Tensor:
+        """[2, C] for the norm of x [N, *spatial, C]: constant, known, or taken here."""
+        if self.norm.running is not None:
+            return self.norm.running
+        if known is not None:
+            return known
+        acc = accumulation_dtype(x.dtype)
+        stats = torch.empty((2, x.shape[-1]), dtype=acc, device=x.device)
+        self.stages.channel_stats(x.view(-1, x.shape[-1]), stats)
+        return stats
+
+    def fold(self, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        """norm [4, C] from statistics [2, C]."""
+        norm = stats.new_empty((4, stats.shape[1]))
+        gamma, beta = (None if t is None else t.detach().to(stats.dtype) for t in (gamma, beta))
+        self.stages.norm_fold(stats, gamma, beta, self.norm.eps, norm)
+        return norm
+
+    def count(self, x: Tensor) -> int:
+        """Rows the statistics were taken over; 0 for constant ones."""
+        return x.numel() // x.shape[-1] if self.norm.running is None else 0
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[N, C, *spatial] -> [N, *spatial, C] with neighbouring channels; a copy only where needed."""
+    return x.movedim(1, -1).contiguous()
+
+
+def _rows_of(gradient: Tensor) -> Tensor:
+    """[N, C, *spatial] -> [N, *spatial, C], in place where the rows are evenly spaced: the block
+    before hands over a channel slice of its gradient buffer."""
+    rows = gradient.movedim(1, -1)
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        return rows.contiguous()
+    try:
+        rows.view(-1, rows.shape[-1])
+    except RuntimeError:
+        return rows.contiguous()
+    stride = rows.view(-1, rows.shape[-1]).stride(0)
+    return rows if stride >= rows.shape[-1] else rows.contiguous()
+
+
+def _like(gradient: Tensor, parameter: Tensor | None, wanted: bool) -> Tensor | None:
+    return gradient.to(parameter.dtype) if parameter is not None and wanted else None
+
+
+class TransitionFunction(torch.autograd.Function):
+    """Norm, ReLU, pooling by 2 and 1x1 convolution.
+
+    (plan, x, known stats of x, gamma, beta, weight) -> (y, stats of y, stats of x used).
+    x ``[N, C, *spatial]``, weight ``[K, C, 1, ...]``, y ``[N, K, *(spatial // 2)]``. Only x is kept,
+    which is the feature buffer of the block before.
+    """
+
+    @staticmethod
+    def forward(plan: PoolPlan, x: Tensor, stats, gamma, beta, weight):
+        """See ``transition_forward`` in :mod:`densenet_efficient.ops`."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = _channels_last(x)
+            image = (x.shape[0], *(size // 2 for size in x.shape[1:-1]))
+            y = torch.empty((*image, weight.shape[0]), dtype=x.dtype, device=x.device)
+            stats = plan.statistics(x, stats)
+            norm = plan.fold(stats, gamma, beta)
+            y_stats = norm.new_zeros((2, weight.shape[0]))
+            kernel = weight.detach().to(x.dtype).reshape(weight.shape[:2])
+            plan.stages.transition_forward(x, norm, kernel, y, y_stats if plan.want_stats else None)
+        return y.movedim(-1, 1), y_stats, stats.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep x, its statistics and the parameters."""
+        plan, x, _, gamma, beta, weight = inputs
+        _, y_stats, stats = output
+        ctx.plan = plan
+        ctx.mark_non_differentiable(y_stats, stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, stats, gamma, beta, weight)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        """See ``transition_backward`` in :mod:`densenet_efficient.ops`."""
+        if dy is None:
+            return (None,) * 6
+        plan: PoolPlan = ctx.plan
+        x, stats, gamma, beta, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = _channels_last(x)
+            norm = plan.fold(stats, gamma, beta)
+            dx = torch.empty_like(x)
+            dnorm = norm.new_empty((2, x.shape[-1]))
+            kernel = weight.detach().to(x.dtype).reshape(weight.shape[:2])
+            dweight = norm.new_empty(kernel.shape) if wanted[5] else None
+            plan.stages.transition_backward(
+                _rows_of(dy), x, norm, kernel, plan.count(x), dx, dweight, dnorm
+            )
+        return first_order(
+            (
+                None,
+                dx.movedim(-1, 1) if wanted[1] else None,
+                None,
+                _like(dnorm[0], gamma, wanted[3]),
+                _like(dnorm[1], beta, wanted[4]),
+                None if dweight is None else dweight.view(weight.shape).to(weight.dtype),
+            ),
+            "EfficientTransition",
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        """Forward-mode differentiation is refused."""
+        no_forward_mode("EfficientTransition")
+
+
+class StemFunction(torch.autograd.Function):
+    """Norm, ReLU and max-pooling (kernel 3, stride 2, padding 1).
+
+    (plan, x, gamma, beta) -> (y, stats of y, stats of x used).
+    x ``[N, C, *spatial]`` is the stem convolution's output and the only tensor kept.
+    """
+
+    @staticmethod
+    def forward(plan: PoolPlan, x: Tensor, gamma, beta):
+        """See ``stem_forward`` in :mod:`densenet_efficient.ops`."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = _channels_last(x)
+            image = (x.shape[0], *(-(-size // 2) for size in x.shape[1:-1]))
+            y = torch.empty((*image, x.shape[-1]), dtype=x.dtype, device=x.device)
+            stats = plan.statistics(x, None)
+            norm = plan.fold(stats, gamma, beta)
+            y_stats = norm.new_zeros((2, x.shape[-1]))
+            plan.stages.stem_forward(x, norm, y, y_stats if plan.want_stats else None)
+        return y.movedim(-1, 1), y_stats, stats.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep x and its statistics."""
+        plan, x, gamma, beta = inputs
+        _, y_stats, stats = output
+        ctx.plan = plan
+        ctx.mark_non_differentiable(y_stats, stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, stats, gamma, beta)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        """See ``stem_backward`` in :mod:`densenet_efficient.ops`."""
+        if dy is None:
+            return (None,) * 4
+        plan: PoolPlan = ctx.plan
+        x, stats, gamma, beta = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = _channels_last(x)
+            norm = plan.fold(stats, gamma, beta)
+            dx = torch.empty_like(x)
+            dnorm = norm.new_empty((2, x.shape[-1]))
+            plan.stages.stem_backward(_rows_of(dy), x, norm, plan.count(x), dx, dnorm)
+        return first_order(
+            (
+                None,
+                dx.movedim(-1, 1) if wanted[1] else None,
+                _like(dnorm[0], gamma, wanted[2]),
+                _like(dnorm[1], beta, wanted[3]),
+            ),
+            "EfficientStem",
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        """Forward-mode differentiation is refused."""
+        no_forward_mode("EfficientStem")
