@@ -135,7 +135,7 @@ class Build:
         if self.options.cuda == "0":
             return None, "left out (DENSENET_EFFICIENT_CUDA=0)"
         if not self.cuda_sources:
-            return None, "the sources hold no CUDA kernels"
+            return None, "left out (the sources hold none)"
         nvcc = toolchain.find_nvcc()
         if nvcc is not None:
             return nvcc, "compiled"

@@ -2,7 +2,7 @@
 
 The package imports without them. Whatever runs a compiled operator calls :func:`load` and gets a
 :class:`MissingLibraryError` that says why there is none and what to do; whatever can choose asks
-:func:`kernels_for` and takes the general path with the reason at hand. The environment variable
+:func:`is_available` and :func:`cuda_gap` and takes the general path with the reason at hand. The environment variable
 ``DENSENET_EFFICIENT_DISABLE=1`` makes the library count as missing.
 """
 
@@ -59,55 +59,44 @@ def unavailable_reason() -> str | None:
     return _load()
 
 
-def kernels_for(device_type: str, index: int | None = None) -> tuple[bool, str]:
-    """Whether tensors of a device run on compiled kernels, and why (not), in words.
+def cuda_gap(device: torch.device) -> str | None:
+    """Why tensors on a CUDA device cannot take the compiled kernels, in words; None where they can.
 
-    ``index`` is the CUDA device's number (default: the current one). Answers are remembered.
+    Raises :class:`MissingLibraryError` where there is no library at all. A device without an index
+    is the current one.
     """
-    if device_type == "cuda" and index is None and torch.cuda.is_available():
-        index = torch.cuda.current_device()
-    return _kernels_for(device_type, index)
-
-
-@functools.cache
-def _kernels_for(device_type: str, index: int | None) -> tuple[bool, str]:
-    reason = _load()
-    if reason is not None:
-        return False, reason
-    if device_type not in ("cpu", "cuda"):
-        return False, f"there are no kernels for {device_type} devices"
-    if device_type == "cpu":
-        found = operators("cpu")
-        return bool(found), f"{len(found)} operators have CPU kernels"
-    built = build_info()
-    if not built["cuda_archs"]:
-        return False, f"CUDA kernels: {built['cuda']}"
-    if index is None:
-        return False, "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability(index)
-    archs = _arch_text(built)
-    if not is_covered(capability, built["cuda_archs"].split(), built["cuda_ptx"].split()):
-        wanted = f"{capability[0]}.{capability[1]}"
-        return False, (
-            f"the CUDA kernels were compiled for {archs}, and this GPU is {wanted}: rebuild with "
-            f"TORCH_CUDA_ARCH_LIST={wanted}"
-        )
-    found = operators("cuda")
-    return bool(found), f"{len(found)} operators have CUDA kernels, compiled for {archs}"
-
-
-@functools.cache
-def operators(backend: str) -> frozenset[str]:
-    """Names of the operators with a compiled kernel for ``backend``, "cpu" or "cuda"."""
     load()
-    key = {"cpu": "CPU", "cuda": "CUDA"}[backend]
+    if not build_info()["cuda_archs"]:
+        return f"CUDA kernels were {build_info()['cuda']}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_gap(index)
+
+
+@functools.cache
+def _cuda_gap(index: int) -> str | None:
+    built = build_info()
+    capability = torch.cuda.get_device_capability(index)
+    if not is_covered(capability, built["cuda_archs"].split(), built["cuda_ptx"].split()):
+        version = f"{capability[0]}.{capability[1]}"
+        return (
+            f"the CUDA kernels were compiled for {_arch_text(built)}, and this GPU is {version}: "
+            f"rebuild with TORCH_CUDA_ARCH_LIST={version}"
+        )
+    return _without_kernels("CUDA")
+
+
+def _without_kernels(key: str) -> str | None:
+    """The operators that no kernel is registered for under a dispatch key, in words."""
     prefix = f"{NAMESPACE}::"
-    names = {n.partition(".")[0] for n in torch._C._dispatch_get_all_op_names()}
-    return frozenset(
-        name[len(prefix) :]
+    names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    missing = sorted(
+        name.removeprefix(prefix)
         for name in names
-        if name.startswith(prefix) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        if name.startswith(prefix) and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     )
+    return f"no {key} kernel was compiled for {', '.join(missing)}" if missing else None
 
 
 @functools.cache
@@ -154,16 +143,14 @@ def is_covered(capability: tuple[int, int], archs: list[str], ptx: list[str]) ->
 
 @dataclass(frozen=True)
 class Device:
-    """A device, and which path its tensors take: the compiled kernels or the general path."""
+    """A device and what keeps its tensors off the compiled kernels: None where nothing does."""
 
-    name: str  # "cpu", "cuda:0 NVIDIA H200, 9.0"
-    kernels: bool
-    reason: str
+    name: str  # "cpu", "cuda:0 (NVIDIA H200, compute capability 9.0)"
+    gap: str | None
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {'compiled kernels' if self.kernels else 'general path'} ({self.reason})"
-        )
+        path = "compiled kernels" if self.gap is None else f"general path, because {self.gap}"
+        return f"{self.name}: {path}"
 
 
 @dataclass(frozen=True)
@@ -190,7 +177,7 @@ class Info:
             ("densenet-efficient", self.version),
             ("python", self.python),
             ("torch", self.torch),
-            ("library", self.library or f"none: {self.problem}"),
+            ("library", self.library or f"none. {self.problem}"),
         ]
         if self.build:
             built = self.build
@@ -221,12 +208,17 @@ def info() -> Info:
         build = build_info()
     except MissingLibraryError:
         build = {}
-    devices = [Device("cpu", *kernels_for("cpu"))]
+    devices = [Device("cpu", problem or _without_kernels("CPU"))]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            name = f"cuda:{index} {torch.cuda.get_device_name(index)}, {major}.{minor}"
-            devices.append(Device(name, *kernels_for("cuda", index)))
+            name = torch.cuda.get_device_name(index)
+            devices.append(
+                Device(
+                    f"cuda:{index} ({name}, compute capability {major}.{minor})",
+                    problem or cuda_gap(torch.device("cuda", index)),
+                )
+            )
     return Info(
         version=__version__,
         python=platform.python_version(),
@@ -307,8 +299,8 @@ def _explain_loader(message: str) -> str:
 def _how_to_build() -> str:
     sources = LIBRARY.parent.parent
     if (sources / "setup.py").is_file():
-        return f"Build them: run pip install -e . in {sources}"
-    return "Build them: run pip install . in the folder of densenet-efficient's sources"
+        return f"Build them: run pip install -e . in {sources}."
+    return "Build them: run pip install . in the folder of densenet-efficient's sources."
 
 
 def _arch_text(built: dict[str, str]) -> str:

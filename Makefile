@@ -1,0 +1,69 @@
+# The commands of the project. Everything is installed into .venv, made on first use.
+#
+#   make demo       train on the bundled digits, compare with the reference, draw the figure
+#   make test       the whole test suite
+#   make lint       formatters, linters and the type checker
+#   make bench      memory and time beside torchvision, on the CPU
+#   make cuda       compile every CUDA kernel for sm_80 and sm_90a, fail on register spills
+#   make emulation  run the CUDA kernels on the CPU
+#   make gpu-check  on a machine with a GPU: build, test, sanitize, measure; installs nothing
+#
+# PYTHON names the interpreter (3.10 or newer) that .venv is made with, and that gpu-check uses.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/requirements.stamp
+FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+
+.PHONY: demo test lint format bench cuda emulation gpu-check setup build clean
+
+demo: build
+	$(BIN)/python -m densenet_efficient demo
+
+test: build
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+bench: build
+	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_training.py
+
+cuda: $(STAMP)
+	DENSENET_EFFICIENT_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python tools/ptxas_report.py build/native/cuda
+
+emulation: build
+	$(BIN)/python -m pytest -k emulation $(PYTEST_ARGS)
+
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
+
+setup: build
+
+# The package is installed once; the compiled parts are brought up to date every time, which takes
+# a fraction of a second when nothing has changed.
+build: $(STAMP)
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+$(STAMP): requirements-dev.txt requirements-nodeps.txt pyproject.toml
+	@$(PYTHON) tools/check_machine.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements-nodeps.txt
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf build densenet_efficient/*.so densenet_efficient.egg-info
