@@ -2,8 +2,8 @@
 
 The package imports without them. Whatever runs a compiled operator calls :func:`load` and gets a
 :class:`MissingLibraryError` that says why there is none and what to do; whatever can choose asks
-:func:`is_available` and :func:`cuda_gap` and takes the general path with the reason at hand. The environment variable
-``DENSENET_EFFICIENT_DISABLE=1`` makes the library count as missing.
+:func:`is_available` and :func:`cuda_gap` and takes the general path with the reason at hand. The
+environment variable ``DENSENET_EFFICIENT_DISABLE=1`` makes the library count as missing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import os
 import platform
 import re
+import textwrap
 import threading
 import warnings
 from dataclasses import dataclass
@@ -195,7 +196,18 @@ class Info:
                 options += [f"sanitizer {built['sanitize']}"] if built["sanitize"] else []
                 rows.append(("  options", ", ".join(options)))
         rows += [("path" if i == 0 else "", str(d)) for i, d in enumerate(self.devices)]
-        return "\n".join(f"{key:<20}{value}" for key, value in rows)
+        indent = " " * 20
+        return "\n".join(
+            textwrap.fill(
+                value,
+                100,
+                initial_indent=f"{key:<20}",
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for key, value in rows
+        )
 
 
 def info() -> Info:
