@@ -13,8 +13,8 @@ channel, are applied when backward reaches the layer that produced it.
     norm2 = fold(stats of b)                  db  = a2 dz2 - p2 - (b - mean2) q2
     F[slice] = conv3x3(relu(norm2 b)) (B)     dz1 = (db W1) [norm1 F > 0];  E[:C_l] += a1 dz1
 
-``store`` keeps b of every layer for backward; ``recompute`` keeps F and the statistics only and runs
-stage A again.
+``store`` keeps b of every layer for backward; ``recompute`` keeps F and the statistics only and
+runs stage A again.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class LayerPlan:
 class BlockPlan:
     """Everything about one call of a block that is not a differentiable tensor.
 
-    stages: :mod:`~densenet_efficient.ops` or :mod:`~densenet_efficient.general`. memory: ``"store"``
-    or ``"recompute"``. seed: of the dropout masks, which backward draws again.
+    stages: :mod:`~densenet_efficient.ops` or :mod:`~densenet_efficient.general`. memory:
+    ``"store"`` or ``"recompute"``. seed: of the dropout masks, which backward draws again.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -297,8 +297,8 @@ def block_backward(
     """The block's backward pass.
 
     gradient E ``[N, *spatial, C_total]`` is consumed: it holds the outside gradient of F and is
-    overwritten. wanted: which parameters need a gradient. Returns the gradient of the block's input,
-    a channel slice of E, and the parameters' gradients in their own dtypes.
+    overwritten. wanted: which parameters need a gradient. Returns the gradient of the block's
+    input, a channel slice of E, and the parameters' gradients in their own dtypes.
     """
     stages = plan.stages
     image = features.shape[:-1]

@@ -1,4 +1,4 @@
-"""Autograd's view of the stages: one Function each for the dense block, the transition and the stem.
+"""Autograd's view of the stages: a Function each for the dense block, the transition, the stem.
 
 The Functions hold no algorithm: the block's is in :mod:`densenet_efficient.block`, the others are
 one operator forward and one backward. Each returns its result and the result's channel statistics,
@@ -20,7 +20,7 @@ from .general import accumulation_dtype
 
 
 def first_order(gradients: tuple[Any, ...], what: str) -> tuple[Any, ...]:
-    """Make differentiating ``gradients`` a clear error where the caller asked for a graph of them."""
+    """Make differentiating ``gradients`` a clear error where a graph of them was asked for."""
     if not torch.is_grad_enabled():
         return gradients
     message = (
@@ -28,7 +28,7 @@ def first_order(gradients: tuple[Any, ...], what: str) -> tuple[Any, ...]:
         "Use densenet_efficient.reference (or the model before convert) for double backward."
     )
     error = torch._C._functions.DelayedError(message, 1)
-    return tuple(error(g) if isinstance(g, Tensor) else g for g in gradients)
+    return tuple(error(g.clone()) if isinstance(g, Tensor) else g for g in gradients)
 
 
 def no_forward_mode(what: str) -> None:
@@ -140,6 +140,13 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous()
 
 
+def _empty_gradient(x: Tensor) -> Tensor:
+    """For x [N, *spatial, C], uninitialised memory of its layout seen channels first. Not a view:
+    the block before may then own it (see :mod:`densenet_efficient.ownership`)."""
+    sizes, strides = x.movedim(-1, 1).shape, x.movedim(-1, 1).stride()
+    return torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device)
+
+
 def _rows_of(gradient: Tensor) -> Tensor:
     """[N, C, *spatial] -> [N, *spatial, C], in place where the rows are evenly spaced: the block
     before hands over a channel slice of its gradient buffer."""
@@ -162,8 +169,8 @@ class TransitionFunction(torch.autograd.Function):
     """Norm, ReLU, pooling by 2 and 1x1 convolution.
 
     (plan, x, known stats of x, gamma, beta, weight) -> (y, stats of y, stats of x used).
-    x ``[N, C, *spatial]``, weight ``[K, C, 1, ...]``, y ``[N, K, *(spatial // 2)]``. Only x is kept,
-    which is the feature buffer of the block before.
+    x ``[N, C, *spatial]``, weight ``[K, C, 1, ...]``, y ``[N, K, *(spatial // 2)]``. Only x is
+    kept, which is the feature buffer of the block before.
     """
 
     @staticmethod
@@ -201,17 +208,17 @@ class TransitionFunction(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
             norm = plan.fold(stats, gamma, beta)
-            dx = torch.empty_like(x)
+            dx = _empty_gradient(x)
             dnorm = norm.new_empty((2, x.shape[-1]))
             kernel = weight.detach().to(x.dtype).reshape(weight.shape[:2])
             dweight = norm.new_empty(kernel.shape) if wanted[5] else None
             plan.stages.transition_backward(
-                _rows_of(dy), x, norm, kernel, plan.count(x), dx, dweight, dnorm
+                _rows_of(dy), x, norm, kernel, plan.count(x), dx.movedim(1, -1), dweight, dnorm
             )
         return first_order(
             (
                 None,
-                dx.movedim(-1, 1) if wanted[1] else None,
+                dx if wanted[1] else None,
                 None,
                 _like(dnorm[0], gamma, wanted[3]),
                 _like(dnorm[1], beta, wanted[4]),
@@ -267,13 +274,13 @@ class StemFunction(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
             norm = plan.fold(stats, gamma, beta)
-            dx = torch.empty_like(x)
+            dx = _empty_gradient(x)
             dnorm = norm.new_empty((2, x.shape[-1]))
-            plan.stages.stem_backward(_rows_of(dy), x, norm, plan.count(x), dx, dnorm)
+            plan.stages.stem_backward(_rows_of(dy), x, norm, plan.count(x), dx.movedim(1, -1), dnorm)
         return first_order(
             (
                 None,
-                dx.movedim(-1, 1) if wanted[1] else None,
+                dx if wanted[1] else None,
                 _like(dnorm[0], gamma, wanted[2]),
                 _like(dnorm[1], beta, wanted[3]),
             ),

@@ -1,8 +1,8 @@
 """The general path: every stage through the framework's own operators, on any device and dtype.
 
 The functions have the names, arguments and results of :mod:`densenet_efficient.ops`, and serve
-whatever the compiled kernels do not: 1-D and 3-D images, other kernel sizes, dilation, groups, bias,
-devices without kernels, a missing library. Memory stays in the same class: images are processed in
+whatever the compiled kernels do not: 1-D and 3-D images, other kernel sizes, dilation, groups,
+bias, devices without kernels, a missing library. Memory stays in the same class: images are processed in
 chunks, so that the normalised copy a framework convolution needs is bounded by ``CHUNK_BYTES``.
 Sums and statistics are taken in the accumulation dtype (float32, float64 beside float64).
 """
@@ -24,7 +24,7 @@ CHUNK_BYTES = 64 << 20
 class ConvOptions:
     """Geometry of a stride-1 convolution that keeps the image size.
 
-    padding, dilation: one entry per spatial dimension, in pixels. groups: as in ``torch.nn.Conv2d``.
+    padding, dilation: one entry per spatial dimension, in pixels. groups: as in ``nn.Conv2d``.
     """
 
     padding: tuple[int, ...]

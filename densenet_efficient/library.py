@@ -60,6 +60,16 @@ def unavailable_reason() -> str | None:
     return _load()
 
 
+@functools.cache
+def cpu_gap() -> str | None:
+    """Why CPU tensors cannot take the compiled kernels, in words; None where they can.
+
+    Raises :class:`MissingLibraryError` where there is no library at all.
+    """
+    load()
+    return _without_kernels("CPU")
+
+
 def cuda_gap(device: torch.device) -> str | None:
     """Why tensors on a CUDA device cannot take the compiled kernels, in words; None where they can.
 

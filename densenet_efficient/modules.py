@@ -363,8 +363,8 @@ class EfficientTransition(reference.Transition):
 
     torchvision's ``_Transition``: children norm, relu, conv, pool. Pooling and a pointwise
     convolution commute, so the product runs on a quarter of the pixels. Only the input is kept for
-    backward. Input ``[N, C, *spatial]``, output ``[N, K, *(spatial // 2)]``, channels last. Errors as
-    in :class:`EfficientDenseBlock`.
+    backward. Input ``[N, C, *spatial]``, output ``[N, K, *(spatial // 2)]``, channels last. Errors
+    as in :class:`EfficientDenseBlock`.
     """
 
     @classmethod

@@ -35,12 +35,13 @@ class Path:
 @functools.lru_cache(maxsize=64)
 def choose(device: torch.device, dtype: torch.dtype) -> Path:
     """The path of the stages on ``device`` for activations of ``dtype``."""
-    available, reason = library.kernels_for(device.type, device.index)
-    if not available:
-        return Path("general", reason)
-    missing = sorted(set(ops.NAMES) - library.operators(device.type))
-    if missing:
-        return Path("general", f"the library has no {device.type} kernels of {', '.join(missing)}")
+    if not library.is_available():
+        return Path("general", library.unavailable_reason() or "")
+    if device.type not in ("cpu", "cuda"):
+        return Path("general", f"no kernels are compiled for device type {device.type!r}")
+    gap = library.cpu_gap() if device.type == "cpu" else library.cuda_gap(device)
+    if gap is not None:
+        return Path("general", gap)
     if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
         return Path("general", f"CUDA kernels take bfloat16 and float16, not {_name(dtype)}")
     return Path("kernels", f"compiled {device.type} kernels, {_name(dtype)}")
