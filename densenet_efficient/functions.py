@@ -7,6 +7,7 @@ which the next stage's norm uses instead of a pass of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,16 +20,27 @@ from .block import BlockPlan, NormPlan, block_backward, block_forward
 from .general import accumulation_dtype
 
 
-def first_order(gradients: tuple[Any, ...], what: str) -> tuple[Any, ...]:
-    """Make differentiating ``gradients`` a clear error where a graph of them was asked for."""
+def first_order(
+    gradients: tuple[Any, ...], saved: Sequence[Tensor | None], what: str
+) -> tuple[Any, ...]:
+    """Make differentiating ``gradients`` a clear error where a graph of them was asked for.
+
+    saved: the tensors they depend on, so that the error is met on the way to any of them.
+    """
     if not torch.is_grad_enabled():
         return gradients
     message = (
         f"{what} has first derivatives only: its backward pass cannot be differentiated again. "
         "Use densenet_efficient.reference (or the model before convert) for double backward."
     )
-    error = torch._C._functions.DelayedError(message, 1)
-    return tuple(error(g.clone()) if isinstance(g, Tensor) else g for g in gradients)
+    anchors = [tensor for tensor in saved if tensor is not None and tensor.requires_grad]
+    error = torch._C._functions.DelayedError(message, 1 + len(anchors))
+
+    def guarded(gradient: Tensor) -> Tensor:
+        outputs = error(gradient.detach().requires_grad_(), *anchors)
+        return outputs[0] if anchors else outputs
+
+    return tuple(guarded(g) if isinstance(g, Tensor) else g for g in gradients)
 
 
 def no_forward_mode(what: str) -> None:
@@ -39,12 +51,14 @@ def no_forward_mode(what: str) -> None:
     )
 
 
-def gradient_buffer(held: list[Tensor]) -> Tensor:
+def gradient_buffer(held: list[Tensor], may_own: bool) -> Tensor:
     """E ``[N, *spatial, C]`` from the incoming gradient ``[N, C, *spatial]``: the only element of
-    ``held``, taken over in place where its layout and its ownership allow, copied otherwise."""
-    if held[0].movedim(1, -1).is_contiguous() and ownership.is_sole_owner(held):
-        return held[0].movedim(1, -1)
-    return held[0].movedim(1, -1).clone(memory_format=torch.contiguous_format)
+    ``held``, taken over in place where its layout and its ownership allow, copied otherwise (and
+    always where a graph of the gradient is recorded)."""
+    with torch.no_grad():
+        if may_own and held[0].movedim(1, -1).is_contiguous() and ownership.is_sole_owner(held):
+            return held[0].movedim(1, -1)
+        return held[0].movedim(1, -1).clone(memory_format=torch.contiguous_format)
 
 
 class DenseBlockFunction(torch.autograd.Function):
@@ -84,15 +98,15 @@ class DenseBlockFunction(torch.autograd.Function):
         y, stats, *rest = ctx.saved_tensors
         inner, parameters = rest[: ctx.inner - 1], rest[ctx.inner - 1 :]
         layers = sum(1 for layer in plan.layers if layer.bottleneck)
+        e = gradient_buffer(held, may_own=not torch.is_grad_enabled())
+        held.clear()
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-            e = gradient_buffer(held)
-            held.clear()
             dx, computed = block_backward(
                 plan, e, y.movedim(1, -1), stats, inner[:layers], inner[layers:],
                 parameters, ctx.needs_input_grad[3:],
             )  # fmt: skip
-        dx = dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None
-        return first_order((None, dx, None, *computed), "EfficientDenseBlock")
+            dx = dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None
+        return first_order((None, dx, None, *computed), [y, *parameters], "EfficientDenseBlock")
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -224,6 +238,7 @@ class TransitionFunction(torch.autograd.Function):
                 _like(dnorm[1], beta, wanted[4]),
                 None if dweight is None else dweight.view(weight.shape).to(weight.dtype),
             ),
+            ctx.saved_tensors,
             "EfficientTransition",
         )
 
@@ -284,6 +299,7 @@ class StemFunction(torch.autograd.Function):
                 _like(dnorm[0], gamma, wanted[2]),
                 _like(dnorm[1], beta, wanted[3]),
             ),
+            ctx.saved_tensors,
             "EfficientStem",
         )
 
