@@ -47,7 +47,9 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
             raise TypeError
         count = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}") from None
+        raise ValueError(
+            f"{name} must be an integer of at least {minimum}, got {value!r}"
+        ) from None
     if count < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return count

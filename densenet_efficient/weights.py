@@ -36,9 +36,7 @@ def strip_prefix(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def load_weights(
-    model: nn.Module, state: Mapping[str, Any], *, strict: bool = True
-) -> nn.Module:
+def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> nn.Module:
     """Loads a foreign state dict into a DenseNet with torchvision's keys and returns the model.
 
     Accepts the old `norm.1` keys, one common prefix, files that keep the state dict under
@@ -66,9 +64,7 @@ def load_weights(
         for key, value in loaded.items()
         if key in own and not (isinstance(value, Tensor) and value.shape == own[key].shape)
     ]
-    missing = [
-        key for key in own if key not in loaded and not key.endswith("num_batches_tracked")
-    ]
+    missing = [key for key in own if key not in loaded and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in loaded if key not in own]
     fatal_shapes = wrong if strict else [w for w in wrong if not w.startswith("classifier.")]
     if fatal_shapes or (strict and (missing or unexpected)) or len(missing) == len(own):

@@ -71,13 +71,17 @@ def error_ratio(
     assert ours.keys() == framework.keys() == exact.keys()
     own = {name: relative_error(ours[name], exact[name]) for name in exact}
     peer = {name: relative_error(framework[name], exact[name]) for name in exact}
-    ratios = {name: own[name] / peer[name] if peer[name] else own[name] and math.inf for name in own}
+    ratios = {
+        name: own[name] / peer[name] if peer[name] else own[name] and math.inf for name in own
+    }
     worst_name = max(ratios, key=lambda name: ratios[name])
     together = math.hypot(*own.values()) / math.hypot(*peer.values())
     return ErrorRatio(together, ratios[worst_name], worst_name)
 
 
-def training_step(model: nn.Module, x: Tensor, target: Tensor, **autocast: object) -> dict[str, Tensor]:
+def training_step(
+    model: nn.Module, x: Tensor, target: Tensor, **autocast: object
+) -> dict[str, Tensor]:
     """One forward and backward pass with cross entropy: the output, the input's gradient and every
     parameter's, by name. autocast: arguments of torch.autocast beside the device."""
     x = x.detach().clone().requires_grad_()

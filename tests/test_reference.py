@@ -92,9 +92,7 @@ def test_norm_relu_conv1x1_both_directions() -> None:
 
     dz2 = torch.where(z2.detach() > 0, dh2, 0.0)
     correction2 = reference.norm_correction(torch.stack([dgamma2, dbeta2]), norm2, 60)
-    scaled, dw, dnorm = reference.norm_relu_conv1x1_backward(
-        dz2, y, correction2, x, norm, weight
-    )
+    scaled, dw, dnorm = reference.norm_relu_conv1x1_backward(dz2, y, correction2, x, norm, weight)
     close(dw, dweight)
     close(dnorm, torch.stack([dgamma, dbeta]))
     shared = reference.norm_correction(dnorm, norm, 60, accumulate=True)

@@ -227,9 +227,7 @@ def stem_backward(dy: Tensor, x: Tensor, norm: Tensor, count: int) -> tuple[Tens
     window (row-major) takes its gradient; the norm's statistics were taken over `count` rows
     (0: constant)."""
     z, h = _norm_relu(x, norm)
-    _, winners = F.max_pool2d(
-        _nchw(h), kernel_size=3, stride=2, padding=1, return_indices=True
-    )
+    _, winners = F.max_pool2d(_nchw(h), kernel_size=3, stride=2, padding=1, return_indices=True)
     dh = torch.zeros_like(_nchw(h).contiguous()).flatten(2)
     dh.scatter_add_(2, winners.flatten(2), _nchw(_wide(dy)).flatten(2))
     dz = _relu_mask(_nhwc(dh.unflatten(2, tuple(x.shape[1:3]))), z)

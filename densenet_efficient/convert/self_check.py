@@ -1,0 +1,85 @@
+"""The numerical self-check: before a replacement is kept, it must hold the source's very tensors under
+the source's keys and give the source's output on a small random input in eval mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Unsupported
+
+# Largest difference over the largest output. A wrong order of channels or a misplaced dropout gives
+# errors of order one; these bounds leave room for another order of summation, with TF32 for float32.
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-2,
+    torch.bfloat16: 1e-1,
+    torch.float16: 2e-2,
+}
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_replacement(
+    source: nn.Module, replacement: nn.Module, probe: Callable[[nn.Module], Tensor]
+) -> bool:
+    """Raises `Unsupported` unless the replacement is the source over again; True if outputs were
+    compared, False on the meta device, where there are none. Training flags, running statistics
+    and torch's random state are left as they are, and no hook is called."""
+    _check_same_tensors(source, replacement)
+    like = next(source.parameters())
+    if like.dtype not in _TOLERANCE:
+        raise Unsupported(f"the weights are {like.dtype}; floating point is expected")
+    if like.is_meta:
+        return False
+    x = probe(source).to(like.device, like.dtype)
+    with (
+        torch.no_grad(),
+        torch.autocast(like.device.type, enabled=False),
+        _at_rest(source, replacement),
+    ):
+        expected = source(x.clone()).double()
+        actual = replacement(x.clone()).double()
+    if actual.shape != expected.shape:
+        raise Unsupported(
+            f"the self-check gave shape {list(actual.shape)} instead of {list(expected.shape)}"
+        )
+    if not torch.isfinite(expected).all():
+        raise Unsupported("its output is not finite, so it cannot be checked")
+    size = expected.abs().max().item()
+    error = (actual - expected).abs().max().item()
+    if not error <= _TOLERANCE[like.dtype] * size:
+        raise Unsupported(
+            f"the self-check failed: largest difference {error:.3g}, largest output {size:.3g}"
+        )
+    return True
+
+
+def _check_same_tensors(source: nn.Module, replacement: nn.Module) -> None:
+    def tensors(module: nn.Module) -> list[tuple[str, int]]:
+        found = [*module.named_parameters(remove_duplicate=False)]
+        found += module.named_buffers(remove_duplicate=False)
+        return [(name, id(tensor)) for name, tensor in found]
+
+    keys = list(source.state_dict(keep_vars=True))
+    if tensors(source) != tensors(replacement) or keys != list(replacement.state_dict()):
+        raise Unsupported("the replacement does not hold the same parameters under the same keys")
+
+
+@contextlib.contextmanager
+def _at_rest(*roots: nn.Module) -> Iterator[None]:
+    """Eval mode without hooks, then everything as it was."""
+    modules = {id(module): module for root in roots for module in root.modules()}.values()
+    saved = []
+    for module in modules:
+        saved.append((module, {name: module.__dict__[name] for name in ("training", *_CALL_HOOKS)}))
+        module.training = False
+        for name in _CALL_HOOKS:
+            module.__dict__[name] = type(module.__dict__[name])()
+    try:
+        yield
+    finally:
+        for module, state in saved:
+            module.__dict__.update(state)
