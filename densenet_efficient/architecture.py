@@ -1,8 +1,8 @@
 """What a DenseNet is, apart from how it is executed: the checked options, the tree of modules
 (torchvision's names and order), the initialisation, the head, and the networks that have a name.
 
-`reference.DenseNet` and `models.EfficientDenseNet` are this class with different blocks. Huang et al.,
-"Densely Connected Convolutional Networks", arXiv 1608.06993: section 3 and table 1.
+`reference.DenseNet` and `models.EfficientDenseNet` are this class with different blocks. Huang et
+al., "Densely Connected Convolutional Networks", arXiv 1608.06993: section 3 and table 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,7 @@ class DenseNetBase(nn.Module):
         bottleneck: bool = True,
         in_channels: int = 3,
         global_pool: bool = True,
-        init_mode: str = "fan_in",
+        init_mode: Literal["fan_in", "fan_out"] = "fan_in",
     ) -> None:
         growth_rate = check_count("growth_rate", growth_rate)
         block_config = check_block_config(block_config)
@@ -227,7 +227,7 @@ class DenseNetBase(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def initialise(model: nn.Module, mode: str = "fan_in") -> None:
+def initialise(model: nn.Module, mode: Literal["fan_in", "fan_out"] = "fan_in") -> None:
     """Kaiming normal convolutions, norms at 1 and 0, linear biases at 0, in the order of
     `model.modules()`: with mode "fan_in" and the same seed exactly torchvision's weights; "fan_out"
     is what the paper's CIFAR code draws."""

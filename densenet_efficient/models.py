@@ -1,13 +1,13 @@
-"""DenseNets built of the efficient blocks, with torchvision's constructors, tree and state dict keys.
+"""DenseNets built of the efficient blocks, with torchvision's constructors, tree and keys.
 
-Huang et al., arXiv 1608.06993: the ImageNet networks of table 1 and the CIFAR networks of section 3.
+Huang et al., arXiv 1608.06993: the ImageNet networks of table 1, the CIFAR networks of section 3.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -67,7 +67,7 @@ class EfficientDenseNet(DenseNetBase):
         bottleneck: bool = True,
         in_channels: int = 3,
         global_pool: bool = True,
-        init_mode: str = "fan_in",
+        init_mode: Literal["fan_in", "fan_out"] = "fan_in",
         memory: str = "recompute",
     ) -> None:
         if memory not in ("recompute", "store"):
@@ -113,7 +113,8 @@ def _build(name: str, weights: Any, progress: bool, options: dict[str, Any]) -> 
 
 def densenet121(*, weights: Any = None, progress: bool = True, **options: Any) -> EfficientDenseNet:
     """DenseNet-121, 8.0 M parameters. weights: None, "DEFAULT", or an entry of torchvision's
-    weights enum; with another `num_classes` the classifier is fresh. options: EfficientDenseNet's."""
+    weights enum; with another `num_classes` the classifier is fresh. options: of
+    EfficientDenseNet."""
     return _build("densenet121", weights, progress, options)
 
 

@@ -143,7 +143,7 @@ def test_bad_options_are_named(option: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("depth", "bottleneck"), [(41, False), (102, True), (4, True), (0, False)])
 def test_cifar_depth_must_give_whole_blocks(depth: int, bottleneck: bool) -> None:
-    with pytest.raises(ValueError, match="^depth must be"):
+    with pytest.raises(ValueError, match=r"^depth must be"):
         models.densenet_cifar(depth, 12, bottleneck)
 
 

@@ -1,8 +1,9 @@
 """Adapters: how the dense blocks of other libraries are recognised and mapped.
 
-Names do not tell in which order a block concatenates, where it drops out, or whether its input is in
-its output: that is written in `forward`. So a class is matched exactly, by module and qualified name
-(a subclass may have another forward), and mapped by an adapter somebody wrote while reading it.
+Names do not tell in which order a block concatenates, where it drops out, or whether its input is
+in its output: that is written in `forward`. So a class is matched exactly, by module and qualified
+name (a subclass may have another forward), and mapped by an adapter somebody wrote while reading
+it.
 """
 
 from __future__ import annotations

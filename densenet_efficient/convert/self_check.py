@@ -1,18 +1,19 @@
-"""The numerical self-check: before a replacement is kept, it must hold the source's very tensors under
-the source's keys and give the source's output on a small random input in eval mode."""
+"""The numerical self-check: before a replacement is kept, it must hold the source's very tensors
+under the source's keys and give the source's output on a small random input in eval mode."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Unsupported
 
-# Largest difference over the largest output. A wrong order of channels or a misplaced dropout gives
-# errors of order one; these bounds leave room for another order of summation, with TF32 for float32.
+# Largest difference over the largest output. A wrong order of channels gives errors of order one;
+# these bounds leave room for another order of summation, and for TF32 beside float32.
 _TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-2,
@@ -59,9 +60,9 @@ def check_replacement(
 
 def _check_same_tensors(source: nn.Module, replacement: nn.Module) -> None:
     def tensors(module: nn.Module) -> list[tuple[str, int]]:
-        found = [*module.named_parameters(remove_duplicate=False)]
-        found += module.named_buffers(remove_duplicate=False)
-        return [(name, id(tensor)) for name, tensor in found]
+        parameters = module.named_parameters(remove_duplicate=False)
+        buffers = module.named_buffers(remove_duplicate=False)
+        return [(name, id(tensor)) for name, tensor in chain(parameters, buffers)]
 
     keys = list(source.state_dict(keep_vars=True))
     if tensors(source) != tensors(replacement) or keys != list(replacement.state_dict()):

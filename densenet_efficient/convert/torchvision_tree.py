@@ -1,9 +1,9 @@
 """Adapters for torchvision's DenseNet and everything built of its blocks, and for our reference.
 
-    _DenseBlock (ModuleDict)   denselayer{i}: norm1 relu1 conv1 norm2 relu2 conv2, F.dropout(drop_rate);
-                               a layer takes all earlier outputs and returns its new channels
-    _Transition (Sequential)   norm relu conv pool
-    features (Sequential)      conv0 norm0 relu0 pool0 denseblock1 transition1 ... norm5
+    _DenseBlock (ModuleDict)  denselayer{i}: norm1 relu1 conv1 norm2 relu2 conv2, F.dropout; a layer
+                              takes all earlier outputs and returns its new channels
+    _Transition (Sequential)  norm relu conv pool
+    features (Sequential)     conv0 norm0 relu0 pool0 denseblock1 transition1 ... norm5
 
 torchvision's own memory flag, per-layer checkpointing, is subsumed by the conversion.
 """
@@ -14,7 +14,7 @@ import re
 
 from torch import Tensor, nn
 
-from ..modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition, LayerParts
+from ..modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition, standard_parts
 from .adapters import (
     Adapter,
     Unsupported,
@@ -29,18 +29,6 @@ from .adapters import (
 
 _STAGE = re.compile(r"(denseblock|transition)\d+")
 _STEM = ("norm0", "relu0", "pool0")
-
-
-def layer_parts(layer: nn.Module) -> LayerParts:
-    """The parts of a layer with children norm1, conv1 and, unless it is plain, norm2, conv2."""
-    children = layer._modules
-    return LayerParts(
-        norm1=children["norm1"],
-        conv1=children["conv1"],
-        norm2=children.get("norm2"),
-        conv2=children.get("conv2"),
-        drop_rate=float(getattr(layer, "drop_rate", 0.0)),
-    )
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
@@ -141,5 +129,5 @@ def register() -> None:
         "densenet_efficient.reference.models": ("DenseBlock", "Transition", _check_reference_layer),
     }
     for home, (block_name, transition_name, check) in blocks.items():
-        register_adapter(f"{home}.{block_name}", block_adapter(layer_parts, check=check))
+        register_adapter(f"{home}.{block_name}", block_adapter(standard_parts, check=check))
         register_adapter(f"{home}.{transition_name}", transition)

@@ -1,8 +1,9 @@
 """DenseNet's layers, blocks and models of ordinary nn.Modules: what the efficient ones must agree
 with, in outputs, gradients, running statistics and state dict keys.
 
-`memory_efficient=True` checkpoints every layer's concatenation, norm, ReLU and first convolution with
-torch.utils.checkpoint, as torchvision does (so norm1's running statistics are updated twice a step).
+`memory_efficient=True` checkpoints every layer's concatenation, norm, ReLU and first convolution
+with torch.utils.checkpoint, as torchvision does (so norm1's running statistics are updated twice a
+step).
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class DenseLayer(nn.Module):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
         super().__init__()
         convolution, norm = _CONVOLUTIONS[dims], _NORMS[dims]
-        spatial = {"kernel_size": 3, "padding": dilation, "dilation": dilation, "bias": False}
+        spatial: dict[str, Any] = {
+            "kernel_size": 3,
+            "padding": dilation,
+            "dilation": dilation,
+            "bias": False,
+        }
         self.norm1 = norm(num_input_features, eps=eps, momentum=momentum)
         self.relu1 = nn.ReLU(inplace=True)
         if bottleneck:

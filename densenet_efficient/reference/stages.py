@@ -1,5 +1,4 @@
-"""The plain PyTorch twin of every operator in csrc/ops.cpp: the specification the kernels are tested
-against.
+"""The plain PyTorch twin of every operator in csrc/ops.cpp: the specification of the kernels.
 
 Each function has its operator's name and argument order, without the tensors the operator writes;
 those are returned instead (for a tensor that the operator adds to, the contribution is returned).
@@ -25,6 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -129,8 +129,8 @@ def norm_relu_conv1x1_forward(x: Tensor, norm: Tensor, weight: Tensor) -> tuple[
 def norm_relu_conv1x1_backward(
     dz_y: Tensor, y: Tensor, correction: Tensor, x: Tensor, norm: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(a * dz [M, C], dweight [K, C], dnorm [2, C]), where dz_y [M, K] is the masked gradient of the
-    norm that follows y [M, K] and correction [4, K] is that norm's.
+    """(a * dz [M, C], dweight [K, C], dnorm [2, C]), where dz_y [M, K] is the masked gradient of
+    the norm that follows y [M, K] and correction [4, K] is that norm's.
 
     dy = a * dz_y - p - (y - mean) * q and dz = (dy @ weight) * [a * x + s > 0]. The operator adds
     the first output to the shared gradient buffer.
@@ -173,16 +173,17 @@ def norm_relu_conv3x3_backward(
     wide_dy = _nchw(_rounded(wide_dy, x.dtype))
     z, h = _norm_relu(x, norm)
     h = _nchw(_rounded(h, x.dtype))
-    dh = torch.nn.grad.conv2d_input(list(h.shape), _wide(weight), wide_dy, padding=1)
-    dweight = torch.nn.grad.conv2d_weight(h, list(weight.shape), wide_dy, padding=1)
+    dh = conv2d_input(list(h.shape), _wide(weight), wide_dy, padding=1)
+    dweight = conv2d_weight(h, list(weight.shape), wide_dy, padding=1)
     dz = _relu_mask(_nhwc(dh), z)
     dx = norm[0] * dz if accumulate else dz
     return dx.to(x.dtype), dweight, _dnorm(dz, x, norm)
 
 
 def transition_forward(x: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(y [N, H/2, W/2, K], stats of y) with y = avg_pool2x2(relu(a * x + s)) @ weight^T. The pooling
-    commutes with the 1x1 convolution; odd edges are dropped. x [N, H, W, C], weight [K, C]."""
+    """(y [N, H/2, W/2, K], stats of y) with y = avg_pool2x2(relu(a * x + s)) @ weight^T. The
+    pooling commutes with the 1x1 convolution; odd edges are dropped. x [N, H, W, C], weight
+    [K, C]."""
     pooled = _rounded(_pool(_norm_relu(x, norm)[1]), x.dtype)
     y = (pooled @ _wide(weight).t()).to(x.dtype)
     return y, channel_stats(_rows(y))
@@ -191,8 +192,8 @@ def transition_forward(x: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor,
 def transition_backward(
     dy: Tensor, x: Tensor, norm: Tensor, weight: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [N, H, W, C], dweight [K, C], dnorm [2, C]) from dy [N, H/2, W/2, K]: through the pooling,
-    the ReLU and the norm, whose statistics were taken over `count` rows (0: constant)."""
+    """(dx [N, H, W, C], dweight [K, C], dnorm [2, C]) from dy [N, H/2, W/2, K]: through the
+    pooling, the ReLU and the norm, whose statistics were taken over `count` rows (0: constant)."""
     z, h = _norm_relu(x, norm)
     pooled = _rounded(_pool(h), x.dtype)
     dweight = _rows(_wide(dy)).t() @ _rows(pooled)
