@@ -63,10 +63,10 @@ def parse_report(text: str, file: str) -> list[Kernel]:
 
 
 def read_reports(folder: Path) -> list[Kernel]:
-    """All kernels of a build folder, names demangled; ValueError where it holds no report."""
+    """All kernels of a build folder, names demangled; SystemExit where it holds no report."""
     reports = sorted(folder.glob("*.ptxas"))
     if not reports:
-        raise ValueError(f"{folder} holds no *.ptxas reports: build the CUDA kernels first")
+        raise SystemExit(f"{folder} holds no *.ptxas reports: build the CUDA kernels first")
     kernels = [
         kernel
         for report in reports
@@ -111,6 +111,11 @@ def main() -> int:
     else:
         for file, arch, registers, shared, stack, spills, name in [header, *rows]:
             print(f"{file:<28}{arch:<8}{registers:>10}{shared:>9}{stack:>7}{spills:>8}  {name}")
+    return check(kernels)
+
+
+def check(kernels: list[Kernel]) -> int:
+    """Names the kernels that spill; the exit status, 1 where there is one."""
     spilling = [k for k in kernels if k.spill_stores + k.spill_loads]
     for k in spilling:
         print(

@@ -1,0 +1,204 @@
+"""Loading the compiled operators: once, from any thread, and with a reason wherever it fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from densenet_efficient import library
+from densenet_efficient.library import MissingLibraryError
+from densenet_efficient.version import __version__
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The state of a process that has not loaded the library yet."""
+    monkeypatch.setattr(library, "_loaded", False)
+    monkeypatch.setattr(library, "_failure", None)
+    caches = (library.build_info, library._cuda_gap, library._warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    for cache in caches:
+        cache.cache_clear()
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_library_loads_and_defines_every_operator() -> None:
+    library.load()
+    assert library.is_available() and library.unavailable_reason() is None
+    assert torch.ops.densenet_efficient.channel_stats.default is not None
+    assert library._without_kernels("CPU") is None
+
+
+def test_threads_load_once(unloaded: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    unloaded.setattr(torch.ops, "load_library", calls.append)
+    start = threading.Barrier(8)
+
+    def load() -> None:
+        start.wait()
+        library.load()
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [str(library.LIBRARY)]
+
+
+def test_missing_library_says_how_to_build(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unloaded.setattr(library, "LIBRARY", tmp_path / "libdensenet_efficient.so")
+    with pytest.raises(MissingLibraryError, match=r"does not exist.*run pip install \."):
+        library.load()
+    with pytest.warns(RuntimeWarning, match=r"general path.*does not exist"):
+        assert not library.is_available()
+    assert "general path, because" in str(library.info())
+
+
+def test_missing_module_is_named(unloaded: pytest.MonkeyPatch) -> None:
+    # None in sys.modules makes the import fail, as it does under a Python it was not built for.
+    unloaded.setitem(sys.modules, "densenet_efficient._module", None)  # type: ignore[arg-type]
+    unloaded.delattr("densenet_efficient._module", raising=False)
+    with pytest.raises(MissingLibraryError, match=r"_module is not built for Python 3"):
+        library.load()
+    assert library.info().build == {} and library.info().backends == ()
+
+
+def test_library_of_another_version_is_refused(unloaded: pytest.MonkeyPatch) -> None:
+    built = {**library.build_info(), "version": "0.0.1"}
+    unloaded.setattr(library, "build_info", lambda: built)
+    with pytest.raises(MissingLibraryError, match=rf"are of version 0.0.1.*is {__version__}"):
+        library.load()
+
+
+def test_library_of_another_cpu_is_refused(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse4_2 avx\n")
+    built = {**library.build_info(), "cpu_features": "avx avx2 fma"}
+    unloaded.setattr(library, "CPUINFO", cpuinfo)
+    unloaded.setattr(library, "build_info", lambda: built)
+    with pytest.raises(MissingLibraryError, match="machine lacks: avx2 fma "):
+        library.load()
+
+
+def test_cpu_check_needs_no_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "CPUINFO", tmp_path / "none")
+    assert library.missing_cpu_features(["avx2"]) == []
+
+
+def test_old_torch_is_refused(unloaded: pytest.MonkeyPatch) -> None:
+    unloaded.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(
+        MissingLibraryError, match=r"need torch >= 2\.10, and this is torch 2\.9\.1"
+    ):
+        library.load()
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("lib.so: undefined symbol: aoti_torch_new", r"built against torch .* undefined symbol"),
+        ("lib.so: file too short", r"do not load: lib\.so: file too short.*Build them"),
+    ],
+)
+def test_loader_errors_are_explained(
+    unloaded: pytest.MonkeyPatch, message: str, expected: str
+) -> None:
+    def fail(path: str) -> None:
+        raise OSError(message)
+
+    unloaded.setattr(torch.ops, "load_library", fail)
+    with pytest.raises(MissingLibraryError, match=expected):
+        library.load()
+
+
+def test_disabling_is_visible_and_operators_raise() -> None:
+    code = """
+import warnings, torch
+from densenet_efficient import library, ops
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    assert not library.is_available() and not library.is_available()
+assert len(seen) == 1 and "DENSENET_EFFICIENT_DISABLE=1" in str(seen[0].message)
+try:
+    ops.channel_stats(torch.ones(4, 2), torch.empty(2, 2))
+except library.MissingLibraryError as error:
+    print(error)
+print(library.info())
+"""
+    done = run_python(code, DENSENET_EFFICIENT_DISABLE="1")
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert "switched off by DENSENET_EFFICIENT_DISABLE=1" in first
+    assert any("cpu: general path, because" in line for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "ptx", "covered"),
+    [
+        ((8, 0), ["80"], [], True),
+        ((8, 9), ["80"], [], True),  # machine code runs on later minor versions
+        ((8, 0), ["86"], [], False),  # but not on earlier ones
+        ((9, 0), ["80"], [], False),  # nor on another major version
+        ((9, 0), ["90a"], [], True),
+        ((10, 3), ["100a"], [], False),  # "a" is for exactly that version
+        ((10, 3), ["100f"], [], True),
+        ((12, 0), ["90a"], ["80"], True),  # PTX is compiled for anything newer
+        ((7, 5), ["80"], ["80"], False),
+        ((10, 0), [], ["90a"], False),
+    ],
+)
+def test_covered_architectures(
+    capability: tuple[int, int], archs: list[str], ptx: list[str], covered: bool
+) -> None:
+    assert library.is_covered(capability, archs, ptx) is covered
+
+
+def test_architecture_names_are_checked() -> None:
+    with pytest.raises(ValueError, match="got 'sm_80'"):
+        library.is_covered((8, 0), ["sm_80"], [])
+
+
+def test_cuda_gap_names_the_gpu_and_the_cure(unloaded: pytest.MonkeyPatch) -> None:
+    library.load()
+    built = {**library.build_info(), "cuda_archs": "90a", "cuda_ptx": ""}
+    unloaded.setattr(library, "build_info", lambda: built)
+    unloaded.setattr(torch.cuda, "is_available", lambda: True)
+    unloaded.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    gap = library.cuda_gap(torch.device("cuda", 0))
+    assert gap is not None
+    assert "compiled for sm_90a, and this GPU is 8.6: rebuild with TORCH_CUDA_ARCH_LIST=8.6" in gap
+
+
+def test_cuda_gap_without_cuda_kernels(unloaded: pytest.MonkeyPatch) -> None:
+    built = {**library.build_info(), "cuda_archs": "", "cuda": "left out (no nvcc)"}
+    unloaded.setattr(library, "build_info", lambda: built)
+    assert library.cuda_gap(torch.device("cuda")) == "CUDA kernels were left out (no nvcc)"
+
+
+def test_info_prints_versions_backends_and_paths() -> None:
+    info = library.info()
+    text = str(info)
+    assert info.library == str(library.LIBRARY) and info.problem is None
+    assert info.backends[0] == "cpu" and info.build["torch"] in text
+    for part in (__version__, torch.__version__, info.build["compiler"], "cpu: compiled kernels"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 100 or " " not in text
