@@ -57,7 +57,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
         path: the destination; its folder is made where it is missing.
         write: called with the temporary file's name.
 
-    Whatever ``write`` raises is passed on, the temporary file is removed and an older ``path`` stays.
+    Whatever ``write`` raises is passed on, the temporary file is removed and an older ``path``
+    stays.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +235,9 @@ def _check_tensors(what: str, expected: Mapping[str, Tensor], got: Mapping[str, 
 def _check_optimizer(optimizer: torch.optim.Optimizer, got: Mapping[str, Any]) -> None:
     groups, parameters = got.get("param_groups"), got.get("state")
     if not isinstance(groups, list) or not isinstance(parameters, dict):
-        raise CheckpointError("checkpoint's optimizer: expected param_groups and state, got neither")
+        raise CheckpointError(
+            "checkpoint's optimizer: expected param_groups and state, got neither"
+        )
     expected = optimizer.state_dict()["param_groups"]
     _check_equal(
         "optimizer: parameters in each group",

@@ -205,9 +205,7 @@ def _image_folder(path: Path, size: int, augment: bool) -> Data:
     for split in ("train", "val"):
         steps = random if augment and split == "train" else plain
         try:
-            parts.append(
-                datasets.ImageFolder(path / split, v2.Compose(steps), loader=_open_image)
-            )
+            parts.append(datasets.ImageFolder(path / split, v2.Compose(steps), loader=_open_image))
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"data imagefolder: expected images in {path / split}/CLASS/, got: {error}"

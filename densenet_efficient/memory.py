@@ -99,7 +99,7 @@ def measure_step(
 
 def allocator_peak_bytes(step: Callable[[], object]) -> int:
     """The most that torch's CPU allocator held during `step` over what it held before, exact to
-    the byte, from the profiler's allocation events. It does not see what other libraries allocate."""
+    the byte, from the profiler's events. It does not see what other libraries allocate."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -1,8 +1,8 @@
 """A network by name and options, in each of its executions.
 
 Training, benchmarks and the command line all say which network they mean by a `NetworkSpec`, and in
-what way it is to run by an execution: ours in its two memory modes, the plain twin, or torchvision's
-own. All executions of one spec have the same parameters and state dict keys.
+what way it is to run by an execution: ours in its two memory modes, the plain twin, or
+torchvision's own. All executions of one spec have the same parameters and state dict keys.
 """
 
 from __future__ import annotations

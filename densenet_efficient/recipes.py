@@ -1,8 +1,8 @@
 """Training recipes: the numbers of the papers, checked, and the optimiser and schedule they make.
 
-CIFAR: Huang et al., arXiv 1608.06993, section 4.2: SGD with Nesterov momentum 0.9, weight decay 1e-4,
-batch 64, learning rate 0.1 divided by 10 after 50 % and 75 % of 300 epochs. ImageNet: 90 epochs,
-batch 256, divided by 10 after one and two thirds.
+CIFAR: Huang et al., arXiv 1608.06993, section 4.2: SGD with Nesterov momentum 0.9, weight decay
+1e-4, batch 64, learning rate 0.1 divided by 10 after 50 % and 75 % of 300 epochs. ImageNet: 90
+epochs, batch 256, divided by 10 after one and two thirds.
 """
 
 from __future__ import annotations

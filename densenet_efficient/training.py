@@ -47,8 +47,8 @@ class TrainingOptions:
     """What to train and how.
 
     network, execution: see `networks`. recipe: see `recipes`. amp: None, "bf16" or "fp16" autocast
-    (fp16 with loss scaling). device: such as "cpu" or "cuda:0". out: folder of the logs, weights and
-    checkpoint. resume: a checkpoint to continue. workers: processes that load data.
+    (fp16 with loss scaling). device: such as "cpu" or "cuda:0". out: folder of the logs, weights
+    and checkpoint. resume: a checkpoint to continue. workers: processes that load data.
     """
 
     network: NetworkSpec
