@@ -226,6 +226,22 @@ __device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// pack of both values behind a ReLU, in one instruction; a NaN stays one, as in relu().
+template <typename T>
+__device__ __forceinline__ uint32_t pack_relu(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack_relu<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_relu<Half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t pair);
 template <>

@@ -193,6 +193,10 @@ uint32_t pack(float low, float high) {
   return T(low).x | uint32_t(T(high).x) << 16;
 }
 template <typename T>
+uint32_t pack_relu(float low, float high) {
+  return pack<T>(relu(low), relu(high));
+}
+template <typename T>
 float2 unpack(uint32_t pair) {
   return float2{static_cast<float>(T(static_cast<uint16_t>(pair), T::from_bits())),
                 static_cast<float>(T(static_cast<uint16_t>(pair >> 16), T::from_bits()))};
