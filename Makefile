@@ -29,6 +29,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	@! grep -nE '^.{101,}$$' $(FORMATTED) || { echo "longer than 100 columns"; exit 1; }
 
 format: $(STAMP)
 	$(BIN)/ruff format .
