@@ -7,8 +7,8 @@ Builds the kernels for the GPU at hand, or takes the library that is there when 
 runs the tests marked `gpu`; runs those marked `sanitize` under compute-sanitizer's memcheck,
 racecheck and initcheck; runs the benchmarks, which write their own tables. Steps have shares of the
 time; what no longer fits is reported as not run, and the exit status is 1 unless all steps passed
-(a missing compute-sanitizer is reported and does not fail the check). Writes gpu-check.md, .json and
-.log to benchmarks/results.
+(a missing compute-sanitizer is reported and does not fail the check). Writes gpu-check.md, .json
+and .log to benchmarks/results.
 """
 
 from __future__ import annotations
