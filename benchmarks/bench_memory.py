@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy
 
 import densenet_efficient
-from densenet_efficient.benchmarking import Case, measure_memory
+from densenet_efficient.benchmarking import Case, MeasurementError, measure_memory
 from densenet_efficient.networks import NetworkSpec
 from densenet_efficient.reports import markdown_table, megabytes, write_results
 
@@ -207,5 +207,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, MeasurementError) as error:
         sys.exit(f"bench_memory: {error}")

@@ -5,8 +5,9 @@
     python benchmarks/bench_training.py --device cuda --quick    the same in about three minutes
 
 For each case: first the errors against float64 (ours must not exceed 1.2 times the framework's
-own, or nothing is timed), then all peers in turns within this process, then the peak memory of each.
-Conventions: densenet_efficient/benchmarking.py. Writes benchmarks/results/training-DEVICE.{json,md}.
+own, or nothing is timed), then all peers in turns within this process, then the peak memory of
+each. Conventions: densenet_efficient/benchmarking.py.
+Writes benchmarks/results/training-DEVICE.{json,md}.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from densenet_efficient.benchmarking import DTYPES, PEERS, Case
+from densenet_efficient.benchmarking import DTYPES, PEERS, Case, MeasurementError
 from densenet_efficient.comparison import compare, comparison_table
 from densenet_efficient.networks import NETWORKS, NetworkSpec
 from densenet_efficient.reports import write_results
@@ -120,5 +121,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, MeasurementError) as error:
         sys.exit(f"bench_training: {error}")

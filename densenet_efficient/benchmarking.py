@@ -3,9 +3,9 @@ their own.
 
 Conventions. A step is forward, cross entropy, backward, SGD with momentum. Time: peers take turns,
 step by step, in one process; medians and quantiles of the turns. Memory: the peak during a step
-over what stood before it (parameters, momentum, input). Gradients are None before the step, so parameter
-gradients count; one warm-up step comes first, and our idle scratch is given back before what stands
-is read. On the CPU each peer is measured in a process of its own (see `memory`).
+over what stood before it (parameters, momentum, input). Gradients are None before the step, so
+parameter gradients count; one warm-up step comes first, and our idle scratch is given back before
+what stands is read. On the CPU each peer is measured in a process of its own (see `memory`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "DTYPES",
     "PEERS",
     "Case",
+    "MeasurementError",
     "TrainingStep",
     "agreement",
     "check_agreement",
@@ -52,6 +53,10 @@ PEERS = {
 OURS = ("store", "recompute")
 MEMORY_BUDGET = 0.3
 AGREEMENT_BOUND = 1.2
+
+
+class MeasurementError(RuntimeError):
+    """Something that must not be measured, or could not be."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +263,11 @@ def _outputs_and_gradients(
 
 
 def check_agreement(errors: dict[str, float], bound: float = AGREEMENT_BOUND) -> None:
-    """RuntimeError where ours is further from float64 than `bound` times the framework's own
+    """MeasurementError where ours is further from float64 than `bound` times the framework's own
     error: what is wrong is not timed."""
     for peer in OURS:
         if peer in errors and not errors[peer] <= bound * errors["eager"]:
-            raise RuntimeError(
+            raise MeasurementError(
                 f"{peer}: expected an error against float64 of at most {bound} times eager's "
                 f"{errors['eager']:.2e}, got {errors[peer]:.2e}; nothing was timed"
             )
@@ -274,7 +279,7 @@ def measure_memory(case: Case, peer: str, *, exact: bool = False) -> dict[str, i
     On the CPU in a fresh process, on CUDA here.
 
     Raises:
-        RuntimeError: the process failed; with its last lines.
+        MeasurementError: the process failed; with its last lines.
     """
     if torch.device(case.device).type == "cuda":
         return _probe(case, peer, exact=False)
@@ -288,7 +293,7 @@ def measure_memory(case: Case, peer: str, *, exact: bool = False) -> dict[str, i
         text=True,
     )
     if done.returncode != 0:
-        raise RuntimeError(
+        raise MeasurementError(
             f"memory of {peer}, {case.title}: the measuring process ended with "
             f"{done.returncode}:\n" + "\n".join(done.stderr.splitlines()[-5:])
         )
