@@ -185,9 +185,15 @@ class Build:
 
     def ninja_run(self, target: str) -> None:
         jobs = ["-j", self.options.jobs] if self.options.jobs else []
-        command = [self.ninja, "-C", str(self.folder), *jobs, target]
+        command = [self.ninja, *jobs, target]
+        # A dry run first: "no work to do", once for every phase of every command, is only noise.
+        planned = subprocess.run(
+            [*command, "-n"], cwd=self.folder, capture_output=True, text=True
+        ).stdout
+        if "no work to do" in planned:
+            return
         try:
-            subprocess.run(command, check=True)
+            subprocess.run(command, cwd=self.folder, check=True)
         except subprocess.CalledProcessError:
             if target == "cuda":
                 raise
