@@ -1,0 +1,377 @@
+// norm_relu_conv3x3: y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1, and its gradients.
+//
+// A tile is a band of image rows. Its operand is normalised once, with a halo of one pixel that is
+// zero outside the image (the padding is behind the ReLU). The three pixels under a kernel row are
+// neighbours in memory, so an output row is one product of W rows with 3 segments (kernel rows) of
+// 3 * C steps: nothing is copied into columns.
+//   forward    y[row] = h[row .. row + 2] * weight
+//   backward   dh[row] = dy[row .. row + 2] * flipped weight; dz = dh * [a * x + s > 0]
+//              dweight[tap] += dy^T h[shifted by tap], a reduction over the pixels of the band
+// Where a unit holds two pixels of that reduction, they come from the upper and the lower half of the
+// band: so both shift by a tap together. Bytes moved: x once (and dx once or twice), dy and y once,
+// halos again. Tasks are groups of bands; partial sums merge in their order.
+#include "moments.h"
+#include "product.h"
+
+namespace densenet_efficient::cpu {
+namespace {
+
+// x [N, H, W, C] and its norm.
+template <typename T>
+struct Source {
+  Rows<const T> x;
+  Rows<const Arithmetic<T>> norm;
+  int64_t N, H, W, C;
+
+  // One image row of relu(a * x + s) with a zero pixel at either end, `columns` channels from
+  // `column` on, each pixel padded to `width` elements; all zero outside the image.
+  void halo_row(int64_t image, int64_t row, int64_t column, int64_t columns, int64_t width,
+                Element<T>* out) const {
+    if (row < 0 || row >= H) {
+      std::fill_n(out, (W + 2) * width, Element<T>(0));
+      return;
+    }
+    std::fill_n(out, width, Element<T>(0));
+    std::fill_n(out + (W + 1) * width, width, Element<T>(0));
+    for (int64_t w = 0; w < W; ++w)
+      norm_relu_row<T>(x[(image * H + row) * W + w] + column, norm[kScale] + column,
+                       norm[kShift] + column, columns, width, out + (w + 1) * width);
+  }
+};
+
+// Packs weight [K, C, 3, 3]: panels of columns, 9 taps of whole units in each. Forward: columns are
+// the outputs. Backward: columns are the inputs, the taps run backwards.
+template <typename T>
+void pack_taps(const Tensor& weight, bool backward, Unit<T>* packed) {
+  constexpr int64_t panel_width = kPanel<Unit<T>>;
+  const T* w = static_cast<const T*>(weight.const_data_ptr());
+  const int64_t n_dim = backward ? 1 : 0, k_dim = backward ? 0 : 1;
+  const int64_t columns = weight.size(n_dim), depth = weight.size(k_dim);
+  const int64_t steps = ceil_div(depth, kGroup<T>);
+  parallel(ceil_div(columns, panel_width) * 9, [&](int64_t task) {
+    const int64_t first = task / 9 * panel_width, tap = task % 9;
+    const int64_t from = backward ? 8 - tap : tap;
+    pack_panel<T>(w + first * weight.stride(n_dim) + from / 3 * weight.stride(2) +
+                      from % 3 * weight.stride(3),
+                  depth, columns - first, weight.stride(k_dim), weight.stride(n_dim),
+                  packed + first * 9 * steps + tap * steps * panel_width);
+  });
+}
+
+// One output row: W pixels, all taps. `a` is the halo row above, `pitch` units to the next.
+template <typename T>
+Product<Unit<T>> row_product(const Unit<T>* a, int64_t pixels, int64_t steps, int64_t pitch,
+                             const Unit<T>* packed, int64_t columns, Arithmetic<T>* c,
+                             int64_t c_row) {
+  constexpr int64_t panel = kPanel<Unit<T>>;
+  return {.m = pixels, .n = columns, .segments = 3, .depth = 3 * steps,
+          .a = a, .a_row = steps, .a_step = 1, .a_segment = pitch,
+          .b = packed, .b_panel = 9 * steps * panel, .b_step = panel,
+          .b_segment = 3 * steps * panel,
+          .c = c, .c_row = c_row, .accumulate = false};
+}
+
+template <typename T>
+void forward(const Source<T>& source, const Tensor& weight, Rows<T> y,
+             std::optional<Rows<Arithmetic<T>>> stats) {
+  using A = Arithmetic<T>;
+  using U = Unit<T>;
+  const int64_t H = source.H, W = source.W, C = source.C, K = weight.size(0), slots = threads();
+  const workspace::cpu::Conv3x3Forward plan(source.N, H, W, C, K, sizeof(A), slots);
+  Workspace workspace(weight, plan.bytes);
+  const int64_t depth = round_up(C, kGroup<T>), steps = depth / kGroup<T>;
+  const int64_t width = workspace::cpu::pad(K);
+  U* packed = workspace.take<U>(plan.weight / kGroup<T>);
+  Element<T>* operands = workspace.take<Element<T>>(slots * plan.operand);
+  A* results = workspace.take<A>(slots * plan.result);
+  GroupMoments moments(workspace, plan.groups.groups, K);
+  A* spares = workspace.take<A>(slots * 2 * K);
+  pack_taps<T>(weight, false, packed);
+
+  parallel(plan.groups.groups, [&](int64_t group) {
+    const int64_t slot = own_slot(slots);
+    Element<T>* h = operands + slot * plan.operand;
+    A* result = results + slot * plan.result;
+    for (int64_t tile = plan.groups.first(group); tile < plan.groups.first(group + 1); ++tile) {
+      const auto band = plan.bands.at(tile);
+      for (int64_t r = 0; r < band.rows + 2; ++r)
+        source.halo_row(band.image, band.first + r - 1, 0, C, depth, h + r * (W + 2) * depth);
+      const U* units = reinterpret_cast<const U*>(h);
+      const int64_t pitch = (W + 2) * steps;
+      const int64_t first_pixel = (band.image * H + band.first) * W;
+      for (int64_t r = 0; r < band.rows; ++r) {
+        product(row_product<T>(units + r * pitch, W, steps, pitch, packed, K,
+                               result, width));
+        for (int64_t w = 0; w < W; ++w)
+          store_row<T>(result + w * width, K, y[first_pixel + r * W + w]);
+      }
+      if (stats)
+        moments.add<T>(group, {y[first_pixel], y.stride}, band.rows * W, spares + slot * 2 * K);
+    }
+  });
+  if (stats) moments.finish(*stats);
+}
+
+// dz for one pixel: sums, and dx := dz or dx += a * dz.
+template <typename T, bool Accumulate>
+inline void take_dz(const Arithmetic<T>* __restrict dh, const T* __restrict x,
+                    const Arithmetic<T>* __restrict scale, const Arithmetic<T>* __restrict shift,
+                    const Arithmetic<T>* __restrict mean, int64_t columns, T* __restrict dx,
+                    Arithmetic<T>* __restrict dgamma, Arithmetic<T>* __restrict dbeta) {
+  using A = Arithmetic<T>;
+  for (int64_t c = 0; c < columns; ++c) {
+    const A value = load(x[c]);
+    const A dz = relu_mask(dh[c], normalise(value, scale[c], shift[c]));
+    dgamma[c] += dz * (value - mean[c]);
+    dbeta[c] += dz;
+    dx[c] = Accumulate ? store<T>(load(dx[c]) + scale[c] * dz) : store<T>(dz);
+  }
+}
+
+template <typename T>
+struct Backward {
+  using A = Arithmetic<T>;
+  using U = Unit<T>;
+  using E = Element<T>;
+  static constexpr int64_t kGroupSize = kGroup<T>, kColumns = workspace::cpu::kColumns;
+
+  Source<T> source;
+  Rows<const T> dy, y;             // y.data null: dy is not corrected
+  Rows<const A> correction;
+  bool accumulate;
+  Rows<T> dx;
+  A* dweight;  // null: not wanted
+  Rows<A> dnorm;
+
+  void run(const Tensor& weight) const {
+    const int64_t H = source.H, W = source.W, C = source.C, K = weight.size(0), slots = threads();
+    const workspace::cpu::Conv3x3Backward plan(source.N, H, W, C, K, sizeof(A), slots);
+    const int64_t groups = plan.groups.groups, depth = round_up(K, kGroupSize);
+    Workspace workspace(weight, plan.bytes);
+    U* packed = workspace.take<U>(plan.weight / kGroupSize);
+    E* dys = workspace.take<E>(slots * plan.dy);
+    U* dy_units = workspace.take<U>(slots * plan.dy_units / kGroupSize);
+    U* operands = workspace.take<U>(slots * plan.operand);
+    A* dhs = workspace.take<A>(slots * plan.dh);
+    A* spares = workspace.take<A>(slots * 4 * kColumns);
+    A* dweights = workspace.take<A>(groups * plan.dweight);
+    double* sums = workspace.take_zeros<double>(groups * 2 * C);
+    pack_taps<T>(weight, true, packed);
+
+    parallel(groups, [&](int64_t group) {
+      const int64_t slot = own_slot(slots);
+      E* dy_halo = dys + slot * plan.dy;
+      U* dy_unit = dy_units + slot * (plan.dy_units / kGroupSize);
+      A* tile_sums = spares + slot * 4 * kColumns;
+      A* partial = dweights + group * plan.dweight;
+      if (dweight) std::fill_n(partial, plan.dweight, A(0));
+      for (int64_t tile = plan.groups.first(group); tile < plan.groups.first(group + 1); ++tile) {
+        const auto band = plan.bands.at(tile);
+        for (int64_t r = 0; r < band.rows + 2; ++r)
+          dy_halo_row(band.image, band.first + r - 1, K, depth, dy_halo + r * (W + 2) * depth);
+        if (dweight && kGroupSize > 1) make_dy_units(dy_halo, band.rows, K, depth, dy_unit);
+        for (int64_t column = 0; column < C; column += kColumns) {
+          const int64_t columns = std::min(kColumns, C - column);
+          std::fill_n(tile_sums, 2 * kColumns, A(0));
+          data_gradient(band, column, columns, depth / kGroupSize, dy_halo, packed,
+                        dhs + slot * plan.dh, tile_sums);
+          add_to(tile_sums, columns, sums + 2 * group * C + column);
+          add_to(tile_sums + kColumns, columns, sums + (2 * group + 1) * C + column);
+          if (dweight)
+            weight_gradient(band, column, columns, K, depth, dy_halo, dy_unit,
+                            operands + slot * plan.operand,
+                            reinterpret_cast<E*>(tile_sums + 2 * kColumns), plan.columns, partial);
+        }
+      }
+    });
+
+    finish_dnorm<A>(sums, groups, C, source.norm[kRstd], dnorm);
+    if (!dweight) return;
+    parallel(K, [&](int64_t k) {
+      for (int64_t tap = 0; tap < 9; ++tap)
+        for (int64_t c = 0; c < C; ++c) {
+          A total = 0;
+          for (int64_t g = 0; g < groups; ++g)
+            total += dweights[g * plan.dweight + (tap * K + k) * plan.columns + c];
+          dweight[(k * C + c) * 9 + tap] = total;
+        }
+    });
+  }
+
+ private:
+  // One image row of dy, corrected, between two zero pixels; all zero outside the image.
+  void dy_halo_row(int64_t image, int64_t row, int64_t K, int64_t depth, E* out) const {
+    const int64_t W = source.W;
+    if (row < 0 || row >= source.H) {
+      std::fill_n(out, (W + 2) * depth, E(0));
+      return;
+    }
+    std::fill_n(out, depth, E(0));
+    std::fill_n(out + (W + 1) * depth, depth, E(0));
+    for (int64_t w = 0; w < W; ++w) {
+      const int64_t pixel = (image * source.H + row) * W + w;
+      if (y.data)
+        corrected_row<T>(dy[pixel], y[pixel], correction, K, depth, out + (w + 1) * depth);
+      else
+        element_row<T>(dy[pixel], K, depth, out + (w + 1) * depth);
+    }
+  }
+
+  // Pixels of the upper half of the band beside those of the lower half: [half][W][K] units.
+  void make_dy_units(const E* dy_halo, int64_t rows, int64_t K, int64_t depth, U* out) const {
+    const int64_t W = source.W, half = ceil_div(rows, kGroupSize);
+    for (int64_t r = 0; r < half; ++r)
+      for (int64_t w = 0; w < W; ++w) {
+        const E* low = dy_halo + ((r + 1) * (W + 2) + w + 1) * depth;
+        const E* high = r + half < rows ? low + half * (W + 2) * depth : nullptr;
+        interleave<T>(low, high, K, out + (r * W + w) * K);
+      }
+  }
+
+  template <typename Band>
+  void data_gradient(const Band& band, int64_t column, int64_t columns, int64_t steps,
+                     const E* dy_halo, const U* packed, A* dh, A* sums) const {
+    const int64_t W = source.W, width = workspace::cpu::pad(columns), pitch = (W + 2) * steps;
+    const auto& norm = source.norm;
+    for (int64_t r = 0; r < band.rows; ++r) {
+      product(row_product<T>(reinterpret_cast<const U*>(dy_halo) + r * pitch, W, steps, pitch,
+                             packed + column * 9 * steps, columns, dh, width));
+      for (int64_t w = 0; w < W; ++w) {
+        const int64_t pixel = (band.image * source.H + band.first + r) * W + w;
+        const auto take = accumulate ? take_dz<T, true> : take_dz<T, false>;
+        take(dh + w * width, source.x[pixel] + column, norm[kScale] + column,
+             norm[kShift] + column, norm[kMean] + column, columns, dx[pixel] + column, sums,
+             sums + kColumns);
+      }
+    }
+  }
+
+  template <typename Band>
+  void weight_gradient(const Band& band, int64_t column, int64_t columns, int64_t K, int64_t depth,
+                       const E* dy_halo, const U* dy_unit, U* h, E* spare, int64_t c_row,
+                       A* partial) const {
+    const int64_t W = source.W, width = workspace::cpu::pad(columns);
+    const int64_t half = ceil_div(band.rows, kGroupSize), pitch = (W + 2) * width;
+    for (int64_t r = 0; r < half + 2; ++r) {
+      const int64_t row = band.first + r - 1;
+      if constexpr (kGroupSize == 1)
+        source.halo_row(band.image, row, column, columns, width, h + r * pitch);
+      else
+        unit_halo_row(band.image, row, r + half < band.rows + 2 ? row + half : -1, column, columns,
+                      width, spare, h + r * pitch);
+    }
+    const bool by_rows = kGroupSize == 1;  // dy itself, read transposed
+    const U* a = by_rows ? reinterpret_cast<const U*>(dy_halo + (W + 3) * depth) : dy_unit;
+    for (int64_t tap = 0; tap < 9; ++tap)
+      product(Product<U>{.m = K, .n = columns, .segments = half, .depth = W,
+                         .a = a, .a_row = 1, .a_step = by_rows ? depth : K,
+                         .a_segment = by_rows ? (W + 2) * depth : W * K,
+                         .b = h + (tap / 3 * (W + 2) + tap % 3) * width, .b_panel = kPanel<U>,
+                         .b_step = width, .b_segment = pitch,
+                         .c = partial + tap * K * c_row + column, .c_row = c_row,
+                         .accumulate = true});
+  }
+
+  // Two image rows of the operand side by side, each between zero pixels.
+  void unit_halo_row(int64_t image, int64_t low_row, int64_t high_row, int64_t column,
+                     int64_t columns, int64_t width, E* spare, U* out) const {
+    const int64_t H = source.H, W = source.W;
+    const auto fill = [&](int64_t row, int64_t w, E* to) {
+      if (row < 0 || row >= H)
+        std::fill_n(to, width, E(0));
+      else
+        norm_relu_row<T>(source.x[(image * H + row) * W + w] + column,
+                         source.norm[kScale] + column, source.norm[kShift] + column, columns, width,
+                         to);
+    };
+    std::fill_n(out, width, U(0));
+    std::fill_n(out + (W + 1) * width, width, U(0));
+    for (int64_t w = 0; w < W; ++w) {
+      fill(low_row, w, spare);
+      fill(high_row, w, spare + kColumns);
+      interleave<T>(spare, spare + kColumns, width, out + (w + 1) * width);
+    }
+  }
+};
+
+void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
+                               OptionalTensor stats) {
+  const char* op = "norm_relu_conv3x3_forward";
+  check_dim({op, "x", x}, 4);
+  check_dim({op, "weight", weight}, 4);
+  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
+  const ScalarType accumulate = check_activation_dtype({op, "x", x});
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
+  check_shape({op, "weight", weight}, {K, C, 3, 3});
+  check_dtype({op, "weight", weight}, x.scalar_type());
+  check_device({op, "weight", weight}, x, "x");
+  const int64_t y_stride = check_activation({op, "y", y}, {N, H, W, K}, x, "x");
+  const int64_t stats_stride =
+      stats ? check_table({op, "stats", *stats}, kStatsRows, K, accumulate, x, "x") : 0;
+  DE_DISPATCH(x.scalar_type(), T, {
+    using A = Arithmetic<T>;
+    std::optional<Rows<A>> stats_rows;
+    if (stats) stats_rows = output_rows<A>(*stats, stats_stride);
+    forward<T>({input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C}, weight,
+               output_rows<T>(y, y_stride), stats_rows);
+  });
+}
+
+void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor correction, Tensor x,
+                                Tensor norm, Tensor weight, bool accumulate_dx, Tensor dx,
+                                OptionalTensor dweight, Tensor dnorm) {
+  const char* op = "norm_relu_conv3x3_backward";
+  check_dim({op, "x", x}, 4);
+  check_dim({op, "weight", weight}, 4);
+  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
+  const ScalarType accumulate = check_activation_dtype({op, "x", x});
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t dy_stride = check_activation({op, "dy", dy}, {N, H, W, K}, x, "x");
+  if (y.has_value() != correction.has_value())
+    fail({op, "y", x}, "and correction must be given together");
+  const int64_t y_stride = y ? check_activation({op, "y", *y}, {N, H, W, K}, x, "x") : 0;
+  const int64_t correction_stride =
+      correction
+          ? check_table({op, "correction", *correction}, kCorrectionRows, K, accumulate, x, "x")
+          : 0;
+  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
+  check_shape({op, "weight", weight}, {K, C, 3, 3});
+  check_dtype({op, "weight", weight}, x.scalar_type());
+  check_device({op, "weight", weight}, x, "x");
+  const int64_t dx_stride = check_activation({op, "dx", dx}, {N, H, W, C}, x, "x");
+  if (dweight) {
+    check_shape({op, "dweight", *dweight}, {K, C, 3, 3});
+    check_dtype({op, "dweight", *dweight}, accumulate);
+    check_device({op, "dweight", *dweight}, x, "x");
+    check_contiguous({op, "dweight", *dweight});
+  }
+  const int64_t dnorm_stride = check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
+  DE_DISPATCH(x.scalar_type(), T, {
+    using A = Arithmetic<T>;
+    Backward<T> backward{
+        {input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C},
+        input_rows<T>(dy, dy_stride),
+        {},
+        {},
+        accumulate_dx,
+        output_rows<T>(dx, dx_stride),
+        dweight ? static_cast<A*>(dweight->mutable_data_ptr()) : nullptr,
+        output_rows<A>(dnorm, dnorm_stride)};
+    if (y) {
+      backward.y = input_rows<T>(*y, y_stride);
+      backward.correction = input_rows<A>(*correction, correction_stride);
+    }
+    backward.run(weight);
+  });
+}
+
+}  // namespace
+}  // namespace densenet_efficient::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
+  library.impl("norm_relu_conv3x3_forward",
+               TORCH_BOX(&densenet_efficient::cpu::norm_relu_conv3x3_forward));
+  library.impl("norm_relu_conv3x3_backward",
+               TORCH_BOX(&densenet_efficient::cpu::norm_relu_conv3x3_backward));
+}

@@ -1,0 +1,65 @@
+// Running tasks on torch's threads, and the scratch they work in.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../stable.h"
+#include "../workspace.h"
+
+namespace densenet_efficient::cpu {
+
+using workspace::cpu::Bands;
+using workspace::cpu::Groups;
+using workspace::cpu::RowTiles;
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+
+// Calls f(task) for every task < tasks.
+template <typename F>
+void parallel(int64_t tasks, const F& f) {
+  if (tasks <= 0) return;
+  if (tasks == 1) return f(int64_t(0));
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task);
+  });
+}
+
+// Which of `slots` tile scratches is the running thread's own. A call from inside somebody else's
+// parallel region runs on one thread, whatever its index: then there is one slot.
+inline int64_t own_slot(int64_t slots) {
+  uint32_t index = 0;
+  torch_get_thread_idx(&index);
+  return index % slots;
+}
+
+// Scratch of one call, allocated through torch and freed with it. take() hands it out piece by
+// piece, each on a boundary of 64 bytes.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes)
+      : tensor_(torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte)) {
+    at_ = reinterpret_cast<char*>(tensor_.mutable_data_ptr());
+    at_ += (64 - reinterpret_cast<uintptr_t>(at_) % 64) % 64;
+  }
+
+  template <typename A>
+  A* take(int64_t count) {
+    A* piece = reinterpret_cast<A*>(at_);
+    at_ += workspace::round_up(count * static_cast<int64_t>(sizeof(A)), 64);
+    return piece;
+  }
+
+  template <typename A>
+  A* take_zeros(int64_t count) {
+    A* piece = take<A>(count);
+    std::fill_n(piece, count, A(0));
+    return piece;
+  }
+
+ private:
+  Tensor tensor_;
+  char* at_;
+};
+
+}  // namespace densenet_efficient::cpu

@@ -1,0 +1,134 @@
+// The product on tiles (see product.h): one block of rows x 2 vectors of columns lives in registers
+// while all its steps run. A step loads 2 vectors of b, broadcasts one unit of a per row and does
+// 2 multiply-adds per row: with 14 rows and 512-bit vectors, 28 accumulators of the 32 registers.
+#include "product.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace densenet_efficient::cpu {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxRows = 14;  // 32 vector registers
+#else
+constexpr int kMaxRows = 6;  // 16 vector registers
+#endif
+
+template <typename A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vector = typename VectorOf<A>::type;
+
+template <typename V>
+inline V load_vector(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <typename A>
+inline Vector<A> multiply_add(A a, Vector<A> b, Vector<A> c) {
+  return c + a * b;
+}
+
+#if defined(__AVX512BF16__)
+inline Vector<float> multiply_add(uint32_t a, Vector<uint32_t> b, Vector<float> c) {
+  return (Vector<float>)_mm512_dpbf16_ps(
+      (__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+}
+#else
+inline Vector<float> multiply_add(uint32_t, Vector<uint32_t>, Vector<float> c) { return c; }
+#endif
+
+// One block: R rows x V vectors. Transposed: the rows of a are neighbours; otherwise its steps are.
+template <typename U, int R, int V, bool Transposed>
+void block(const Product<U>& p, const U* a, const U* b, Accumulator<U>* c) {
+  using A = Accumulator<U>;
+  constexpr int64_t lanes = kVectorBytes / sizeof(A);
+  Vector<A> sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v)
+      sum[r][v] = p.accumulate ? load_vector<Vector<A>>(c + r * p.c_row + v * lanes) : Vector<A>{};
+  const int64_t a_row = Transposed ? 1 : p.a_row, a_step = Transposed ? p.a_step : 1;
+  const int64_t b_step = p.b_step;
+  for (int64_t g = 0; g < p.segments; ++g) {
+    const U* a_at = a + g * p.a_segment;
+    const U* b_at = b + g * p.b_segment;
+    for (int64_t k = 0; k < p.depth; ++k, a_at += a_step, b_at += b_step) {
+      Vector<U> column[V];
+      for (int v = 0; v < V; ++v) column[v] = load_vector<Vector<U>>(b_at + v * lanes);
+      for (int r = 0; r < R; ++r) {
+        const U value = a_at[r * a_row];
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, column[v], sum[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v)
+      std::memcpy(c + r * p.c_row + v * lanes, &sum[r][v], sizeof(Vector<A>));
+}
+
+template <typename U>
+using Block = void (*)(const Product<U>&, const U*, const U*, Accumulator<U>*);
+
+template <typename U, int V, bool Transposed, int... R>
+constexpr std::array<Block<U>, sizeof...(R)> blocks(std::integer_sequence<int, R...>) {
+  return {&block<U, R + 1, V, Transposed>...};
+}
+
+}  // namespace
+
+template <typename U>
+void product(const Product<U>& p) {
+  using A = Accumulator<U>;
+  constexpr int64_t lanes = kVectorBytes / sizeof(A);
+  using Rows = std::make_integer_sequence<int, kMaxRows>;
+  static constexpr std::array<Block<U>, kMaxRows> table[2][2] = {
+      {blocks<U, 1, false>(Rows{}), blocks<U, 2, false>(Rows{})},
+      {blocks<U, 1, true>(Rows{}), blocks<U, 2, true>(Rows{})}};
+  const bool transposed = p.a_step != 1;
+  // Rows are shared out evenly: 32 rows make 11 + 11 + 10, not 14 + 14 + 4.
+  const int64_t count = ceil_div(p.m, kMaxRows);
+  for (int64_t column = 0; column < p.n; column += kPanel<U>) {
+    const auto& kernels = table[transposed][p.n - column > lanes];
+    const U* b = p.b + column / kPanel<U> * p.b_panel;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = i * p.m / count, rows = (i + 1) * p.m / count - first;
+      kernels[rows - 1](p, p.a + first * p.a_row, b, p.c + first * p.c_row + column);
+    }
+  }
+}
+
+template <typename T>
+void pack_panel(const T* weight, int64_t depth, int64_t n, int64_t k_stride, int64_t n_stride,
+                Unit<T>* panel) {
+  constexpr int64_t group = kGroup<T>, width = kPanel<Unit<T>>;
+  auto* out = reinterpret_cast<Element<T>*>(panel);
+  const int64_t steps = ceil_div(depth, group);
+  if (n < width || depth % group) std::fill_n(panel, steps * width, Unit<T>(0));
+  const int64_t columns = std::min(n, width);
+  // Blocks of 16 along the reduction: a cache line of the weight is used up at once.
+  for (int64_t k0 = 0; k0 < depth; k0 += 16)
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t k = k0; k < std::min(k0 + 16, depth); ++k)
+        out[(k / group * width + j) * group + k % group] =
+            element<T>(load(weight[k * k_stride + j * n_stride]));
+}
+
+template void product(const Product<double>&);
+template void product(const Product<float>&);
+template void product(const Product<uint32_t>&);
+template void pack_panel(const double*, int64_t, int64_t, int64_t, int64_t, Unit<double>*);
+template void pack_panel(const float*, int64_t, int64_t, int64_t, int64_t, Unit<float>*);
+template void pack_panel(const Half*, int64_t, int64_t, int64_t, int64_t, Unit<Half>*);
+template void pack_panel(const BFloat16*, int64_t, int64_t, int64_t, int64_t, Unit<BFloat16>*);
+
+}  // namespace densenet_efficient::cpu

@@ -1,0 +1,207 @@
+// transition: y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T and its gradients.
+//
+// Pooling in front of the product quarters its work. Forward: product_forward.h over pooled rows, each
+// the mean of four normalised rows of x, rounded once; moves N * H * W * C + M * K elements.
+// Backward: product_backward.h gives dpooled; each of the four pixels gets dz = dpooled / 4 where its
+// own ReLU passed. The norm's correction needs the sums of dz, so the first pass takes sums and
+// dweight, and the second makes dpooled again and writes dx: cheaper than keeping dz, and not rounded.
+#include "product_backward.h"
+#include "product_forward.h"
+
+namespace densenet_efficient::cpu {
+namespace {
+
+// The rows of x [N, H, W, C] behind each pooled row.
+struct Pooling {
+  int64_t height, width;  // of y
+  int64_t x_height, x_width;
+
+  // Row of x at the upper left of pooled row `row`.
+  int64_t corner(int64_t row) const {
+    const int64_t image = row / (height * width), pixel = row % (height * width);
+    return (image * x_height + 2 * (pixel / width)) * x_width + 2 * (pixel % width);
+  }
+};
+
+template <typename T>
+inline void pooled_row(Rows<const T> x, int64_t corner, int64_t x_width, int64_t column,
+                       const Arithmetic<T>* __restrict scale,
+                       const Arithmetic<T>* __restrict shift, int64_t columns, int64_t padded,
+                       Element<T>* __restrict out) {
+  using A = Arithmetic<T>;
+  const T* __restrict x00 = x[corner] + column;
+  const T* __restrict x01 = x[corner + 1] + column;
+  const T* __restrict x10 = x[corner + x_width] + column;
+  const T* __restrict x11 = x[corner + x_width + 1] + column;
+  for (int64_t c = 0; c < columns; ++c) {
+    const A top = norm_relu(load(x00[c]), scale[c], shift[c]) +
+                  norm_relu(load(x01[c]), scale[c], shift[c]);
+    const A bottom = norm_relu(load(x10[c]), scale[c], shift[c]) +
+                     norm_relu(load(x11[c]), scale[c], shift[c]);
+    out[c] = element<T>((top + bottom) * A(0.25));
+  }
+  for (int64_t c = columns; c < padded; ++c) out[c] = Element<T>(0);
+}
+
+template <typename T>
+inline void add_dz(const Arithmetic<T>* __restrict dh, const T* __restrict x,
+                   const Arithmetic<T>* __restrict scale, const Arithmetic<T>* __restrict shift,
+                   const Arithmetic<T>* __restrict mean, int64_t columns,
+                   Arithmetic<T>* __restrict dgamma, Arithmetic<T>* __restrict dbeta) {
+  using A = Arithmetic<T>;
+  for (int64_t c = 0; c < columns; ++c) {
+    const A value = load(x[c]);
+    const A dz = relu_mask(dh[c], normalise(value, scale[c], shift[c]));
+    dgamma[c] += dz * (value - mean[c]);
+    dbeta[c] += dz;
+  }
+}
+
+Pooling pooling(const Tensor& x) {
+  return {x.size(1) / 2, x.size(2) / 2, x.size(1), x.size(2)};
+}
+
+template <typename T>
+void forward(const Tensor& x, int64_t x_stride, const Tensor& norm, int64_t norm_stride,
+             const Tensor& weight, const Tensor& y, int64_t y_stride, const OptionalTensor& stats,
+             int64_t stats_stride) {
+  using A = Arithmetic<T>;
+  const int64_t C = x.size(3), padded = round_up(C, kGroup<T>);
+  const Pooling pool = pooling(x);
+  const auto source = input_rows<T>(x, x_stride);
+  const auto table = input_rows<A>(norm, norm_stride);
+  std::optional<Rows<A>> stats_rows;
+  if (stats) stats_rows = output_rows<A>(*stats, stats_stride);
+  product_forward<T>(weight, x.size(0) * pool.height * pool.width, output_rows<T>(y, y_stride),
+                     stats_rows, [=](int64_t row, Element<T>* out) {
+                       pooled_row<T>(source, pool.corner(row), pool.x_width, 0, table[kScale],
+                                     table[kShift], C, padded, out);
+                     });
+}
+
+template <typename T>
+struct Backward {
+  Pooling pool;
+  int64_t images, channels;
+  Rows<const T> dy, x;
+  Rows<const Arithmetic<T>> norm;
+  Rows<T> dx;
+  Gradients<Arithmetic<T>> out;
+
+  void run(const Tensor& weight, int64_t count) const {
+    using A = Arithmetic<T>;
+    const int64_t K = weight.size(0), padded = round_up(K, kGroup<T>);
+    const int64_t M = images * pool.height * pool.width;
+    const auto load_dy = [&](int64_t row, Element<T>* to) {
+      element_row<T>(dy[row], K, padded, to);
+    };
+    const auto load_h = [&](int64_t row, int64_t column, int64_t columns, int64_t width,
+                            Element<T>* to) {
+      pooled_row<T>(x, pool.corner(row), pool.x_width, column, norm[kScale] + column,
+                    norm[kShift] + column, columns, width, to);
+    };
+    // Each of the four pixels takes a quarter of dpooled.
+    const auto quarter = [](A* dpooled, int64_t columns) {
+      for (int64_t c = 0; c < columns; ++c) dpooled[c] *= A(0.25);
+    };
+    product_backward<T>(weight, M, out, load_dy, load_h,
+                        [&](int64_t row, int64_t column, int64_t columns, A* dh, A* sums) {
+                          quarter(dh, columns);
+                          for (int64_t pixel = 0; pixel < 4; ++pixel)
+                            add_dz<T>(dh, x[neighbour(row, pixel)] + column, norm[kScale] + column,
+                                      norm[kShift] + column, norm[kMean] + column, columns, sums,
+                                      sums + workspace::cpu::kColumns);
+                        });
+
+    Workspace workspace(weight, workspace::cpu::transition_correction_bytes(channels, sizeof(A)));
+    const Rows<A> correction{workspace.take<A>(kCorrectionRows * channels), channels};
+    make_correction<A>({out.dnorm.data, out.dnorm.stride}, norm, count, channels, correction);
+    const A* zeros = workspace.take_zeros<A>(channels);
+    product_backward<T>(weight, M, {}, load_dy, load_h,
+                        [&](int64_t row, int64_t column, int64_t columns, A* dh, A*) {
+                          quarter(dh, columns);
+                          for (int64_t pixel = 0; pixel < 4; ++pixel)
+                            write_dx(neighbour(row, pixel), column, columns, dh, correction);
+                        });
+    // The edge that an odd height or width leaves out of the pooling.
+    parallel(images * pool.x_height, [&](int64_t line) {
+      const bool dropped = line % pool.x_height >= 2 * pool.height;
+      for (int64_t w = dropped ? 0 : 2 * pool.width; w < pool.x_width; ++w)
+        write_dx(line * pool.x_width + w, 0, channels, zeros, correction);
+    });
+  }
+
+ private:
+  int64_t neighbour(int64_t row, int64_t pixel) const {
+    return pool.corner(row) + pixel / 2 * pool.x_width + pixel % 2;
+  }
+
+  void write_dx(int64_t row, int64_t column, int64_t columns, const Arithmetic<T>* dh,
+                Rows<Arithmetic<T>> correction) const {
+    norm_backward_row<T>(dh, x[row] + column, norm, {correction.data, correction.stride}, column,
+                         columns, dx[row] + column);
+  }
+};
+
+void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats) {
+  const char* op = "transition_forward";
+  check_dim({op, "x", x}, 4);
+  check_dim({op, "weight", weight}, 2);
+  const int64_t C = x.size(3), K = weight.size(0);
+  const ScalarType accumulate = check_activation_dtype({op, "x", x});
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
+  check_shape({op, "weight", weight}, {K, C});
+  check_dtype({op, "weight", weight}, x.scalar_type());
+  check_device({op, "weight", weight}, x, "x");
+  const int64_t y_stride =
+      check_activation({op, "y", y}, {x.size(0), x.size(1) / 2, x.size(2) / 2, K}, x, "x");
+  const int64_t stats_stride =
+      stats ? check_table({op, "stats", *stats}, kStatsRows, K, accumulate, x, "x") : 0;
+  DE_DISPATCH(x.scalar_type(), T,
+              forward<T>(x, x_stride, norm, norm_stride, weight, y, y_stride, stats, stats_stride));
+}
+
+void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
+                         OptionalTensor dweight, Tensor dnorm) {
+  const char* op = "transition_backward";
+  check_dim({op, "x", x}, 4);
+  check_dim({op, "weight", weight}, 2);
+  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
+  const ScalarType accumulate = check_activation_dtype({op, "x", x});
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t dy_stride = check_activation({op, "dy", dy}, {N, H / 2, W / 2, K}, x, "x");
+  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
+  check_shape({op, "weight", weight}, {K, C});
+  check_dtype({op, "weight", weight}, x.scalar_type());
+  check_device({op, "weight", weight}, x, "x");
+  if (count < 0) fail({op, "count", x}, "must not be negative, got ", count);
+  const int64_t dx_stride = check_activation({op, "dx", dx}, {N, H, W, C}, x, "x");
+  if (dweight) {
+    check_table({op, "dweight", *dweight}, K, C, accumulate, x, "x");
+    check_contiguous({op, "dweight", *dweight});
+  }
+  const int64_t dnorm_stride = check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
+  DE_DISPATCH(x.scalar_type(), T, {
+    using A = Arithmetic<T>;
+    const auto norm_rows = input_rows<A>(norm, norm_stride);
+    Backward<T>{pooling(x),
+                N,
+                C,
+                input_rows<T>(dy, dy_stride),
+                input_rows<T>(x, x_stride),
+                norm_rows,
+                output_rows<T>(dx, dx_stride),
+                {dweight ? static_cast<A*>(dweight->mutable_data_ptr()) : nullptr,
+                 output_rows<A>(dnorm, dnorm_stride), norm_rows[kRstd]}}
+        .run(weight, count);
+  });
+}
+
+}  // namespace
+}  // namespace densenet_efficient::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_efficient, CPU, library) {
+  library.impl("transition_forward", TORCH_BOX(&densenet_efficient::cpu::transition_forward));
+  library.impl("transition_backward", TORCH_BOX(&densenet_efficient::cpu::transition_backward));
+}

@@ -1,0 +1,203 @@
+// Workspaces: how many bytes of scratch each stage allocates for one call, by shape. The launchers
+// allocate exactly what these functions say, and the memory plan counts it before anything runs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace densenet_efficient::workspace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return std::max(low, std::min(x, high));
+}
+
+// How the CPU kernels divide their work, and the scratch that follows from it. Nothing but the
+// shape and the size of an arithmetic element decides, so results do not depend on the number of
+// threads; each thread has its own tile scratch.
+namespace cpu {
+
+constexpr int64_t kTileBytes = 384 << 10;     // operands of a tile: they stay in a core's L2
+constexpr int64_t kPartialBytes = 4 << 20;    // all partial weight gradients of a call
+constexpr int64_t kMaxGroups = 32;            // tasks, each a run of tiles with partial sums
+constexpr int64_t kColumns = 256;             // columns of a backward tile
+constexpr int64_t kPad = 32;                  // columns are padded to whole panels
+
+inline int64_t pad(int64_t n) { return round_up(n, kPad); }
+
+// Tiles are shared out evenly among groups, a group's tiles run in order on one thread.
+struct Groups {
+  int64_t tiles, groups;
+  int64_t first(int64_t group) const { return group * tiles / groups; }
+};
+
+inline Groups groups_of(int64_t tiles, int64_t most) {
+  return {tiles, clamp(most, 1, std::max<int64_t>(1, std::min(tiles, kMaxGroups)))};
+}
+
+// Rows cut into tiles of equal height, as tall as the cache allows but enough of them to share out.
+struct RowTiles {
+  int64_t rows, tile_rows, tiles;
+  int64_t first(int64_t tile) const { return tile * tile_rows; }
+  int64_t count(int64_t tile) const { return std::min(tile_rows, rows - first(tile)); }
+};
+
+inline RowTiles row_tiles(int64_t rows, int64_t row_bytes) {
+  const int64_t tallest = clamp(kTileBytes / std::max<int64_t>(row_bytes, 1) / 14 * 14, 28, 252);
+  int64_t tiles = std::max<int64_t>(1, ceil_div(rows, tallest));
+  if (tiles < 16) tiles = std::max(tiles, std::min<int64_t>(16, rows / 28));
+  if (tiles > 1) tiles = round_up(tiles, 2);
+  const int64_t tile_rows = round_up(std::max<int64_t>(1, ceil_div(rows, tiles)), 2);
+  return {rows, tile_rows, ceil_div(rows, tile_rows)};
+}
+
+// An image cut into bands of whole rows: a band with its halo of one pixel is a tile.
+struct Bands {
+  int64_t images, height, band_rows, per_image;
+  int64_t tiles() const { return images * per_image; }
+
+  struct Band {
+    int64_t image, first, rows;
+  };
+  Band at(int64_t tile) const {
+    const int64_t first = tile % per_image * band_rows;
+    return {tile / per_image, first, std::min(band_rows, height - first)};
+  }
+};
+
+inline Bands bands(int64_t images, int64_t height, int64_t pixel_row_bytes) {
+  const int64_t tallest = std::max<int64_t>(1, kTileBytes / std::max<int64_t>(pixel_row_bytes, 1) - 2);
+  int64_t per_image = std::max<int64_t>(1, ceil_div(height, tallest));
+  while (images * per_image < 8 && height / (per_image + 1) >= 4) ++per_image;
+  const int64_t band_rows = std::max<int64_t>(1, ceil_div(height, per_image));
+  return {images, height, band_rows, std::max<int64_t>(1, ceil_div(height, band_rows))};
+}
+
+// What one call allocates. `size` is the size of an arithmetic element (4, or 8 for float64), M rows,
+// C input channels, K output channels. Counts are elements, a piece ends on a boundary of 64 bytes.
+inline int64_t moments_bytes(int64_t groups, int64_t channels, int64_t size, int64_t threads) {
+  return 8 * groups * (2 * channels + 1) + threads * 2 * channels * size + 3 * 64;
+}
+
+struct ChannelStats {
+  RowTiles tiles;
+  Groups groups;
+  int64_t bytes;
+
+  ChannelStats(int64_t M, int64_t C, int64_t size, int64_t threads)
+      : tiles(row_tiles(M, C * size)),
+        groups(groups_of(tiles.tiles, kMaxGroups)),
+        bytes(moments_bytes(groups.groups, C, size, threads)) {}
+};
+
+// norm_relu_conv1x1_forward, and transition_forward over pooled rows.
+struct ProductForward {
+  RowTiles tiles;
+  Groups groups;
+  int64_t depth;                    // C, whole units
+  int64_t weight, operand, result;  // packed weight; a thread's normalised tile and its product
+  int64_t bytes;
+
+  ProductForward(int64_t M, int64_t C, int64_t K, int64_t size, int64_t threads)
+      : tiles(row_tiles(M, (C + K) * size)),
+        groups(groups_of(tiles.tiles, kMaxGroups)),
+        depth(round_up(C, 2)),
+        weight(pad(K) * depth),
+        operand(tiles.tile_rows * depth),
+        result(tiles.tile_rows * pad(K)),
+        bytes(size * (weight + threads * (operand + result)) + 3 * 64 +
+              moments_bytes(groups.groups, K, size, threads)) {}
+};
+
+// norm_relu_conv1x1_backward, and transition_backward over pooled rows. A task is a group of row
+// tiles and a range of columns; each group has its own weight gradient.
+struct ProductBackward {
+  RowTiles tiles;
+  Groups groups;
+  int64_t column_tasks;
+  int64_t depth, columns;                       // K, whole units; C, whole panels
+  int64_t weight, dy, dy_units, operand, dh;    // dy .. dh per thread
+  int64_t dweight;                              // per group
+  int64_t bytes;
+
+  ProductBackward(int64_t M, int64_t C, int64_t K, int64_t size, int64_t threads)
+      : tiles(row_tiles(M, (2 * K + 2 * std::min(C, kColumns)) * size)),
+        groups(groups_of(tiles.tiles, kPartialBytes / std::max<int64_t>(1, K * pad(C) * size))),
+        column_tasks(clamp(ceil_div(16, groups.groups), 1, std::max<int64_t>(1, ceil_div(C, kColumns)))),
+        depth(round_up(K, 2)),
+        columns(pad(C)),
+        weight(columns * depth),
+        dy(tiles.tile_rows * depth),
+        dy_units(tiles.tile_rows * K),
+        operand(tiles.tile_rows * std::min(columns, kColumns)),
+        dh(operand),
+        dweight(K * columns),
+        bytes(size * (weight + threads * (dy + dy_units + operand + dh + 4 * kColumns) +
+                      groups.groups * dweight) +
+              8 * groups.groups * 2 * C + 10 * 64) {}
+};
+
+// What transition_backward needs beside ProductBackward: its correction and a row of zeros.
+inline int64_t transition_correction_bytes(int64_t C, int64_t size) { return 5 * C * size + 2 * 64; }
+
+// norm_relu_conv3x3_forward: a tile is a band of an image with its halo.
+struct Conv3x3Forward {
+  Bands bands;
+  Groups groups;
+  int64_t weight, operand, result;  // packed weight; a thread's normalised band, one row's product
+  int64_t bytes;
+
+  Conv3x3Forward(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size,
+                 int64_t threads)
+      : bands(cpu::bands(N, H, (W + 2) * round_up(C, 2) * size)),
+        groups(groups_of(bands.tiles(), kMaxGroups)),
+        weight(9 * pad(K) * round_up(C, 2)),
+        operand((bands.band_rows + 2) * (W + 2) * round_up(C, 2)),
+        result(W * pad(K)),
+        bytes(size * (weight + threads * (operand + result)) + 3 * 64 +
+              moments_bytes(groups.groups, K, size, threads)) {}
+};
+
+// norm_relu_conv3x3_backward: columns pass in blocks of kColumns; each group has its own weight
+// gradient.
+struct Conv3x3Backward {
+  Bands bands;
+  Groups groups;
+  int64_t columns;                            // C, whole panels
+  int64_t weight, dy, dy_units, operand, dh;  // dy .. dh per thread
+  int64_t dweight;                            // per group
+  int64_t bytes;
+
+  Conv3x3Backward(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size,
+                  int64_t threads)
+      : bands(cpu::bands(N, H, (W + 2) * (std::min(pad(C), kColumns) + 2 * K) * size)),
+        groups(groups_of(bands.tiles(),
+                         kPartialBytes / std::max<int64_t>(1, 9 * K * pad(C) * size))),
+        columns(pad(C)),
+        weight(9 * columns * round_up(K, 2)),
+        dy((bands.band_rows + 2) * (W + 2) * round_up(K, 2)),
+        dy_units(round_up(bands.band_rows, 2) * W * K),
+        operand((bands.band_rows + 2) * (W + 2) * std::min(columns, kColumns)),
+        dh(W * std::min(columns, kColumns)),
+        dweight(9 * K * columns),
+        bytes(size * (weight + threads * (dy + dy_units + operand + dh + 4 * kColumns) +
+                      groups.groups * dweight) +
+              8 * groups.groups * 2 * C + 10 * 64) {}
+};
+
+// stem_forward and stem_backward: a tile is a row of windows.
+struct Stem {
+  Groups groups;
+  int64_t winners;  // per thread: which tap won, for two rows of windows
+  int64_t bytes;
+
+  Stem(int64_t N, int64_t H, int64_t W, int64_t C, int64_t size, int64_t threads)
+      : groups(groups_of(N * ceil_div(H, 2), kMaxGroups)),
+        winners(2 * ceil_div(W, 2) * C),
+        bytes(moments_bytes(groups.groups, C, size, threads) +
+              size * (threads * (4 * C + winners) + 4 * C) + 4 * 64) {}
+};
+
+}  // namespace cpu
+}  // namespace densenet_efficient::workspace
