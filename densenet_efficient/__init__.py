@@ -1,6 +1,7 @@
 """DenseNets in nearly the least memory that exact back-propagation allows."""
 
 from .arena import release
+from .explain import explain
 from .library import MissingLibraryError, info
 from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition, LayerParts
 from .version import __version__
@@ -12,6 +13,7 @@ __all__ = [
     "LayerParts",
     "MissingLibraryError",
     "__version__",
+    "explain",
     "info",
     "release",
 ]

@@ -291,7 +291,8 @@ class StemFunction(torch.autograd.Function):
             norm = plan.fold(stats, gamma, beta)
             dx = _empty_gradient(x)
             dnorm = norm.new_empty((2, x.shape[-1]))
-            plan.stages.stem_backward(_rows_of(dy), x, norm, plan.count(x), dx.movedim(1, -1), dnorm)
+            out = dx.movedim(1, -1)
+            plan.stages.stem_backward(_rows_of(dy), x, norm, plan.count(x), out, dnorm)
         return first_order(
             (
                 None,
