@@ -19,6 +19,8 @@
 //     reached by all threads (all 32 lanes) at the same place in the source.
 //   - cp_async with source_bytes < N writes zeros behind the source bytes; the source is not read
 //     where source_bytes is 0. Data is there after cp_async_wait<n>() and a barrier.
+//   - A helper that wraps an access passes its caller's place on to the emulation's counters:
+//     template <typename T> __device__ T helper(const T* p DE_HERE) { return global_load<T>(p DE_AT); }
 //   - No floating-point atomics. atomic_ticket serves last-block reductions.
 #pragma once
 
@@ -29,6 +31,9 @@
 #if defined(DE_EMULATE)
 #include "../emulation/device_host.h"
 #else
+
+#define DE_HERE
+#define DE_AT
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

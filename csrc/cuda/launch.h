@@ -39,6 +39,24 @@ struct LaunchShape {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Rows of a channels-last tensor or of a table of per-channel vectors.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  DE_HOST_DEVICE T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+template <typename T>
+Rows<const T> input_rows(const Tensor& tensor, int64_t stride) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), stride};
+}
+
+template <typename T>
+Rows<T> output_rows(const Tensor& tensor, int64_t stride) {
+  return {static_cast<T*>(tensor.mutable_data_ptr()), stride};
+}
+
 // What launchers size their grids and tiles by. The emulation pretends to be a small Hopper device.
 struct Device {
   int index = 0;
@@ -122,9 +140,12 @@ class Launcher {
   void launch(const LaunchShape& shape, const Args&... args) const {
     constexpr int64_t kDefaultShared = 48 * 1024;
     if (shape.shared_bytes > kDefaultShared) allow_shared<kernel>();
-    const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
-    kernel<<<grid, shape.block, shape.shared_bytes, stream_>>>(args...);
-    check(cudaGetLastError(), "launch");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
+    config.blockDim = dim3(static_cast<unsigned>(shape.block));
+    config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, args...), "launch");
   }
   void clear(void* pointer, int64_t bytes) const {
     check(cudaMemsetAsync(pointer, 0, bytes, stream_), "clearing a workspace");
@@ -144,8 +165,8 @@ class Launcher {
   void check(cudaError_t error, const char* what) const {
     if (error == cudaSuccess) return;
     std::ostringstream text;
-    text << "densenet_efficient::" << op_ << ": " << what << " failed: "
-         << cudaGetErrorString(error);
+    text << "densenet_efficient::" << op_ << ": " << what
+         << " failed: " << cudaGetErrorString(error);
     throw std::runtime_error(text.str());
   }
 
@@ -177,6 +198,28 @@ void dispatch_activation(const Arg& arg, F&& f) {
     case ScalarType::Double: return f(double{});
     default: fail(arg, "must be float64, float32, bfloat16 or float16");
   }
+}
+
+// For the stages that see per-channel tables only: float32 or float64.
+template <typename F>
+void dispatch_arithmetic(ScalarType dtype, F&& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// Calls f<V>() with V = width, a power of two up to Most.
+template <int Most, typename F>
+void dispatch_width(int width, F&& f) {
+  if constexpr (Most > 1) {
+    if (width < Most) return dispatch_width<Most / 2>(width, f);
+  }
+  f.template operator()<Most>();
+}
+
+// Zeroes the first `channels` columns of a table: what sums over no rows come to.
+template <typename A>
+void clear_table(const Launcher& launcher, Rows<A> table, int64_t rows, int64_t channels) {
+  for (int64_t row = 0; row < rows; ++row)
+    launcher.clear(table[row], channels * static_cast<int64_t>(sizeof(A)));
 }
 
 }  // namespace densenet_efficient

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -17,7 +18,13 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
+#define DE_HERE , ::std::source_location site = ::std::source_location::current()
+#define DE_AT , site
+
 namespace densenet_efficient {
+
+using std::max;
+using std::min;
 
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -139,8 +146,7 @@ inline unsigned atomic_ticket(unsigned* counter) { return (*counter)++; }
 inline void memory_fence() {}
 
 template <int N>
-void cp_async(void* shared, const void* global, int source_bytes = N,
-              Site site = Site::current()) {
+void cp_async(void* shared, const void* global, int source_bytes = N, Site site = Site::current()) {
   static_assert(N == 4 || N == 8 || N == 16);
   emulation::async_copy(shared, global, N, source_bytes, site);
 }
@@ -260,8 +266,8 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             Site site = Site::current()) {
   const MmaOperands operands{a, b};
-  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &combine_mma<float, 8>, 0,
-                             2 * 16 * 8 * 8, site);
+  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &combine_mma<float, 8>, 0, 2 * 16 * 8 * 8,
+                             site);
 }
 // Rounds to ten bits of fraction, ties away from zero.
 inline uint32_t to_tf32(float value) {

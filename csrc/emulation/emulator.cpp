@@ -305,16 +305,14 @@ void check_shared(bool write, const void* pointer, int bytes, const char* place)
     if (byte.copy_pending)
       fatal("shared memory touched before its asynchronous copy was waited for, at " +
             std::string(place));
-    if (byte.write_interval == m.interval &&
-        !ordered(self, byte.writer, byte.write_warp_interval))
+    if (byte.write_interval == m.interval && !ordered(self, byte.writer, byte.write_warp_interval))
       fatal("race: shared byte " + std::to_string(i) + " was written by thread " +
             std::to_string(byte.writer) + " without a barrier before this " +
             (write ? "write" : "read") + " at " + place);
     const bool read_now = byte.read_interval == m.interval;
     if (write) {
-      if (read_now &&
-          (byte.read_by_warps || !ordered(self, byte.reader, byte.read_warp_interval) ||
-           (byte.read_by_lanes && byte.read_warp_interval >= warp.interval)))
+      if (read_now && (byte.read_by_warps || !ordered(self, byte.reader, byte.read_warp_interval) ||
+                       (byte.read_by_lanes && byte.read_warp_interval >= warp.interval)))
         fatal("race: shared byte " + std::to_string(i) + " was read by thread " +
               std::to_string(byte.reader) + " without a barrier before this write at " + place);
       byte.write_interval = m.interval;
@@ -383,12 +381,14 @@ std::string describe_deadlock() {
   std::vector<std::pair<std::string, int>> groups;
   for (const Thread& thread : machine.threads) {
     const std::string state =
-        thread.done ? "ended" : std::string("wait for ") + thread.waits_for + " at " +
-                                    where(thread.waits_at);
-    auto group = std::find_if(groups.begin(), groups.end(),
-                              [&](const auto& g) { return g.first == state; });
-    if (group == groups.end()) groups.emplace_back(state, 1);
-    else ++group->second;
+        thread.done ? "ended"
+                    : std::string("wait for ") + thread.waits_for + " at " + where(thread.waits_at);
+    auto group =
+        std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == state; });
+    if (group == groups.end())
+      groups.emplace_back(state, 1);
+    else
+      ++group->second;
   }
   for (const auto& [state, count] : groups) text << " " << count << " threads " << state << ";";
   return text.str();

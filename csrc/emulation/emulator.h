@@ -37,11 +37,11 @@ struct Counters {
   std::string op, kernel;
   int grid_x = 0, grid_y = 0, block = 0;
   int64_t shared_bytes = 0;
-  int64_t mma = 0;            // warp-wide tensor-core instructions
-  int64_t mma_flops = 0;      // their multiplications and additions
-  int64_t ldmatrix = 0;       // warp-wide
-  int64_t shuffles = 0;       // warp-wide
-  int64_t barriers = 0;       // block-wide
+  int64_t mma = 0;        // warp-wide tensor-core instructions
+  int64_t mma_flops = 0;  // their multiplications and additions
+  int64_t ldmatrix = 0;   // warp-wide
+  int64_t shuffles = 0;   // warp-wide
+  int64_t barriers = 0;   // block-wide
   std::vector<SiteCounters> sites;
 };
 

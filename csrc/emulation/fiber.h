@@ -56,9 +56,7 @@ inline void prepare(Context& context, char* stack, size_t size, void (*entry)())
   makecontext(&context.context, entry, 0);
 }
 
-inline void switch_context(Context& from, Context& to) {
-  swapcontext(&from.context, &to.context);
-}
+inline void switch_context(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
 #endif
 
 // Stacks of equal size, each below an inaccessible page, mapped once and used again.

@@ -1,0 +1,109 @@
+// channel_stats: mean and biased variance of each column of x [M, C].
+//
+//   mean = sum x / M, var = sum (x - mean)^2 / M
+//
+// A thread owns V neighbouring channels (one access of up to 16 bytes) and every lanes-th row of its
+// block's part (columns.h). It keeps kLoads rows in registers: their mean, then their squared
+// deviations from it, exactly, merged into the running moments by Chan's formula. Blocks merge
+// through shared memory, their partials in a second kernel, always in the same order.
+//
+// Bytes moved: x once (M * C elements), the partials twice (2 * C per block), stats once.
+#include "reduce.cuh"
+
+namespace densenet_efficient {
+namespace {
+
+constexpr int kLoads = 8;
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kColumnThreads, 2)
+    channel_stats_kernel(Rows<const T> x, Columns plan, Arithmetic<T>* partials) {
+  using A = Arithmetic<T>;
+  using namespace device;
+  const ColumnThread at(plan, thread_index(), block_y());
+  Pairs<A, V> pairs = Pairs<A, V>::zero();
+  const int64_t first = block_x() * plan.part_rows;
+  const int64_t end = first + plan.part_rows < plan.rows ? first + plan.part_rows : plan.rows;
+  const int64_t step = int64_t(plan.lanes) * kLoads;
+  for (int64_t base = first + at.lane; at.active && base < end; base += step) {
+    Vector<T, V> tile[kLoads];
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t row = base + int64_t(i) * plan.lanes;
+      if (row < end) {
+        tile[i] = load_vector<T, V>(x[row] + at.channel);
+        count = i + 1;
+      } else {
+        tile[i] = Vector<T, V>::zero();
+      }
+    }
+    Pairs<A, V> own = Pairs<A, V>::zero();
+    own.count = A(count);
+    A values[V];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      unpack(tile[i], values);
+#pragma unroll
+      for (int v = 0; v < V; ++v) own.first[v] += values[v];
+    }
+    const A share = A(1) / own.count;
+#pragma unroll
+    for (int v = 0; v < V; ++v) own.first[v] *= share;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      unpack(tile[i], values);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const A delta = i < count ? values[v] - own.first[v] : A(0);
+        own.second[v] += delta * delta;
+      }
+    }
+    MergeMoments::merge(pairs, own);
+  }
+  block_merge<MergeMoments>(plan, at, pairs, partials);
+}
+
+template <typename T, int V>
+void run(const Launcher& launcher, const Tensor& x, int64_t x_stride, const Columns& plan,
+         const Tensor& partials) {
+  using A = Arithmetic<T>;
+  launcher.launch<&channel_stats_kernel<T, V>>({.grid_x = plan.parts,
+                                                .grid_y = plan.groups,
+                                                .block = kColumnThreads,
+                                                .shared_bytes = kMergeBytes<A, V>},
+                                               input_rows<T>(x, x_stride), plan,
+                                               static_cast<A*>(partials.mutable_data_ptr()));
+}
+
+void channel_stats(Tensor x, Tensor stats) {
+  const char* op = "channel_stats";
+  check_dim({op, "x", x}, 2);
+  const int64_t rows = x.size(0), channels = x.size(1);
+  const ScalarType accumulate = check_activation_dtype({op, "x", x});
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t stats_stride =
+      check_table({op, "stats", stats}, kStatsRows, channels, accumulate, x, "x");
+  if (channels == 0) return;
+  const Launcher launcher(op, x);
+  dispatch_activation({op, "x", x}, [&]<typename T>(T) {
+    using A = Arithmetic<T>;
+    const Rows<A> table = output_rows<A>(stats, stats_stride);
+    if (rows == 0) return clear_table(launcher, table, kStatsRows, channels);
+    const int width = vector_width(channels, sizeof(T), {{x.const_data_ptr(), x_stride}});
+    const Columns plan(rows, channels, width, kLoads);
+    const Tensor partials = torch::stable::new_empty(x, {plan.parts, 2, channels}, accumulate);
+    dispatch_width<16 / sizeof(T)>(
+        width, [&]<int V>() { run<T, V>(launcher, x, x_stride, plan, partials); });
+    finish_partials<MergeMoments, FinishStats>(launcher,
+                                               static_cast<const A*>(partials.const_data_ptr()),
+                                               plan.parts, plan.part_rows, rows, channels, table);
+  });
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+DE_REGISTER(library) {
+  library.impl("channel_stats", TORCH_BOX(&densenet_efficient::channel_stats));
+}

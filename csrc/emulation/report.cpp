@@ -1,0 +1,67 @@
+// What the Python side of the emulation calls, by C linkage: the order of threads, and the counters
+// of the launches since they were last read, as JSON.
+#include <sstream>
+#include <string>
+
+#include "emulator.h"
+
+#define DE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace densenet_efficient::emulation {
+namespace {
+
+constexpr const char* kAccessNames[] = {"global load", "global store", "shared load",
+                                        "shared store"};
+
+// Names hold no control characters; quotes and backslashes are escaped.
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') result += '\\';
+    result += c;
+  }
+  return result + "\"";
+}
+
+void write(std::ostringstream& out, const Counters& launch) {
+  out << "{\"op\":" << quoted(launch.op) << ",\"kernel\":" << quoted(launch.kernel)
+      << ",\"grid_x\":" << launch.grid_x << ",\"grid_y\":" << launch.grid_y
+      << ",\"block\":" << launch.block << ",\"shared_bytes\":" << launch.shared_bytes
+      << ",\"mma\":" << launch.mma << ",\"mma_flops\":" << launch.mma_flops
+      << ",\"ldmatrix\":" << launch.ldmatrix << ",\"shuffles\":" << launch.shuffles
+      << ",\"barriers\":" << launch.barriers << ",\"sites\":[";
+  const char* separator = "";
+  for (const SiteCounters& site : launch.sites) {
+    out << separator << "{\"file\":" << quoted(site.file) << ",\"line\":" << site.line
+        << ",\"access\":" << quoted(kAccessNames[static_cast<int>(site.access)])
+        << ",\"requests\":" << site.requests << ",\"bytes\":" << site.bytes
+        << ",\"units\":" << site.units << ",\"ideal\":" << site.ideal << "}";
+    separator = ",";
+  }
+  out << "]}";
+}
+
+}  // namespace
+}  // namespace densenet_efficient::emulation
+
+DE_EXPORT void de_emulation_set_seed(unsigned long long seed) {
+  densenet_efficient::emulation::set_seed(seed);
+}
+
+// Valid until the next call.
+DE_EXPORT const char* de_emulation_report() {
+  namespace emulation = densenet_efficient::emulation;
+  static std::string report;
+  std::ostringstream out;
+  out << "[";
+  const char* separator = "";
+  for (const emulation::Counters& launch : emulation::launches()) {
+    out << separator;
+    emulation::write(out, launch);
+    separator = ",";
+  }
+  out << "]";
+  report = out.str();
+  emulation::clear_launches();
+  return report.c_str();
+}

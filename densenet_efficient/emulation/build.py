@@ -1,0 +1,140 @@
+"""Builds the kernels' sources for the host, one library for each set of stages.
+
+Objects are kept under build/emulation by a hash of everything they are made of, so a build after a
+small change compiles one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc"
+BUILD = ROOT / "build" / "emulation"
+TORCH = Path(torch.__file__).resolve().parent
+
+
+class EmulationError(RuntimeError):
+    """The emulation could not be built, or a kernel broke one of its rules."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault to plant: the one place in csrc/`file` that reads `old` becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+def stage_names() -> list[str]:
+    """The stages that have a CUDA kernel file."""
+    return sorted(path.stem for path in (SOURCES / "cuda").glob("*.cu"))
+
+
+def build(
+    stages: Sequence[str] | None = None,
+    *,
+    mutations: Sequence[Mutation] = (),
+    sanitize: bool = True,
+) -> Path:
+    """Compiles the given stages (default: all) and returns the library. Raises EmulationError where
+    the checkout or the compiler is missing, a mutation does not apply, or compiling fails."""
+    names = stage_names() if stages is None else list(stages)
+    unknown = sorted(set(names) - set(stage_names()))
+    if unknown:
+        raise EmulationError(f"no such stage: {', '.join(unknown)}; known: {stage_names()}")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise EmulationError("the emulation needs g++ (or the compiler that CXX names)")
+    if not (SOURCES / "ops.cpp").is_file():
+        raise EmulationError(f"the emulation needs a source checkout; {SOURCES} holds none")
+    sources = _mutated_tree(mutations) if mutations else SOURCES
+    files = [sources / "ops.cpp", *sorted((sources / "emulation").glob("*.cpp"))]
+    files += [sources / "cuda" / f"{name}.cu" for name in names]
+    flags = _flags(sanitize)
+    headers = _digest(*sorted(path for path in sources.rglob("*.*h") if path.is_file()))
+    BUILD.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(path: Path) -> Path:
+        name = _digest(path, text=f"{compiler} {flags} {headers} {torch.__version__}")
+        target = BUILD / f"{path.stem}-{name}.o"
+        if not target.is_file():
+            _run([compiler, *flags, "-x", "c++", "-c", str(path)], target)
+        return target
+
+    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, len(files)))) as pool:
+        objects = list(pool.map(compile_one, files))
+    library = BUILD / f"libemulation-{_digest(text=' '.join(map(str, objects)))}.so"
+    if not library.is_file():
+        libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        _run([compiler, *flags, "-shared", *map(str, objects), *libraries], library)
+    return library
+
+
+def sanitizer_runtime() -> str:
+    """The address sanitizer's runtime, which the worker's interpreter loads first."""
+    compiler = os.environ.get("CXX", "g++")
+    result = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    return result.stdout.strip()
+
+
+def _flags(sanitize: bool) -> list[str]:
+    include = TORCH / "include"
+    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-DDE_EMULATE", "-DNDEBUG"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-march=native", "-ffp-contract=fast"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-fmax-errors=3"]
+    flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+    if sanitize:
+        return [*flags, "-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer"]
+    return [*flags, "-O2"]
+
+
+def _run(command: list[str], target: Path) -> None:
+    """Runs a compiler with output to `target`, which appears whole or not at all."""
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    if result.returncode:
+        raise EmulationError(f"{' '.join(command)}\n{result.stderr}")
+    partial.replace(target)
+
+
+def _digest(*paths: Path, text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
+    for path in paths:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _mutated_tree(mutations: Sequence[Mutation]) -> Path:
+    """A copy of the sources with the faults planted. It bears the faults' hash, so that equal faults
+    share a folder and different ones never meet."""
+    inputs = sorted(path for path in SOURCES.rglob("*.*") if path.is_file())
+    tree = BUILD / f"mutated-{_digest(*inputs, text=repr(mutations))}"
+    if tree.is_dir():
+        return tree
+    partial = tree.with_suffix(f".{os.getpid()}.partial")
+    shutil.copytree(SOURCES, partial)
+    for mutation in mutations:
+        path = partial / mutation.file
+        text = path.read_text()
+        if text.count(mutation.old) != 1:
+            shutil.rmtree(partial)
+            raise EmulationError(
+                f"{mutation.file} must hold {mutation.old!r} once, found {text.count(mutation.old)}"
+            )
+        path.write_text(text.replace(mutation.old, mutation.new))
+    partial.replace(tree)
+    return tree

@@ -1,0 +1,79 @@
+"""The process that runs emulated kernels: a script of its own, which imports torch and nothing of
+this package (the operators it loads bear the same names as the real library's).
+
+Reads requests from stdin and answers on stdout, each a length and a torch.save of that many bytes:
+(operator, arguments, seed) -> (arguments after the call, counters as JSON, error or None).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import struct
+import sys
+from typing import Any, BinaryIO
+
+if __name__ == "__main__":
+    del sys.path[0]  # this file's folder: its modules must hide nobody else's
+
+import torch  # noqa: E402
+
+HEADER = struct.Struct("<q")
+
+
+def receive(stream: BinaryIO) -> Any:
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    body = stream.read(HEADER.unpack(header)[0])
+    return torch.load(io.BytesIO(body), weights_only=False)
+
+
+def send(stream: BinaryIO, message: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    stream.write(HEADER.pack(buffer.tell()))
+    stream.write(buffer.getvalue())
+    stream.flush()
+
+
+def on_exact_heap(arguments: list[Any]) -> list[Any]:
+    """The tensors on storages of their own, exactly as large as they were: views of one storage stay
+    views of one storage, and the sanitizer sees every byte behind its end."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        old = value.untyped_storage()
+        new = storages.setdefault(old._cdata, old.clone())
+        return torch.empty(0, dtype=value.dtype).set_(
+            new, value.storage_offset(), value.size(), value.stride()
+        )
+
+    return [move(value) for value in arguments]
+
+
+def main() -> None:
+    requests = sys.stdin.buffer
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else is printed goes to stderr
+    torch.set_num_threads(1)
+    torch.ops.load_library(sys.argv[1])
+    library = ctypes.CDLL(sys.argv[1])
+    library.de_emulation_report.restype = ctypes.c_char_p
+    while (request := receive(requests)) is not None:
+        op, arguments, seed = request
+        arguments = on_exact_heap(arguments)
+        library.de_emulation_set_seed(ctypes.c_ulonglong(seed))
+        error = None
+        try:
+            getattr(torch.ops.densenet_efficient, op)(*arguments)
+        except RuntimeError as failure:
+            error = str(failure)
+        send(replies, (arguments, library.de_emulation_report().decode(), error))
+
+
+if __name__ == "__main__":
+    main()
