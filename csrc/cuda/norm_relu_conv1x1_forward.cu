@@ -1,0 +1,250 @@
+// norm_relu_conv1x1, forward: y [M, K] = relu(a * x + s) @ weight^T, and the moments of y as stored.
+//
+// Tile: 32 rows a warp, all K columns (in steps of 64, 128 or 192; more than 192 in several columns
+// of the grid), so that each element of x is normalised once, in the registers that feed the tensor
+// cores. For 192 columns two warps share their rows, and each normalises them.
+// Who owns what: a block walks over a static range of row tiles and, within a tile, over the channels
+// in panels of 32; (tile, panel) pairs form one sequence that cp.async runs ahead of, so that
+// the loads of the next tile are under way while this one is written. A warp rounds its rows into
+// 2 KB of its own, from where they leave in 16-byte stores and enter the warp's running moments.
+// Bytes: x once (2 M C), y once (2 M K), the weight once per tile (2 K C, from the L2 cache).
+// Sums: fp32 accumulators over C; moments exact two-pass over 16 rows, then merged in a fixed order:
+// rows of a warp, warps of a block, blocks (second pass, from 12 K bytes a block).
+// C tail: x and weight arrive as zeros, and so do scale and shift: relu(0 * 0 + 0) = 0.
+#include "operands.h"
+#include "partials.cuh"
+#include "tiling.h"
+
+namespace densenet_efficient {
+namespace {
+
+constexpr int kStages = 3;
+constexpr int kWarpRows = 32;
+constexpr int kStagingBytes = kWarpRows * device::kPanelRowBytes;
+constexpr int kNormBytes = 2 * device::kPanelChannels * 4;
+constexpr int kMaxWarps = 8;
+
+struct Forward {
+  device::RowTensor x;       // [M, C]
+  device::Table norm;        // [4, C]
+  device::RowTensor weight;  // [K, C]
+  device::RowTensor y;       // [M, K]
+  float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
+  int64_t rows;              // M
+  int channels;              // C
+  int outputs;               // K
+  int warps;                 // of a block
+};
+
+// kColumns of y per warp, kSplit warps side by side.
+template <int kColumns, int kSplit>
+struct ForwardLayout {
+  int warps;
+  DE_HOST_DEVICE int tile_rows() const { return warps / kSplit * kWarpRows; }
+  DE_HOST_DEVICE int weight_offset() const { return tile_rows() * device::kPanelRowBytes; }
+  DE_HOST_DEVICE int norm_offset() const {
+    return weight_offset() + kColumns * kSplit * device::kPanelRowBytes;
+  }
+  DE_HOST_DEVICE int stage_bytes() const { return norm_offset() + kNormBytes; }
+  DE_HOST_DEVICE int staging_offset() const { return kStages * stage_bytes(); }
+  // Per warp: mean [kColumns], M2 [kColumns], and behind them all the warps' counts.
+  DE_HOST_DEVICE int moments_offset() const { return staging_offset() + warps * kStagingBytes; }
+  DE_HOST_DEVICE int counts_offset() const { return moments_offset() + warps * kColumns * 8; }
+  DE_HOST_DEVICE int shared_bytes() const { return counts_offset() + warps * 4; }
+};
+
+// Two 8-column tiles at a time: one k16 step of a 32-row warp tile.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const unsigned char* x,
+                                              const unsigned char* weight,
+                                              const unsigned char* norm, int step) {
+  using namespace device;
+  const int lane = lane_index(), t = lane & 3;
+  const float4 norm_low = shared_load<float4>(norm + (16 * step + 2 * t) * 8);
+  const float4 norm_high = shared_load<float4>(norm + (16 * step + 8 + 2 * t) * 8);
+  uint32_t a[2][4];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    ldmatrix_x4(a[m], x + panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
+    a[m][0] = norm_relu_pair<T>(a[m][0], norm_low);
+    a[m][1] = norm_relu_pair<T>(a[m][1], norm_low);
+    a[m][2] = norm_relu_pair<T>(a[m][2], norm_high);
+    a[m][3] = norm_relu_pair<T>(a[m][3], norm_high);
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+    uint32_t b[4];
+    ldmatrix_x4(b, weight + panel_offset(8 * j + b_row(lane), 2 * step + b_chunk(lane)));
+    const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      mma_16x8x16<T>(acc[m][j], a[m], left);
+      mma_16x8x16<T>(acc[m][j + 1], a[m], right);
+    }
+  }
+}
+
+// The block's moments of its columns, from those of its warps.
+template <int kColumns, int kSplit>
+__device__ __forceinline__ void write_partial(const Forward& args, unsigned char* shared,
+                                              int column0) {
+  using namespace device;
+  const ForwardLayout<kColumns, kSplit> layout{args.warps};
+  const float* moments = reinterpret_cast<const float*>(shared + layout.moments_offset());
+  const float* counts = reinterpret_cast<const float*>(shared + layout.counts_offset());
+  for (int c = thread_index(); c < kColumns * kSplit && column0 + c < args.outputs;
+       c += 32 * args.warps) {
+    Moments<float> all{0, 0, 0};
+    for (int warp = c / kColumns; warp < args.warps; warp += kSplit) {
+      const float* mean = moments + 2 * kColumns * warp + c % kColumns;
+      all = merge(all, Moments<float>{shared_load<float>(counts + warp), shared_load<float>(mean),
+                                      shared_load<float>(mean + kColumns)});
+    }
+    float* out = args.partial + int64_t(block_x()) * 3 * args.outputs + column0 + c;
+    global_store(out, all.count);
+    global_store(out + args.outputs, all.mean);
+    global_store(out + 2 * args.outputs, all.m2);
+  }
+}
+
+template <typename T, int kColumns, int kSplit>
+__global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward args) {
+  using namespace device;
+  constexpr int kTiles = kColumns / 8;
+  const ForwardLayout<kColumns, kSplit> layout{args.warps};
+  const int threads = 32 * args.warps, tile_rows = layout.tile_rows();
+  const int warp = warp_index(), thread = thread_index();
+  const int warp_row = warp / kSplit * kWarpRows, warp_column = warp % kSplit * kColumns;
+  const int column0 = block_y() * kColumns * kSplit;
+  const int panels = args.channels > kPanelChannels
+                         ? (args.channels + kPanelChannels - 1) / kPanelChannels
+                         : 1;
+  const int64_t tiles = (args.rows + tile_rows - 1) / tile_rows;
+  const int64_t first_tile = tiles * block_x() / grid_x();
+  const int64_t last_tile = tiles * (block_x() + 1) / grid_x();
+  unsigned char* shared = shared_memory();
+
+  float* moments_data =
+      reinterpret_cast<float*>(shared + layout.moments_offset()) + 2 * kColumns * warp;
+  WarpMoments moments{moments_data, moments_data + kColumns, 0.0f};
+  for (int c = lane_index(); c < 2 * kColumns; c += 32) shared_store(moments_data + c, 0.0f);
+  sync_warp();
+
+  // The panel that is loaded next, kStages - 1 ahead of the one that is multiplied.
+  int64_t load_tile = first_tile;
+  int load_panel = 0;
+  const int load_row = thread >> 2, load_chunk = thread & 3, load_step = threads >> 2;
+  const auto load = [&](int stage) {
+    if (load_tile < last_tile) {
+      unsigned char* to = shared + stage * layout.stage_bytes();
+      const int channel = load_panel * kPanelChannels + load_chunk * kChunk;
+      const int valid = channels_left(channel, args.channels);
+      const int64_t row0 = load_tile * tile_rows;
+#pragma unroll
+      for (int i = 0; i < 4 / kSplit; ++i) {
+        const int row = load_row + i * load_step;
+        copy_chunk(to + panel_offset(row, load_chunk), args.x.at<T>(row0 + row, channel),
+                   row0 + row < args.rows ? valid : 0, args.x.vector);
+      }
+      for (int row = load_row; row < kColumns * kSplit; row += load_step)
+        copy_chunk(to + layout.weight_offset() + panel_offset(row, load_chunk),
+                   args.weight.at<T>(column0 + row, channel),
+                   column0 + row < args.outputs ? valid : 0, args.weight.vector);
+      copy_table<2>(to + layout.norm_offset(), args.norm, kScale, load_panel * kPanelChannels,
+                    args.channels, threads);
+      if (++load_panel == panels) {
+        load_panel = 0;
+        ++load_tile;
+      }
+    }
+    cp_async_commit();
+  };
+  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
+
+  int stage = 0;
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    float acc[2][kTiles][4] = {};
+    for (int panel = 0; panel < panels; ++panel) {
+      cp_async_wait<kStages - 2>();
+      sync_threads();
+      load(stage == 0 ? kStages - 1 : stage - 1);
+      const unsigned char* from = shared + stage * layout.stage_bytes();
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+        multiply_step<T, kTiles>(
+            acc, from + warp_row * kPanelRowBytes,
+            from + layout.weight_offset() + warp_column * kPanelRowBytes,
+            from + layout.norm_offset(), step);
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+    const int64_t row0 = tile * tile_rows + warp_row;
+    const int column = column0 + warp_column;
+    const int end = column + kColumns < args.outputs ? column + kColumns : args.outputs;
+    write_rows<T, kTiles>(acc, shared + layout.staging_offset() + warp * kStagingBytes, args.y,
+                          column, end, args.partial != nullptr, moments, [&](int r) {
+                            return row0 + r < args.rows ? row0 + r : int64_t(-1);
+                          });
+  }
+  if (!args.partial) return;
+  if (lane_index() == 0)
+    shared_store(reinterpret_cast<float*>(shared + layout.counts_offset()) + warp, moments.count);
+  sync_threads();
+  write_partial<kColumns, kSplit>(args, shared, column0);
+}
+
+// ---- Launcher --------------------------------------------------------------------------------------
+
+template <typename T, int kColumns, int kSplit>
+void launch_forward(const Launcher& launcher, const Forward& args, int64_t blocks) {
+  const ForwardLayout<kColumns, kSplit> layout{args.warps};
+  launcher.launch<&forward_kernel<T, kColumns, kSplit>>(
+      {blocks, ceil_div(args.outputs, kColumns * kSplit), 32 * args.warps, layout.shared_bytes()},
+      args);
+}
+
+void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
+                               OptionalTensor stats) {
+  const char* op = "norm_relu_conv1x1_forward";
+  check_dim({op, "x", x}, 2);
+  check_dim({op, "weight", weight}, 2);
+  const int64_t M = x.size(0), C = x.size(1), K = weight.size(0);
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t norm_stride =
+      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
+  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
+  const int64_t y_stride = check_activation({op, "y", y}, {M, K}, x, "x");
+  const int64_t stats_stride =
+      stats ? check_table({op, "stats", *stats}, kStatsRows, K, ScalarType::Float, x, "x") : 0;
+  const Launcher launcher(op, x);
+  const workspace::cuda::Conv1x1Forward tiling(M, K, launcher.device().multiprocessors);
+  const Workspace partial(x, stats ? tiling.bytes : 0);
+  const Forward args{row_tensor(x, x_stride),
+                     float_table(norm, norm_stride),
+                     row_tensor(weight, weight_stride),
+                     row_tensor(y, y_stride),
+                     partial.data(),
+                     M,
+                     static_cast<int>(C),
+                     static_cast<int>(K),
+                     tiling.warps};
+  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
+    if (M == 0 || K == 0) return;
+    if (tiling.columns == 64)
+      launch_forward<T, 64, 1>(launcher, args, tiling.blocks);
+    else if (tiling.columns == 128)
+      launch_forward<T, 128, 1>(launcher, args, tiling.blocks);
+    else
+      launch_forward<T, 96, 2>(launcher, args, tiling.blocks);
+  });
+  if (stats)
+    merge_moments(launcher, {args.partial, static_cast<int>(tiling.blocks), args.outputs,
+                             static_cast<float*>(stats->mutable_data_ptr()), stats_stride});
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+DE_REGISTER(library) {
+  library.impl("norm_relu_conv1x1_forward",
+               TORCH_BOX(&densenet_efficient::norm_relu_conv1x1_forward));
+}

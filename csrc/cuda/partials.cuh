@@ -1,0 +1,129 @@
+// The second pass of every reduction over blocks: partial results in a workspace, one per block of the
+// first pass, are combined in a fixed order, so that two runs give the same bits.
+//
+// A block combines 32 columns: eight groups of threads take one eighth of the partials each, in order,
+// and the first group then takes the eight results in order. Reads each partial once.
+#pragma once
+
+#include "device.cuh"
+#include "launch.h"
+
+namespace densenet_efficient {
+
+// partial [blocks, 3, columns]: count, mean, M2. stats [2, columns]: mean, biased variance.
+struct MomentPartials {
+  const float* partial;
+  int blocks;
+  int columns;
+  float* stats;
+  int64_t stats_stride;
+};
+
+// partial [blocks, rows, pitch], of which `columns` of each row are summed over the blocks. Row j,
+// column c of the result is out[(j / inner) * outer_stride + (j % inner) * inner_stride
+// + c * column_stride].
+struct SumPartials {
+  const float* partial = nullptr;
+  int blocks = 0;
+  int rows = 0;
+  int columns = 0;
+  int64_t pitch = 0;
+  int64_t block_stride = 0;  // between the partials of two blocks
+  float* out = nullptr;
+  int inner = 1;
+  int64_t outer_stride = 0, inner_stride = 0, column_stride = 1;
+  bool accumulate = false;  // add to what stands there
+};
+
+namespace partials {
+
+constexpr int kColumns = 32, kGroups = 8, kThreads = kColumns * kGroups;
+
+__device__ __forceinline__ int group_begin(int group, int blocks) {
+  return static_cast<int>(static_cast<int64_t>(group) * blocks / kGroups);
+}
+
+// Instantiated by the files that include this header.
+template <int = 0>
+__global__ void __launch_bounds__(kThreads) merge_moments_kernel(MomentPartials args) {
+  using namespace device;
+  float* shared = reinterpret_cast<float*>(shared_memory());  // [3, groups, columns]
+  const int c = thread_index() % kColumns, group = thread_index() / kColumns;
+  const int column = block_x() * kColumns + c;
+  Moments<float> all{0, 0, 0};
+  if (column < args.columns) {
+    const int end = group_begin(group + 1, args.blocks);
+    for (int b = group_begin(group, args.blocks); b < end; ++b) {
+      const float* from = args.partial + int64_t(b) * 3 * args.columns + column;
+      all = merge(all,
+                  Moments<float>{global_load<float>(from), global_load<float>(from + args.columns),
+                                 global_load<float>(from + 2 * args.columns)});
+    }
+  }
+  shared_store(shared + thread_index(), all.count);
+  shared_store(shared + kThreads + thread_index(), all.mean);
+  shared_store(shared + 2 * kThreads + thread_index(), all.m2);
+  sync_threads();
+  if (group > 0 || column >= args.columns) return;
+  for (int other = 1; other < kGroups; ++other) {
+    const float* from = shared + other * kColumns + c;
+    all = merge(all, Moments<float>{shared_load<float>(from), shared_load<float>(from + kThreads),
+                                    shared_load<float>(from + 2 * kThreads)});
+  }
+  global_store(args.stats + kStatsMean * args.stats_stride + column, all.mean);
+  global_store(args.stats + kStatsVar * args.stats_stride + column,
+               all.count > 0.0f ? all.m2 / all.count : 0.0f);
+}
+
+// One or two sums in one launch: blocks with block_y() == 1 work on the second.
+template <int = 0>
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(SumPartials first, SumPartials second) {
+  using namespace device;
+  const SumPartials args = block_y() ? second : first;
+  float* shared = reinterpret_cast<float*>(shared_memory());  // [groups, columns]
+  const int panels = (args.columns + kColumns - 1) / kColumns;
+  if (block_x() >= args.rows * panels) return;
+  const int row = block_x() / panels;
+  const int c = thread_index() % kColumns, group = thread_index() / kColumns;
+  const int column = block_x() % panels * kColumns + c;
+  float sum = 0.0f;
+  if (column < args.columns) {
+    const float* from = args.partial + row * args.pitch + column;
+    const int end = group_begin(group + 1, args.blocks);
+#pragma unroll 8
+    for (int b = group_begin(group, args.blocks); b < end; ++b)
+      sum += global_load<float>(from + b * args.block_stride);
+  }
+  shared_store(shared + thread_index(), sum);
+  sync_threads();
+  if (group > 0 || column >= args.columns) return;
+  for (int other = 1; other < kGroups; ++other)
+    sum += shared_load<float>(shared + other * kColumns + c);
+  float* out = args.out + row / args.inner * args.outer_stride +
+               row % args.inner * args.inner_stride + column * args.column_stride;
+  global_store(out, args.accumulate ? global_load<float>(out) + sum : sum);
+}
+
+}  // namespace partials
+
+inline void merge_moments(const Launcher& launcher, const MomentPartials& args) {
+  if (args.columns == 0) return;
+  launcher.launch<&partials::merge_moments_kernel<>>(
+      {ceil_div(args.columns, partials::kColumns), 1, partials::kThreads,
+       3 * partials::kThreads * 4},
+      args);
+}
+
+inline void sum_partials(const Launcher& launcher, const SumPartials& first,
+                         const SumPartials& second = {}) {
+  const auto blocks = [](const SumPartials& args) {
+    return args.rows * ceil_div(args.columns, partials::kColumns);
+  };
+  const int64_t most = std::max(blocks(first), blocks(second));
+  if (most == 0) return;
+  launcher.launch<&partials::sum_partials_kernel<>>(
+      {most, second.rows > 0 ? 2 : 1, partials::kThreads, partials::kThreads * 4}, first, second);
+}
+
+}  // namespace densenet_efficient

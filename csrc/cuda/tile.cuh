@@ -1,0 +1,249 @@
+// Tiles of 16-bit activations between global memory, shared memory and the tensor cores: what the
+// convolution kernels share.
+//
+// A panel is [rows, 32 channels] in shared memory: 64 bytes a row in four chunks of 16 bytes, their
+// order permuted by the row. Every way in which the kernels touch a panel meets each bank once:
+//   ldmatrix        one chunk of eight rows whose numbers differ modulo 8
+//   16-byte access  four chunks of each row, rows in pairs of an even and an odd one
+//   8-byte access   two neighbouring chunks of eight rows (a warp's 16 channels)
+//   4-byte access   an accumulator: one chunk of eight rows; or two whole rows
+#pragma once
+
+#include "device.cuh"
+
+namespace densenet_efficient::device {
+
+constexpr int kPanelChannels = 32;
+constexpr int kPanelRowBytes = 64;
+constexpr int kChunk = 8;  // channels in 16 bytes
+
+// Rows of 16-bit channels in global memory.
+struct RowTensor {
+  void* data;
+  int64_t stride;  // elements between two rows, at least the number of channels
+  int vector;      // elements of the widest aligned access: 8, 4, 2 or 1
+
+  template <typename T>
+  DE_HOST_DEVICE T* at(int64_t row, int channel) const {
+    return static_cast<T*>(data) + row * stride + channel;
+  }
+};
+
+// A [rows, C] table of fp32 vectors: norm or correction.
+struct Table {
+  const float* data;
+  int64_t stride;
+};
+
+__device__ __forceinline__ int panel_offset(int row, int chunk) {
+  return row * kPanelRowBytes + ((chunk ^ ((row & 2) | ((row >> 2) & 1))) << 4);
+}
+
+// How many of the eight channels from `channel` on exist.
+__device__ __forceinline__ int channels_left(int channel, int channels) {
+  const int left = channels - channel;
+  return left < 0 ? 0 : left > kChunk ? kChunk : left;
+}
+
+// ---- Global memory, a chunk at a time --------------------------------------------------------------
+
+// Copies a chunk to shared memory; of its channels the first `valid` are read, the others are zero.
+template <typename T>
+__device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* global, int valid,
+                                           int vector) {
+  if (vector == 8) {
+    cp_async<16>(shared, global, 2 * valid);
+  } else if (vector == 4) {
+    const int low = valid < 4 ? valid : 4;
+    cp_async<8>(shared, global, 2 * low);
+    cp_async<8>(shared + 8, global + 4, 2 * (valid - low));
+  } else if (vector == 2) {
+#pragma unroll 1
+    for (int c = 0; c < kChunk; c += 2) {
+      const int here = valid - c < 0 ? 0 : valid - c < 2 ? valid - c : 2;
+      cp_async<4>(shared + 2 * c, global + c, 2 * here);
+    }
+  } else {
+#pragma unroll 1
+    for (int c = 0; c < kChunk; ++c)
+      shared_store<uint16_t>(shared + 2 * c,
+                             c < valid ? global_load<uint16_t>(global + c) : uint16_t(0));
+  }
+}
+
+// The first `valid` channels of a chunk in registers, zero behind them.
+template <typename T>
+__device__ __forceinline__ uint4 load_chunk(const T* global, int valid, int vector) {
+  if (vector == 8 && valid == kChunk) return global_load<uint4>(global);
+  uint32_t pairs[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (vector >= 4 && valid >= 4 * half + 4) {
+      const uint2 four = global_load<uint2>(global + 4 * half);
+      pairs[2 * half] = four.x;
+      pairs[2 * half + 1] = four.y;
+    } else {
+#pragma unroll
+      for (int c = 4 * half; c < 4 * half + 4; ++c)
+        if (c < valid)
+          pairs[c / 2] |= uint32_t(global_load<uint16_t>(global + c)) << (16 * (c & 1));
+    }
+  }
+  return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// Writes the first `valid` channels of a chunk.
+template <typename T>
+__device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int valid, int vector) {
+  if (vector == 8 && valid == kChunk) {
+    global_store<uint4>(global, chunk);
+    return;
+  }
+  const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (vector >= 4 && valid >= 4 * half + 4) {
+      global_store<uint2>(global + 4 * half, uint2{pairs[2 * half], pairs[2 * half + 1]});
+    } else {
+#pragma unroll
+      for (int c = 4 * half; c < 4 * half + 4; ++c)
+        if (c < valid)
+          global_store<uint16_t>(global + c, static_cast<uint16_t>(pairs[c / 2] >> (16 * (c & 1))));
+    }
+  }
+}
+
+// ---- Norms -----------------------------------------------------------------------------------------
+
+// Two channels' scale and shift, as (a0, s0, a1, s1).
+template <typename T>
+__device__ __forceinline__ uint32_t norm_relu_pair(uint32_t pair, float4 norm) {
+  const float2 x = unpack<T>(pair);
+  return pack_relu<T>(normalise(x.x, norm.x, norm.y), normalise(x.y, norm.z, norm.w));
+}
+
+// Copies rows `first_row` to `first_row + kRows` of a table, for the channels of one panel, to
+// shared memory as [32 channels][kRows]; channels past the end get zeros, so that a norm makes
+// zeros of them.
+template <int kRows>
+__device__ __forceinline__ void copy_table(unsigned char* shared, Table table, int first_row,
+                                           int channel, int channels, int threads) {
+  for (int i = thread_index(); i < kRows * kPanelChannels; i += threads) {
+    const int row = i % kRows, c = i / kRows;
+    const bool exists = channel + c < channels;
+    cp_async<4>(shared + 4 * (c * kRows + row),
+                table.data + (exists ? (first_row + row) * table.stride + channel + c : 0),
+                exists ? 4 : 0);
+  }
+}
+
+// ---- Tensor-core operands from panels --------------------------------------------------------------
+
+// Where a lane points ldmatrix for a 16 x 16 operand whose rows are the panel's rows (A, not
+// transposed; B transposed has the same form with two 8-column tiles in a chunk pair).
+__device__ __forceinline__ int a_row(int lane) { return lane & 15; }
+__device__ __forceinline__ int a_chunk(int lane) { return lane >> 4; }
+// For two 8-column tiles of B whose columns are the panel's rows and whose depth is its channels.
+__device__ __forceinline__ int b_row(int lane) { return (lane & 7) | ((lane >> 1) & 8); }
+__device__ __forceinline__ int b_chunk(int lane) { return (lane >> 3) & 1; }
+// Transposed: depth runs along the panel's rows. As A its rows are the panel's channels, and the
+// lanes point as for B above; as B its columns are the panel's channels, and they point as for A.
+
+// ---- Output ----------------------------------------------------------------------------------------
+
+// Running moments of the columns that a warp writes, in shared memory: mean [columns], M2 [columns].
+struct WarpMoments {
+  float* mean;
+  float* m2;
+  float count;  // rows seen, the same for all columns
+};
+
+// Takes 32 rows of one panel of rounded outputs into the moments. Each lane holds 16 rows of two
+// neighbouring columns in registers: exact two-pass moments, then two merges in a fixed order.
+template <typename T>
+__device__ __forceinline__ void measure_panel(const unsigned char* staging, uint32_t valid_rows,
+                                              int column, int columns, float count, float* mean,
+                                              float* m2) {
+  const int lane = lane_index(), pair = lane & 15, parity = lane >> 4;
+  uint32_t values[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    values[i] =
+        shared_load<uint32_t>(staging + panel_offset(2 * i + parity, pair >> 2) + 4 * (pair & 3));
+  const uint32_t rows = valid_rows >> parity;
+  Moments<float> low{0, 0, 0}, high{0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float2 v = unpack<T>(values[i]);
+    const bool valid = (rows >> (2 * i)) & 1;
+    low.mean += valid ? v.x : 0.0f;
+    high.mean += valid ? v.y : 0.0f;
+    low.count += valid ? 1.0f : 0.0f;
+  }
+  high.count = low.count;
+  const float share = low.count > 0.0f ? 1.0f / low.count : 0.0f;
+  low.mean *= share;
+  high.mean *= share;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float2 v = unpack<T>(values[i]);
+    const bool valid = (rows >> (2 * i)) & 1;
+    const float x = valid ? v.x - low.mean : 0.0f, y = valid ? v.y - high.mean : 0.0f;
+    low.m2 += x * x;
+    high.m2 += y * y;
+  }
+  // Lanes of even rows finish the pair's first column, lanes of odd rows its second.
+  const Moments<float> give = parity ? low : high, keep = parity ? high : low;
+  const Moments<float> got{shuffle_xor(give.count, 16), shuffle_xor(give.mean, 16),
+                           shuffle_xor(give.m2, 16)};
+  const Moments<float> both = parity ? merge(got, keep) : merge(keep, got);
+  const int c = column + 2 * pair + parity;
+  if (c >= columns) return;
+  const Moments<float> all =
+      merge(Moments<float>{count, shared_load<float>(mean + c), shared_load<float>(m2 + c)}, both);
+  shared_store(mean + c, all.mean);
+  shared_store(m2 + c, all.m2);
+}
+
+// Rounds 32 rows of a warp's accumulators, takes their moments (if asked) and writes them to y. `staging` is
+// 2 KB of the warp's own; row_of(r) is the global row of the warp's row r, negative where there is
+// none; columns [column, columns) of y and of the moments are the accumulators'.
+template <typename T, int kTiles, typename RowOf>
+__device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned char* staging,
+                                           const RowTensor& y, int column, int columns,
+                                           bool measure, WarpMoments& moments, RowOf row_of) {
+  const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+  const uint32_t valid_rows = ballot(row_of(lane) >= 0);
+#pragma unroll
+  for (int panel = 0; panel < (kTiles + 3) / 4; ++panel) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int tile = 4 * panel + j;
+        if (tile >= kTiles) break;
+        const float (&d)[4] = acc[m][tile];
+        shared_store(staging + panel_offset(16 * m + g, j) + 4 * t, pack<T>(d[0], d[1]));
+        shared_store(staging + panel_offset(16 * m + g + 8, j) + 4 * t, pack<T>(d[2], d[3]));
+      }
+    }
+    sync_warp();
+    const int first = column + panel * kPanelChannels;
+    if (measure)
+      measure_panel<T>(staging, valid_rows, panel * kPanelChannels, columns - column, moments.count,
+                       moments.mean, moments.m2);
+    const int valid = channels_left(first + t * kChunk, columns);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + 8 * i;
+      const int64_t global_row = row_of(row);
+      if (global_row >= 0 && valid > 0)
+        store_chunk(y.at<T>(global_row, first + t * kChunk),
+                    shared_load<uint4>(staging + panel_offset(row, t)), valid, y.vector);
+    }
+    sync_warp();
+  }
+  for (uint32_t bits = valid_rows; bits; bits &= bits - 1) moments.count += 1.0f;
+}
+
+}  // namespace densenet_efficient::device
