@@ -76,8 +76,10 @@ inline Bands bands(int64_t images, int64_t height, int64_t pixel_row_bytes) {
 
 // What one call allocates. `size` is the size of an arithmetic element (4, or 8 for float64), M rows,
 // C input channels, K output channels. Counts are elements, a piece ends on a boundary of 64 bytes.
+constexpr int64_t kMomentRows = 3;  // of one tile's moments, per thread
+
 inline int64_t moments_bytes(int64_t groups, int64_t channels, int64_t size, int64_t threads) {
-  return 8 * groups * (2 * channels + 1) + threads * 2 * channels * size + 3 * 64;
+  return 8 * groups * (2 * channels + 1) + threads * kMomentRows * channels * size + 3 * 64;
 }
 
 struct ChannelStats {
@@ -196,7 +198,7 @@ struct Stem {
       : groups(groups_of(N * ceil_div(H, 2), kMaxGroups)),
         winners(2 * ceil_div(W, 2) * C),
         bytes(moments_bytes(groups.groups, C, size, threads) +
-              size * (threads * (4 * C + winners) + 4 * C) + 4 * 64) {}
+              size * (threads * (5 * C + winners) + 4 * C) + 4 * 64) {}
 };
 
 }  // namespace cpu

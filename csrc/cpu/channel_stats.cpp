@@ -14,10 +14,10 @@ void run(const Tensor& x, int64_t x_stride, const Tensor& stats, int64_t stats_s
   const workspace::cpu::ChannelStats plan(x.size(0), channels, sizeof(A), slots);
   Workspace workspace(x, plan.bytes);
   GroupMoments moments(workspace, plan.groups.groups, channels);
-  A* spare = workspace.take<A>(slots * 2 * channels);
+  A* spare = workspace.take<A>(slots * moments.kSpare * channels);
   const auto rows = input_rows<T>(x, x_stride);
   parallel(plan.groups.groups, [&](int64_t group) {
-    A* own = spare + own_slot(slots) * 2 * channels;
+    A* own = spare + own_slot(slots) * moments.kSpare * channels;
     for (int64_t tile = plan.groups.first(group); tile < plan.groups.first(group + 1); ++tile)
       moments.add<T>(group, {rows[plan.tiles.first(tile)], x_stride}, plan.tiles.count(tile), own);
   });

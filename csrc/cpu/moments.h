@@ -7,13 +7,15 @@
 
 namespace densenet_efficient::cpu {
 
-// Mean and M2 of `rows` rows of y, one pass each.
+// Mean and M2 of `rows` rows of y. The second pass also sums the deviations: what they miss of zero is
+// the rounding error of the mean, which is put right in both. sum holds C elements.
 template <typename T>
 void tile_moments(Rows<const T> y, int64_t rows, int64_t channels, Arithmetic<T>* __restrict mean,
-                  Arithmetic<T>* __restrict m2) {
+                  Arithmetic<T>* __restrict m2, Arithmetic<T>* __restrict sum) {
   using A = Arithmetic<T>;
   std::fill_n(mean, channels, A(0));
   std::fill_n(m2, channels, A(0));
+  std::fill_n(sum, channels, A(0));
   for (int64_t r = 0; r < rows; ++r) {
     const T* __restrict row = y[r];
     for (int64_t c = 0; c < channels; ++c) mean[c] += load(row[c]);
@@ -24,26 +26,32 @@ void tile_moments(Rows<const T> y, int64_t rows, int64_t channels, Arithmetic<T>
     const T* __restrict row = y[r];
     for (int64_t c = 0; c < channels; ++c) {
       const A delta = load(row[c]) - mean[c];
+      sum[c] += delta;
       m2[c] += delta * delta;
     }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] += sum[c] * share;
+    m2[c] -= sum[c] * sum[c] * share;
   }
 }
 
 // The running moments of each group, [groups][2][C] in double, and their counts.
 class GroupMoments {
  public:
-  // Elements of the workspace: doubles, and one tile's moments per thread.
+  static constexpr int64_t kSpare = workspace::cpu::kMomentRows;
+
   GroupMoments(Workspace& workspace, int64_t groups, int64_t channels)
       : groups_(groups),
         channels_(channels),
         count_(workspace.take_zeros<double>(groups)),
         moments_(workspace.take_zeros<double>(groups * 2 * channels)) {}
 
-  // Adds a tile of `rows` rows; spare holds 2 * C elements.
+  // Adds a tile of `rows` rows; spare holds kSpare * C elements.
   template <typename T>
   void add(int64_t group, Rows<const T> y, int64_t rows, Arithmetic<T>* spare) {
     if (rows == 0) return;
-    tile_moments(y, rows, channels_, spare, spare + channels_);
+    tile_moments(y, rows, channels_, spare, spare + channels_, spare + 2 * channels_);
     merge_into(group, spare, spare + channels_, static_cast<double>(rows));
   }
 

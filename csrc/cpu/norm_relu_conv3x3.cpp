@@ -85,7 +85,7 @@ void forward(const Source<T>& source, const Tensor& weight, Rows<T> y,
   Element<T>* operands = workspace.take<Element<T>>(slots * plan.operand);
   A* results = workspace.take<A>(slots * plan.result);
   GroupMoments moments(workspace, plan.groups.groups, K);
-  A* spares = workspace.take<A>(slots * 2 * K);
+  A* spares = workspace.take<A>(slots * moments.kSpare * K);
   pack_taps<T>(weight, false, packed);
 
   parallel(plan.groups.groups, [&](int64_t group) {
@@ -106,7 +106,7 @@ void forward(const Source<T>& source, const Tensor& weight, Rows<T> y,
           store_row<T>(result + w * width, K, y[first_pixel + r * W + w]);
       }
       if (stats)
-        moments.add<T>(group, {y[first_pixel], y.stride}, band.rows * W, spares + slot * 2 * K);
+        moments.add<T>(group, {y[first_pixel], y.stride}, band.rows * W, spares + slot * moments.kSpare * K);
     }
   });
   if (stats) moments.finish(*stats);

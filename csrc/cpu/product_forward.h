@@ -23,7 +23,7 @@ void product_forward(const Tensor& weight, int64_t M, Rows<T> y,
   Element<T>* operands = workspace.take<Element<T>>(slots * plan.operand);
   A* results = workspace.take<A>(slots * plan.result);
   GroupMoments moments(workspace, plan.groups.groups, K);
-  A* spares = workspace.take<A>(slots * 2 * K);
+  A* spares = workspace.take<A>(slots * moments.kSpare * K);
 
   const T* w = static_cast<const T*>(weight.const_data_ptr());
   const int64_t row_stride = weight.stride(0), column_stride = weight.stride(1);
@@ -48,7 +48,7 @@ void product_forward(const Tensor& weight, int64_t M, Rows<T> y,
                          .c = result, .c_row = width, .accumulate = false});
       for (int64_t r = 0; r < rows; ++r) store_row<T>(result + r * width, K, y[first + r]);
       if (stats)
-        moments.add<T>(group, {y[first], y.stride}, rows, spares + slot * 2 * K);
+        moments.add<T>(group, {y[first], y.stride}, rows, spares + slot * moments.kSpare * K);
     }
   });
   if (stats) moments.finish(*stats);

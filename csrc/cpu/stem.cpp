@@ -14,6 +14,9 @@
 namespace densenet_efficient::cpu {
 namespace {
 
+// Per-channel vectors of a task: the best value, what was chosen, sums or moments.
+constexpr int64_t kSpareRows = 5;
+
 template <typename T>
 struct Stem {
   using A = Arithmetic<T>;
@@ -76,16 +79,16 @@ void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y,
   const workspace::cpu::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
   Workspace workspace(like, plan.bytes);
   GroupMoments moments(workspace, plan.groups.groups, C);
-  A* spares = workspace.take<A>(slots * 4 * C);
+  A* spares = workspace.take<A>(slots * kSpareRows * C);
   parallel(plan.groups.groups, [&](int64_t group) {
-    A* best = spares + own_slot(slots) * 4 * C;
+    A* best = spares + own_slot(slots) * kSpareRows * C;
     for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
       for (int64_t u = 0; u < width; ++u) {
         stem.maximum(line / height, line % height, u, best);
         for (int64_t c = 0; c < C; ++c) best[c] = relu(best[c]);
         store_row<T>(best, C, y[line * width + u]);
       }
-      if (stats) moments.add<T>(group, {y[line * width], y.stride}, width, best + 2 * C);
+      if (stats) moments.add<T>(group, {y[line * width], y.stride}, width, best + C);
     }
   });
   if (stats) moments.finish(*stats);
@@ -128,7 +131,7 @@ struct Backward {
     const workspace::cpu::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
     Workspace workspace(like, plan.bytes);
     double* sums = workspace.take_zeros<double>(plan.groups.groups * 2 * C);
-    A* spares = workspace.take<A>(slots * 4 * C);
+    A* spares = workspace.take<A>(slots * kSpareRows * C);
     Index* winners = workspace.take<Index>(slots * plan.winners);
     A* correction_data = workspace.take<A>(kCorrectionRows * C);
     take_sums(plan, spares, sums);
@@ -143,7 +146,7 @@ struct Backward {
     const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
     const int64_t slots = threads();
     parallel(plan.groups.groups, [&](int64_t group) {
-      A* best = spares + own_slot(slots) * 4 * C;
+      A* best = spares + own_slot(slots) * kSpareRows * C;
       A* chosen = best + C;
       A* line_sums = best + 2 * C;
       for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
@@ -165,7 +168,7 @@ struct Backward {
     const int64_t slots = threads();
     parallel(plan.groups.groups, [&](int64_t group) {
       const int64_t slot = own_slot(slots);
-      A* dh = spares + slot * 4 * C;
+      A* dh = spares + slot * kSpareRows * C;
       Index* upper = winners + slot * plan.winners;
       Index* lower = upper + width * C;
       int64_t known = -1;  // the line of windows that `lower` describes
