@@ -1,5 +1,14 @@
 """Types of the compiled module, csrc/module.cpp."""
 
+from collections.abc import Sequence
+
 __version__: str
 
 def build_info() -> dict[str, str]: ...
+def workspace_bytes(
+    op: str,
+    shape: Sequence[int],
+    channels: int = 0,
+    element_bytes: int = 4,
+    threads: int = 1,
+) -> int: ...

@@ -202,3 +202,31 @@ def test_info_prints_versions_backends_and_paths() -> None:
     for part in (__version__, torch.__version__, info.build["compiler"], "cpu: compiled kernels"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 100 or " " not in text
+
+
+def test_workspace_sizes_follow_shape_threads_and_dtype() -> None:
+    from densenet_efficient._module import workspace_bytes
+
+    one = workspace_bytes("norm_relu_conv1x1_forward", [3136, 256], 128)
+    assert 0 < one < 3136 * 256 * 4  # a cache's worth, not a copy of the input
+    assert workspace_bytes("norm_relu_conv1x1_forward", [3136, 256], 128, threads=4) > one
+    assert workspace_bytes("norm_relu_conv1x1_forward", [3136, 256], 128, element_bytes=8) > one
+    image = workspace_bytes("norm_relu_conv3x3_backward", [8, 56, 56, 128], 32)
+    assert 0 < image < 8 * 56 * 56 * 128 * 4
+    assert workspace_bytes("norm_fold", [3136, 256]) == 0  # it allocates nothing
+    assert workspace_bytes("channel_stats", [0, 256]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["channel_stats", [4]]), "got 1 dimensions"),
+        ((["channel_stats", [4, 2], 0, 2]), "element_bytes must be 4 or 8, got 2"),
+        ((["channel_stats", [4, 2], 0, 4, 0]), "threads must be positive, got 0"),
+    ],
+)
+def test_workspace_arguments_are_checked(arguments: list[object], message: str) -> None:
+    from densenet_efficient._module import workspace_bytes
+
+    with pytest.raises(ValueError, match=message):
+        workspace_bytes(*arguments)  # type: ignore[arg-type]
