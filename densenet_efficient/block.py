@@ -326,6 +326,7 @@ def block_backward(
                     stages.norm_correction_apply(_rows(d_new), _rows(new), fix)
                     fix = None
                 d_new.mul_(_dropout_mask(plan, index, new, scratch))
+            fixed = None if fix is None else new
 
             norm1 = layer.fold1(stats)
             dnorm1 = norm1.new_empty((2, channels))
@@ -348,12 +349,12 @@ def block_backward(
                     dbias2 = _empty_gradient(layer.bias2, need[7], acc)
                 if layer.plan.conv2 is not None:
                     general.norm_relu_conv_backward(
-                        d_new, new, fix, b, norm2, layer.weight2, layer.plan.conv2, False, dz2,
+                        d_new, fixed, fix, b, norm2, layer.weight2, layer.plan.conv2, False, dz2,
                         dweight2, dbias2, dnorm2,
                     )  # fmt: skip
                 else:
                     stages.norm_relu_conv3x3_backward(
-                        d_new, new, fix, b, norm2, layer.weight2, False, dz2, dweight2, dnorm2
+                        d_new, fixed, fix, b, norm2, layer.weight2, False, dz2, dweight2, dnorm2
                     )
                 fix2 = torch.empty_like(norm2)
                 stages.norm_correction(
@@ -373,12 +374,21 @@ def block_backward(
                     )  # fmt: skip
             elif layer.plan.conv1 is not None:
                 general.norm_relu_conv_backward(
-                    d_new, new, fix, inputs, norm1, layer.weight1, layer.plan.conv1, True,
+                    d_new, fixed, fix, inputs, norm1, layer.weight1, layer.plan.conv1, True,
                     d_inputs, dweight1, dbias1, dnorm1,
                 )  # fmt: skip
             else:
                 stages.norm_relu_conv3x3_backward(
-                    d_new, new, fix, inputs, norm1, layer.weight1, True, d_inputs, dweight1, dnorm1
+                    d_new,
+                    fixed,
+                    fix,
+                    inputs,
+                    norm1,
+                    layer.weight1,
+                    True,
+                    d_inputs,
+                    dweight1,
+                    dnorm1,
                 )
             if layer.plan.norm1.running is None:
                 stages.norm_correction(dnorm1, norm1, count, True, correction)
