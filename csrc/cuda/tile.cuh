@@ -27,12 +27,17 @@ struct RowTensor {
   DE_HOST_DEVICE T* at(int64_t row, int channel) const {
     return static_cast<T*>(data) + row * stride + channel;
   }
+  // The same rows from a later channel on, a multiple of eight; the same channels from a later row on.
+  RowTensor from_channel(int channel) const { return {at<uint16_t>(0, channel), stride, vector}; }
+  RowTensor from_row(int64_t row) const { return {at<uint16_t>(row, 0), stride, vector}; }
 };
 
 // A [rows, C] table of fp32 vectors: norm or correction.
 struct Table {
   const float* data;
   int64_t stride;
+
+  Table from_channel(int channel) const { return {data + channel, stride}; }
 };
 
 __device__ __forceinline__ int panel_offset(int row, int chunk) {

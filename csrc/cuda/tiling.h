@@ -50,7 +50,8 @@ struct Conv1x1Backward {
     constexpr int kMaxWarps = 4;
     const int64_t groups = std::max<int64_t>(1, parts(channels, 16));
     channel_blocks = parts(groups, kMaxWarps);
-    warps = static_cast<int>(parts(groups, channel_blocks));
+    // Two warps at least for more than 128 outputs: fewer threads could not load a row of dy.
+    warps = std::max(static_cast<int>(parts(groups, channel_blocks)), outputs > 128 ? 2 : 1);
     tiles = parts(rows, kTileRows);
     const int64_t resident =
         int64_t(multiprocessors) * (outputs <= 128 ? 3 : 2) * std::max(1, kMaxWarps / warps);

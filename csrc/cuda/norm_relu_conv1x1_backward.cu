@@ -1,0 +1,461 @@
+// norm_relu_conv1x1, backward: from the masked gradient dz_y of the norm that follows y,
+//   dy = a_y * dz_y - p - (y - mean_y) * q                        [M, K], never written
+//   dz = (dy @ weight) * [a * x + s > 0]                          [M, C], never written
+//   dx += a * dz,  dweight = dy^T @ relu(a * x + s) [K, C],  dnorm = sums of dz * x_hat and dz [2, C].
+//
+// Tile: 32 rows. Who owns what: a warp owns 16 channels: their columns of the weight (in registers as
+// tensor-core operands for the whole run), their dx, their sums, and their columns of dweight (K x 16
+// accumulators in registers). A block of up to four warps owns up to 64 channels and a static range of
+// row tiles; its warps share the tile of dy, which they form in place from dz_y. Nothing else passes
+// between warps, so one barrier a tile is enough; cp.async runs two tiles ahead.
+// Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 64 channels (2 * 2 M K, from the
+// L2 cache after the first: blocks of the same rows are neighbours), partial sums
+// 4 (K + 2) C for each row block, twice.
+// Sums: fp32 in registers over the block's rows, in row order; blocks in a second pass.
+// Rows past the end get dy = 0; channels past the end get a = s = 0.
+#include "operands.h"
+#include "partials.cuh"
+#include "tiling.h"
+
+namespace densenet_efficient {
+namespace {
+
+using Tiling = workspace::cuda::Conv1x1Backward;
+
+constexpr int kStages = 3;
+constexpr int kTileRows = Tiling::kTileRows;
+constexpr int kPanelBytes = kTileRows * device::kPanelRowBytes;
+constexpr int kMaxThreads = 128;
+
+struct Backward {
+  device::RowTensor dz_y, y;  // [M, K]
+  device::Table correction;   // [4, K]
+  device::RowTensor x;        // [M, C]
+  device::Table norm;         // [4, C]
+  device::RowTensor weight;   // [K, C]
+  device::RowTensor dx;       // [M, C]
+  float* partial;             // [row blocks, K + 2, pitch]: dweight, dgamma, dbeta
+  int64_t pitch;              // channels of a partial row
+  int64_t rows;               // M
+  int channels, outputs;      // C, K
+  int warps;                  // of a block
+  int channel_blocks;         // blocks that share a range of rows
+  bool weight_gradient;
+};
+
+// A stage: dz_y and y in K / 32 panels each, x and dx in a panel for every two warps. Behind the
+// stages the correction, [8][kOutputs / 8][4] (neighbouring threads own neighbouring chunks), and the
+// norm of the block's channels, [4][16 * warps].
+template <int kOutputs>
+struct BackwardLayout {
+  static constexpr int kPanels = kOutputs / device::kPanelChannels;
+  int warps;
+  DE_HOST_DEVICE int y_offset() const { return kPanels * kPanelBytes; }
+  DE_HOST_DEVICE int x_offset() const { return 2 * kPanels * kPanelBytes; }
+  DE_HOST_DEVICE int dx_offset() const { return x_offset() + (warps + 1) / 2 * kPanelBytes; }
+  DE_HOST_DEVICE int stage_bytes() const { return dx_offset() + (warps + 1) / 2 * kPanelBytes; }
+  DE_HOST_DEVICE int correction_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int norm_offset() const { return correction_offset() + kOutputs * 16; }
+  DE_HOST_DEVICE int shared_bytes() const { return norm_offset() + 16 * warps * 16; }
+};
+
+// Four fp32 values of two packed pairs.
+template <typename T>
+__device__ __forceinline__ void unpack_four(uint2 packed, float (&values)[4]) {
+  const float2 low = device::unpack<T>(packed.x), high = device::unpack<T>(packed.y);
+  values[0] = low.x;
+  values[1] = low.y;
+  values[2] = high.x;
+  values[3] = high.y;
+}
+
+// dy over dz_y, in place: each thread works on the chunks that it copied itself, all of them of the
+// same eight columns.
+template <typename T, int kOutputs>
+__device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
+                                        const unsigned char* correction, int row_step, int row,
+                                        int column_chunk, int valid_rows) {
+  using namespace device;
+  const int panel = column_chunk / 4 * kPanelBytes, chunk = column_chunk % 4;
+  float4 c[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    c[i] = shared_load<float4>(correction + (i * (kOutputs / kChunk) + column_chunk) * 16);
+  for (; row < kTileRows; row += row_step) {
+    const int offset = panel + panel_offset(row, chunk);
+    const uint4 dz = shared_load<uint4>(stage + offset);
+    const uint4 y = shared_load<uint4>(stage + y_offset + offset);
+    const uint32_t dz_pairs[4] = {dz.x, dz.y, dz.z, dz.w}, y_pairs[4] = {y.x, y.y, y.z, y.w};
+    uint32_t dy[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 d = unpack<T>(dz_pairs[i]), v = unpack<T>(y_pairs[i]);
+      const float4 low = c[2 * i], high = c[2 * i + 1];
+      dy[i] = pack<T>(correct(d.x, v.x, low.x, low.y, low.z, low.w),
+                      correct(d.y, v.y, high.x, high.y, high.z, high.w));
+    }
+    shared_store(stage + offset, row < valid_rows ? uint4{dy[0], dy[1], dy[2], dy[3]}
+                                                  : uint4{0, 0, 0, 0});
+  }
+}
+
+// The warp's 16 channels and what it keeps of them in registers. The data gradient's two 8-column
+// tiles are spread so that a lane holds four neighbouring channels, 4 t to 4 t + 3 of the warp's: tile
+// j, column 2 t + e is channel 4 t + 2 j + e. The weight gradient's tiles lie in channel order.
+template <typename T, int kOutputs>
+struct WarpChannels {
+  static constexpr int kDepth = kOutputs / 16;
+  const float* norm;              // in shared memory, at the warp's first channel
+  int norm_pitch;                 // between its rows
+  int channel0;                   // of the warp
+  uint32_t weight[kDepth][2][2];
+  float dgamma[4], dbeta[4];      // of the lane's four channels
+  float dweight[kDepth][2][4];
+
+  __device__ __forceinline__ WarpChannels(const Backward& args, const float* norm, int channel0)
+      : norm(norm), norm_pitch(16 * args.warps), channel0(channel0) {
+    using namespace device;
+    const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dgamma[i] = dbeta[i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dweight[k][j][i] = 0.0f;
+      }
+      // Column g of tile j is channel 4 (g / 2) + 2 j + g % 2: both tiles come with one chunk half.
+      uint2 rows[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * k + 2 * t + (i & 1) + 8 * (i >> 1);
+        const int channel = channel0 + 4 * (g >> 1);
+        const int left = row < args.outputs ? channels_left(channel, args.channels) : 0;
+        const uint4 chunk =
+            load_chunk(args.weight.at<T>(row, channel), left < 4 ? left : 4, args.weight.vector);
+        rows[i] = uint2{chunk.x, chunk.y};
+      }
+      const int shift = 16 * (g & 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint2 even = rows[2 * half], odd = rows[2 * half + 1];
+        weight[k][0][half] = ((even.x >> shift) & 0xffffu) | ((odd.x >> shift) & 0xffffu) << 16;
+        weight[k][1][half] = ((even.y >> shift) & 0xffffu) | ((odd.y >> shift) & 0xffffu) << 16;
+      }
+    }
+  }
+
+  // Four neighbouring channels of one row of the norm.
+  __device__ __forceinline__ void load_norm(NormRow row, float (&values)[4]) const {
+    const float4 four =
+        device::shared_load<float4>(norm + row * norm_pitch + 4 * (device::lane_index() & 3));
+    values[0] = four.x;
+    values[1] = four.y;
+    values[2] = four.z;
+    values[3] = four.w;
+  }
+
+  // The data gradient of 16 rows: product, mask, sums, dx. `x` and `dx` are the stage's panels at the
+  // warp's channels; global_dx is the row of the lane's first row.
+  __device__ __forceinline__ void data_gradient(const unsigned char* dy, const unsigned char* x,
+                                                const unsigned char* dx, int chunk0, int tile_row,
+                                                int valid_rows, const Backward& args,
+                                                int64_t row0) {
+    using namespace device;
+    const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+    float acc[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      uint32_t left[4];
+      ldmatrix_x4(left, dy + k / 2 * kPanelBytes +
+                            panel_offset(tile_row + a_row(lane), 2 * (k % 2) + a_chunk(lane)));
+      mma_16x8x16<T>(acc[0], left, weight[k][0]);
+      mma_16x8x16<T>(acc[1], left, weight[k][1]);
+    }
+    float a[4], s[4], mean[4];
+    load_norm(kScale, a);
+    load_norm(kShift, s);
+    load_norm(kMean, mean);
+    const int first = channel0 + 4 * t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile_row + g + 8 * half;
+      const int offset = panel_offset(row, chunk0 + (t >> 1)) + 8 * (t & 1);
+      float values[4], sum[4];
+      unpack_four<T>(shared_load<uint2>(x + offset), values);
+      unpack_four<T>(shared_load<uint2>(dx + offset), sum);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // Lane t holds channel 4 t + i in tile i / 2, column 2 t + i % 2.
+        const float dz =
+            relu_mask(acc[i >> 1][2 * half + (i & 1)], normalise(values[i], a[i], s[i]));
+        dgamma[i] += dz * (values[i] - mean[i]);
+        dbeta[i] += dz;
+        sum[i] += a[i] * dz;
+      }
+      if (row >= valid_rows) continue;
+      const int left = channels_left(first, args.channels);
+      if (left > 0)
+        store_chunk(args.dx.at<T>(row0 + row, first),
+                    uint4{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3]), 0, 0},
+                    left < 4 ? left : 4, args.dx.vector);
+    }
+  }
+
+  // dweight += dy^T @ relu(a * x + s) over 16 rows.
+  __device__ __forceinline__ void weight_gradient(const unsigned char* dy, const unsigned char* x,
+                                                  int chunk0, int tile_row) {
+    using namespace device;
+    const int lane = lane_index();
+    uint32_t h[4];
+    ldmatrix_x4_trans(h, x + panel_offset(tile_row + a_row(lane), chunk0 + a_chunk(lane)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* of_channel = norm + 8 * (i >> 1) + (lane >> 2);
+      const float scale = shared_load<float>(of_channel + kScale * norm_pitch);
+      const float shift = shared_load<float>(of_channel + kShift * norm_pitch);
+      h[i] = norm_relu_pair<T>(h[i], float4{scale, shift, scale, shift});
+    }
+    const uint32_t left[2] = {h[0], h[1]}, right[2] = {h[2], h[3]};
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      uint32_t outputs[4];
+      ldmatrix_x4_trans(outputs, dy + k / 2 * kPanelBytes +
+                                     panel_offset(tile_row + b_row(lane),
+                                                  2 * (k % 2) + b_chunk(lane)));
+      mma_16x8x16<T>(dweight[k][0], outputs, left);
+      mma_16x8x16<T>(dweight[k][1], outputs, right);
+    }
+  }
+
+  // To the block's partial [K + 2, pitch] at the warp's channels.
+  __device__ __forceinline__ void write(const Backward& args, float* partial) {
+    using namespace device;
+    const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        dgamma[i] += shuffle_xor(dgamma[i], mask);
+        dbeta[i] += shuffle_xor(dbeta[i], mask);
+      }
+    }
+    if (g == 0) {
+      float rstd[4];
+      load_norm(kRstd, rstd);
+      float* sums = partial + args.outputs * args.pitch + channel0 + 4 * t;
+      global_store(sums, float4{dgamma[0] * rstd[0], dgamma[1] * rstd[1], dgamma[2] * rstd[2],
+                                dgamma[3] * rstd[3]});
+      global_store(sums + args.pitch, float4{dbeta[0], dbeta[1], dbeta[2], dbeta[3]});
+    }
+    if (!args.weight_gradient) return;
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * k + 8 * half + g;
+          if (row < args.outputs)
+            global_store(partial + row * args.pitch + channel0 + 8 * j + 2 * t,
+                         float2{dweight[k][j][2 * half], dweight[k][j][2 * half + 1]});
+        }
+      }
+    }
+  }
+};
+
+template <typename T, int kOutputs>
+__global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2) backward_kernel(Backward args) {
+  using namespace device;
+  const BackwardLayout<kOutputs> layout{args.warps};
+  const int threads = 32 * args.warps, thread = thread_index(), warp = warp_index();
+  const int channel_block = block_x() % args.channel_blocks;
+  const int row_block = block_x() / args.channel_blocks;
+  const int row_blocks = grid_x() / args.channel_blocks;
+  const int block_channel0 = channel_block * 16 * args.warps, channel0 = block_channel0 + 16 * warp;
+  const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
+  const int64_t first_tile = tiles * row_block / row_blocks;
+  const int64_t last_tile = tiles * (row_block + 1) / row_blocks;
+  unsigned char* shared = shared_memory();
+
+  unsigned char* correction = shared + layout.correction_offset();
+  for (int i = thread; i < 4 * kOutputs; i += threads) {
+    const int row = i % 4, chunk = i / 4 % (kOutputs / kChunk);
+    const int column = chunk * kChunk + i / (4 * (kOutputs / kChunk));
+    shared_store(correction + 4 * i,
+                 column < args.outputs
+                     ? global_load<float>(args.correction.data + row * args.correction.stride + column)
+                     : 0.0f);
+  }
+  float* norm = reinterpret_cast<float*>(shared + layout.norm_offset());
+  for (int i = thread; i < kNormRows * 16 * args.warps; i += threads) {
+    const int row = i / (16 * args.warps), channel = block_channel0 + i % (16 * args.warps);
+    shared_store(norm + i, channel < args.channels
+                               ? global_load<float>(args.norm.data + row * args.norm.stride + channel)
+                               : 0.0f);
+  }
+  WarpChannels<T, kOutputs> own(args, norm + 16 * warp, channel0);
+
+  // Every thread copies chunks of one column of dz_y and y, and forms dy of exactly these. Eight
+  // threads stand on two rows of a panel, a team of them on two rows of all panels.
+  constexpr int kTeam = 8 * kOutputs / kPanelChannels;
+  const int row_step = 2 * (threads / kTeam);
+  const int column_chunk = thread % kTeam / 8 * 4 + thread % 4;
+  const int copy_row =
+      thread < threads / kTeam * kTeam ? 2 * (thread / kTeam) + thread / 4 % 2 : kTileRows;
+  const auto load = [&](int64_t tile, int stage_index) {
+    if (tile < last_tile) {
+      unsigned char* stage = shared + stage_index * layout.stage_bytes();
+      const int64_t row0 = tile * kTileRows;
+      const int valid = channels_left(column_chunk * kChunk, args.outputs);
+      for (int row = copy_row; row < kTileRows; row += row_step) {
+        const int offset = column_chunk / 4 * kPanelBytes + panel_offset(row, column_chunk % 4);
+        const int here = row0 + row < args.rows ? valid : 0;
+        copy_chunk(stage + offset, args.dz_y.at<T>(row0 + row, column_chunk * kChunk), here,
+                   args.dz_y.vector);
+        copy_chunk(stage + layout.y_offset() + offset,
+                   args.y.at<T>(row0 + row, column_chunk * kChunk), here, args.y.vector);
+      }
+      for (int panel = 0; panel < (args.warps + 1) / 2; ++panel) {
+        const int chunk = thread & 3;
+        const int channel = block_channel0 + panel * kPanelChannels + chunk * kChunk;
+        const int exist = channels_left(channel, args.channels);
+        for (int row = thread >> 2; row < kTileRows; row += threads >> 2) {
+          const int offset = panel * kPanelBytes + panel_offset(row, chunk);
+          const int here = row0 + row < args.rows ? exist : 0;
+          copy_chunk(stage + layout.x_offset() + offset, args.x.at<T>(row0 + row, channel), here,
+                     args.x.vector);
+          copy_chunk(stage + layout.dx_offset() + offset, args.dx.at<T>(row0 + row, channel), here,
+                     args.dx.vector);
+        }
+      }
+    }
+    cp_async_commit();
+  };
+  for (int stage = 0; stage < kStages - 1; ++stage) load(first_tile + stage, stage);
+  sync_threads();  // the correction and the norm are there
+
+  int stage_index = 0;
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    unsigned char* stage = shared + stage_index * layout.stage_bytes();
+    const int64_t row0 = tile * kTileRows;
+    const int valid_rows =
+        args.rows - row0 < kTileRows ? static_cast<int>(args.rows - row0) : kTileRows;
+    cp_async_wait<kStages - 2>();
+    form_dy<T, kOutputs>(stage, layout.y_offset(), correction, row_step, copy_row, column_chunk,
+                         valid_rows);
+    sync_threads();
+    load(tile + kStages - 1, stage_index == 0 ? kStages - 1 : stage_index - 1);
+    const unsigned char* x = stage + layout.x_offset() + warp / 2 * kPanelBytes;
+    const unsigned char* dx = stage + layout.dx_offset() + warp / 2 * kPanelBytes;
+    const int chunk0 = 2 * (warp & 1);
+#pragma unroll
+    for (int row = 0; row < kTileRows; row += 16) {
+      own.data_gradient(stage, x, dx, chunk0, row, valid_rows, args, row0);
+      if (args.weight_gradient) own.weight_gradient(stage, x, chunk0, row);
+    }
+    stage_index = stage_index == kStages - 1 ? 0 : stage_index + 1;
+  }
+  own.write(args, args.partial + row_block * (args.outputs + 2) * args.pitch);
+}
+
+// ---- Launcher --------------------------------------------------------------------------------------
+
+template <typename T, int kOutputs>
+void launch_backward(const Launcher& launcher, const Backward& args, int64_t blocks) {
+  const BackwardLayout<kOutputs> layout{args.warps};
+  launcher.launch<&backward_kernel<T, kOutputs>>(
+      {blocks, 1, 32 * args.warps, layout.shared_bytes()}, args);
+}
+
+// For at most 192 outputs, those from `first` on. More outputs take several calls: the ReLU's mask
+// does not depend on them, so dx and dnorm accumulate.
+void backward(const Launcher& launcher, const Arg& x, Backward args, int first, float* dweight,
+              float* dnorm, int64_t dnorm_stride) {
+  const Tiling tiling(args.rows, args.channels, args.outputs,
+                      launcher.device().multiprocessors);
+  const Workspace partial(x.tensor, tiling.bytes);
+  args.partial = partial.data();
+  args.pitch = tiling.pitch;
+  args.warps = tiling.warps;
+  args.channel_blocks = static_cast<int>(tiling.channel_blocks);
+  args.weight_gradient = dweight != nullptr;
+  const int64_t blocks = tiling.row_blocks * tiling.channel_blocks;
+  dispatch_16bit(x, [&]<typename T>(T) {
+    if (blocks == 0 || args.channels == 0) return;
+    if (args.outputs <= 64)
+      launch_backward<T, 64>(launcher, args, blocks);
+    else if (args.outputs <= 128)
+      launch_backward<T, 128>(launcher, args, blocks);
+    else
+      launch_backward<T, 192>(launcher, args, blocks);
+  });
+  SumPartials weight_sums;
+  weight_sums.partial = args.partial;
+  weight_sums.blocks = static_cast<int>(tiling.row_blocks);
+  weight_sums.rows = dweight ? args.outputs : 0;
+  weight_sums.columns = args.channels;
+  weight_sums.pitch = tiling.pitch;
+  weight_sums.block_stride = (args.outputs + 2) * tiling.pitch;
+  weight_sums.out = dweight ? dweight + int64_t(first) * args.channels : nullptr;
+  weight_sums.outer_stride = args.channels;
+  SumPartials norm_sums = weight_sums;
+  norm_sums.partial += args.outputs * tiling.pitch;
+  norm_sums.rows = kDnormRows;
+  norm_sums.out = dnorm;
+  norm_sums.outer_stride = dnorm_stride;
+  norm_sums.accumulate = first > 0;
+  sum_partials(launcher, weight_sums, norm_sums);
+}
+
+void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm,
+                                Tensor weight, Tensor dx, OptionalTensor dweight, Tensor dnorm) {
+  const char* op = "norm_relu_conv1x1_backward";
+  check_dim({op, "x", x}, 2);
+  check_dim({op, "weight", weight}, 2);
+  const int64_t M = x.size(0), C = x.size(1), K = weight.size(0);
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t dz_y_stride = check_activation({op, "dz_y", dz_y}, {M, K}, x, "x");
+  const int64_t y_stride = check_activation({op, "y", y}, {M, K}, x, "x");
+  const int64_t correction_stride = check_table({op, "correction", correction}, kCorrectionRows, K,
+                                                ScalarType::Float, x, "x");
+  const int64_t norm_stride =
+      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
+  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
+  const int64_t dx_stride = check_activation({op, "dx", dx}, {M, C}, x, "x");
+  if (dweight) {
+    check_table({op, "dweight", *dweight}, K, C, ScalarType::Float, x, "x");
+    check_contiguous({op, "dweight", *dweight});
+  }
+  const int64_t dnorm_stride =
+      check_table({op, "dnorm", dnorm}, kDnormRows, C, ScalarType::Float, x, "x");
+  const Launcher launcher(op, x);
+  Backward args{};
+  args.x = row_tensor(x, x_stride);
+  args.norm = float_table(norm, norm_stride);
+  args.dx = row_tensor(dx, dx_stride);
+  args.rows = M;
+  args.channels = static_cast<int>(C);
+  int first = 0;
+  do {
+    args.outputs = static_cast<int>(std::min<int64_t>(K - first, Tiling::kMaxOutputs));
+    args.dz_y = row_tensor(dz_y, dz_y_stride).from_channel(first);
+    args.y = row_tensor(y, y_stride).from_channel(first);
+    args.correction = float_table(correction, correction_stride).from_channel(first);
+    args.weight = row_tensor(weight, weight_stride).from_row(first);
+    backward(launcher, {op, "x", x}, args, first,
+             dweight ? static_cast<float*>(dweight->mutable_data_ptr()) : nullptr,
+             static_cast<float*>(dnorm.mutable_data_ptr()), dnorm_stride);
+    first += args.outputs;
+  } while (first < K);
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+DE_REGISTER(library) {
+  library.impl("norm_relu_conv1x1_backward",
+               TORCH_BOX(&densenet_efficient::norm_relu_conv1x1_backward));
+}
