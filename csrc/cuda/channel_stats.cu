@@ -32,34 +32,13 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
     for (int i = 0; i < kLoads; ++i) {
       const int64_t row = base + int64_t(i) * plan.lanes;
       if (row < end) {
-        tile[i] = load_vector<T, V>(x[row] + at.channel);
+        tile[i] = load_input<T, V>(x[row] + at.channel);
         count = i + 1;
       } else {
         tile[i] = Vector<T, V>::zero();
       }
     }
-    Pairs<A, V> own = Pairs<A, V>::zero();
-    own.count = A(count);
-    A values[V];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      unpack(tile[i], values);
-#pragma unroll
-      for (int v = 0; v < V; ++v) own.first[v] += values[v];
-    }
-    const A share = A(1) / own.count;
-#pragma unroll
-    for (int v = 0; v < V; ++v) own.first[v] *= share;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      unpack(tile[i], values);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const A delta = i < count ? values[v] - own.first[v] : A(0);
-        own.second[v] += delta * delta;
-      }
-    }
-    MergeMoments::merge(pairs, own);
+    MergeMoments::merge(pairs, moments_of(tile, count));
   }
   block_merge<MergeMoments>(plan, at, pairs, partials);
 }
@@ -90,14 +69,15 @@ void channel_stats(Tensor x, Tensor stats) {
     using A = Arithmetic<T>;
     const Rows<A> table = output_rows<A>(stats, stats_stride);
     if (rows == 0) return clear_table(launcher, table, kStatsRows, channels);
-    const int width = vector_width(channels, sizeof(T), {{x.const_data_ptr(), x_stride}});
+    const int width =
+        vector_width(channels, sizeof(T), 16 / sizeof(T), {{x.const_data_ptr(), x_stride}});
     const Columns plan(rows, channels, width, kLoads);
-    const Tensor partials = torch::stable::new_empty(x, {plan.parts, 2, channels}, accumulate);
+    const Tensor partials =
+        torch::stable::new_empty(x, {partials_size(plan.parts, channels)}, accumulate);
     dispatch_width<16 / sizeof(T)>(
         width, [&]<int V>() { run<T, V>(launcher, x, x_stride, plan, partials); });
-    finish_partials<MergeMoments, FinishStats>(launcher,
-                                               static_cast<const A*>(partials.const_data_ptr()),
-                                               plan.parts, plan.part_rows, rows, channels, table);
+    finish_partials<MergeMoments, FinishStats>(
+        launcher, static_cast<const A*>(partials.const_data_ptr()), plan.parts, channels, table);
   });
 }
 

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
       const int64_t row = base + int64_t(i) * plan.lanes;
       if (row < end) {
         gradients[i] = load_vector<T, V>(dx[row] + at.channel);
-        inputs[i] = load_vector<T, V>(x[row] + at.channel);
+        inputs[i] = load_input<T, V>(x[row] + at.channel);
       }
     }
 #pragma unroll
@@ -120,8 +120,9 @@ void norm_correction_apply(Tensor dx, Tensor x, Tensor correction) {
   if (rows == 0 || channels == 0) return;
   const Launcher launcher(op, x);
   dispatch_activation({op, "x", x}, [&]<typename T>(T) {
-    const int width = vector_width(
-        channels, sizeof(T), {{x.const_data_ptr(), x_stride}, {dx.const_data_ptr(), dx_stride}});
+    const int width =
+        vector_width(channels, sizeof(T), 16 / sizeof(T),
+                     {{x.const_data_ptr(), x_stride}, {dx.const_data_ptr(), dx_stride}});
     const Columns plan(rows, channels, width, kLoads);
     dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
       launcher.launch<&apply_kernel<T, V>>(

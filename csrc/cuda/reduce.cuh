@@ -40,6 +40,35 @@ struct MergeMoments {
   }
 };
 
+// The moments of the first `count` of R rows, by exact two-pass; the other rows must hold zeros.
+template <typename T, int V, int R>
+__device__ __forceinline__ Pairs<Arithmetic<T>, V> moments_of(const Vector<T, V> (&rows)[R],
+                                                              int count) {
+  using A = Arithmetic<T>;
+  Pairs<A, V> own = Pairs<A, V>::zero();
+  own.count = A(count);
+  A values[V];
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    unpack(rows[i], values);
+#pragma unroll
+    for (int v = 0; v < V; ++v) own.first[v] += values[v];
+  }
+  const A share = A(1) / own.count;
+#pragma unroll
+  for (int v = 0; v < V; ++v) own.first[v] *= share;
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    unpack(rows[i], values);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const A delta = i < count ? values[v] - own.first[v] : A(0);
+      own.second[v] += delta * delta;
+    }
+  }
+  return own;
+}
+
 struct MergeSums {
   template <typename A, int V>
   __device__ __forceinline__ static void merge(Pairs<A, V>& left, const Pairs<A, V>& right) {
@@ -52,6 +81,10 @@ struct MergeSums {
   }
 };
 
+// A block's partial result lies at partials[block_x][2][channels]; behind all of these, the number of
+// rows that each block's result stands for.
+inline int64_t partials_size(int64_t parts, int64_t channels) { return parts * (2 * channels + 1); }
+
 // Shared memory of block_merge: a plane for each value, pitched so that the transposition back to
 // consecutive channels meets no bank twice.
 template <typename A, int V>
@@ -60,7 +93,7 @@ template <typename A, int V>
 constexpr int64_t kMergeBytes = (2 * V + 1) * kPlanePitch<A, V> * int64_t(sizeof(A));
 
 // Merges what all threads of a block hold of the same channels, and writes the block's partial
-// result: partials[block_x][2][channels].
+// result. Neighbouring threads hold neighbouring channels, as in columns.h.
 template <typename Merge, typename A, int V>
 __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThread& at,
                                             Pairs<A, V>& pairs, A* partials) {
@@ -102,18 +135,18 @@ __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThr
     global_store(out + c, shared_load<A>(plane(c % V) + c / V));
     global_store(out + plan.channels + c, shared_load<A>(plane(V + c % V) + c / V));
   }
+  if (thread == 0 && block_y() == 0)
+    global_store(partials + int64_t(grid_x()) * 2 * plan.channels + block_x(), pairs.count);
 }
 
 constexpr int kFinishChannels = 32;
 constexpr int kFinishLanes = kColumnThreads / kFinishChannels;
 
-// Merges partials[parts][2][channels], where part i stands for rows [i, i + 1) * part_rows of
-// `rows`: lane j takes parts j, j + lanes, ..., then the lanes merge in a tree. Finish turns the
-// result into two rows of a table.
+// Merges the blocks' partial results: lane j takes parts j, j + lanes, ..., then the lanes merge in a
+// tree. Finish turns the result into two rows of a table.
 template <typename Merge, typename Finish, typename A>
 __global__ void __launch_bounds__(kColumnThreads)
-    finish_kernel(const A* partials, int64_t parts, int64_t part_rows, int64_t rows, int channels,
-                  Rows<A> table, Finish finish) {
+    finish_kernel(const A* partials, int64_t parts, int channels, Rows<A> table, Finish finish) {
   using namespace device;
   A* const shared = reinterpret_cast<A*>(shared_memory());
   const int thread = thread_index(), lane = thread / kFinishChannels;
@@ -122,9 +155,8 @@ __global__ void __launch_bounds__(kColumnThreads)
   if (channel < channels) {
 #pragma unroll 4
     for (int64_t part = lane; part < parts; part += kFinishLanes) {
-      const int64_t left = rows - part * part_rows;
       const A* const values = partials + part * 2 * channels + channel;
-      Merge::merge(pair, Pairs<A, 1>{A(left < part_rows ? left : part_rows),
+      Merge::merge(pair, Pairs<A, 1>{global_load<A>(partials + parts * 2 * channels + part),
                                      {global_load<A>(values)},
                                      {global_load<A>(values + channels)}});
     }
@@ -168,13 +200,13 @@ struct FinishDnorm {
 };
 
 template <typename Merge, typename Finish, typename A>
-void finish_partials(const Launcher& launcher, const A* partials, int64_t parts, int64_t part_rows,
-                     int64_t rows, int64_t channels, Rows<A> table) {
+void finish_partials(const Launcher& launcher, const A* partials, int64_t parts, int64_t channels,
+                     Rows<A> table) {
   launcher.launch<&finish_kernel<Merge, Finish, A>>(
       {.grid_x = ceil_div(channels, kFinishChannels),
        .block = kColumnThreads,
        .shared_bytes = 3 * kColumnThreads * int64_t(sizeof(A))},
-      partials, parts, part_rows, rows, static_cast<int>(channels), table, Finish{});
+      partials, parts, static_cast<int>(channels), table, Finish{});
 }
 
 }  // namespace densenet_efficient

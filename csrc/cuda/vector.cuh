@@ -1,4 +1,4 @@
-// Values of a storage type T by V at a time: one access of 2 to 16 bytes, arithmetic in float (double
+// Values of a storage type T by V at a time: one access of up to 16 bytes, arithmetic in float (double
 // for double).
 #pragma once
 
@@ -21,6 +21,10 @@ using Arithmetic = typename Arithmetic_<T>::type;
 
 template <int Bytes>
 struct Raw;
+template <>
+struct Raw<1> {
+  using type = uint8_t;
+};
 template <>
 struct Raw<2> {
   using type = uint16_t;
@@ -55,6 +59,12 @@ struct Vector {
 template <typename T, int V>
 __device__ __forceinline__ Vector<T, V> load_vector(const T* pointer DE_HERE) {
   return {device::global_load<typename Vector<T, V>::Bits>(pointer DE_AT)};
+}
+
+// For tensors that the kernel does not write: such loads may be moved ahead of stores.
+template <typename T, int V>
+__device__ __forceinline__ Vector<T, V> load_input(const T* pointer DE_HERE) {
+  return {device::global_load_constant<typename Vector<T, V>::Bits>(pointer DE_AT)};
 }
 
 template <typename T, int V>
@@ -102,14 +112,14 @@ __device__ __forceinline__ void load_values(const A* pointer, A (&values)[V] DE_
     if (reinterpret_cast<uintptr_t>(pointer) % 16 == 0) {
 #pragma unroll
       for (int v = 0; v < V; v += kWide) {
-        const uint4 bits = device::global_load<uint4>(pointer + v DE_AT);
+        const uint4 bits = device::global_load_constant<uint4>(pointer + v DE_AT);
         memcpy(values + v, &bits, 16);
       }
       return;
     }
   }
 #pragma unroll
-  for (int v = 0; v < V; ++v) values[v] = device::global_load<A>(pointer + v DE_AT);
+  for (int v = 0; v < V; ++v) values[v] = device::global_load_constant<A>(pointer + v DE_AT);
 }
 
 }  // namespace densenet_efficient
