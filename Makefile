@@ -18,6 +18,8 @@ FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cu
 
 .PHONY: demo test lint format bench cuda emulation gpu-check setup build clean
 
+# Where there is no GPU the demonstration does not wait for nvcc.
+demo: export DENSENET_EFFICIENT_CUDA := $(if $(wildcard /dev/nvidia*),$(DENSENET_EFFICIENT_CUDA),0)
 demo: build
 	$(BIN)/python -m densenet_efficient demo
 
@@ -63,6 +65,7 @@ $(STAMP): requirements-dev.txt requirements-nodeps.txt pyproject.toml
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements-nodeps.txt
+	$(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
