@@ -18,11 +18,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def backend() -> Iterator[None]:
     """Makes the modules of the build importable."""
-    folders = [str(ROOT / "build_backend"), str(ROOT / "tools")]
-    sys.path[:0] = folders
+    folder = str(ROOT / "build_backend")
+    sys.path.insert(0, folder)
     yield
-    for folder in folders:
-        sys.path.remove(folder)
+    sys.path.remove(folder)
 
 
 @pytest.fixture
@@ -296,38 +295,3 @@ def test_variants_do_not_share_a_folder(
     assert built.library.parent.name == "native-debug-address-undefined"
     text = (built.library.parent / "build.ninja").read_text()
     assert "-fsanitize=address,undefined" in text and "-DNDEBUG -march" not in text
-
-
-# --- ptxas's report -----------------------------------------------------------------------------
-
-REPORT = """\
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z6kernelILi3EEvPf' for 'sm_80'
-ptxas info    : Function properties for _Z6kernelILi3EEvPf
-    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size, 5120 bytes smem
-ptxas info    : Compiling entry function '_Z5cleanPf' for 'sm_90a'
-ptxas info    : Function properties for _Z5cleanPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 12 registers, used 0 barriers
-"""
-
-
-def test_spills_are_found_in_the_report(
-    backend: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = importlib.import_module("ptxas_report")
-    (tmp_path / "stage.cu.o.ptxas").write_text(REPORT)
-    spilling, clean = report.read_reports(tmp_path)
-    assert (spilling.file, spilling.arch, spilling.registers) == ("stage", "sm_80", 168)
-    assert (spilling.shared, spilling.stack) == (5120, 16)
-    assert (spilling.spill_stores, spilling.spill_loads) == (8, 4)
-    assert (clean.arch, clean.registers, clean.shared, clean.spill_stores) == ("sm_90a", 12, 0, 0)
-    assert report.check([spilling, clean]) == 1 and report.check([clean]) == 0
-    assert "spills 8 bytes of stores" in capsys.readouterr().err
-
-
-def test_a_folder_without_reports_is_an_error(backend: None, tmp_path: Path) -> None:
-    report = importlib.import_module("ptxas_report")
-    with pytest.raises(SystemExit, match="build the CUDA kernels first"):
-        report.read_reports(tmp_path)
