@@ -4,6 +4,7 @@ from .arena import release
 from .explain import explain
 from .library import MissingLibraryError, info
 from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition, LayerParts
+from .plan import Plan, max_batch, plan
 from .version import __version__
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "EfficientTransition",
     "LayerParts",
     "MissingLibraryError",
+    "Plan",
     "__version__",
     "explain",
     "info",
+    "max_batch",
+    "plan",
     "release",
 ]

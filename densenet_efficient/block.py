@@ -104,7 +104,7 @@ def scratch_table(
     """
     widest = max(layer.bottleneck for layer in plan.layers)
     table = []
-    if widest and (plan.memory == "recompute" or not backward):
+    if widest and plan.memory == "recompute":
         table.append(Buffer("bottleneck", (*image, widest), dtype, "scratch"))
     if widest and backward:
         table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))

@@ -4,7 +4,8 @@ The functions have the names, arguments and results of :mod:`densenet_efficient.
 whatever the compiled kernels do not: 1-D and 3-D images, other kernel sizes, dilation, groups,
 bias, devices without kernels, a missing library. Memory stays in the same class: images are
 processed in chunks, so that the normalised copy a framework convolution needs is bounded by
-``CHUNK_BYTES``. Sums and statistics are taken in the accumulation dtype (float32, float64 beside float64).
+``CHUNK_BYTES``. Sums and statistics are taken in the accumulation dtype (float32, float64 beside
+float64).
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def _replay(
             last = index == len(stages) - 1
             kept = index == 0 or last
             ledger.allocate(out(stage, "output" if kept and training else "transient"), where)
-            ledger.mark(where, workspaces.stage(stage.module, stage, dtype, device, backward=False))
+            ledger.mark(where, _inside(stage, dtype, device, "forward"))
         if previous is not None:
             ledger.free(previous)
         if isinstance(stage.module, EfficientDenseBlock):
@@ -302,17 +302,27 @@ def _replay(
         elif index > 0:
             row = grad(stage)
             ledger.allocate(row, where)
-            ledger.mark(where, workspaces.stage(stage.module, stage, dtype, device, backward=True))
+            ledger.mark(where, _inside(stage, dtype, device, "backward"))
             ledger.free(arriving)
             arriving = row.name
             if index == 1 and not isinstance(stage.module, EfficientTransition):
                 ledger.free(f"{stages[0].name} output")
         else:
-            ledger.mark(where, workspaces.stage(stage.module, stage, dtype, device, backward=True))
+            ledger.mark(where, _inside(stage, dtype, device, "backward"))
     row = Buffer("parameter gradients", (gradients["parameter gradients"],), torch.uint8, "output")
     ledger.rows.append(row)
     scratch_row = Buffer("scratch", (ledger.live.get("scratch", 0),), torch.uint8, "scratch")
     ledger.rows.append(scratch_row)
+
+
+def _inside(stage: _Stage, dtype: torch.dtype, device: torch.device, way: str) -> int:
+    """Bytes inside the operator of a stage that is no block; the framework's own are not known."""
+    shape = (*stage.image, stage.channels)
+    if isinstance(stage.module, EfficientTransition):
+        return workspaces.operator(f"transition_{way}", shape, stage.out_channels, dtype, device)
+    if stage.name == "stem":
+        return workspaces.operator(f"stem_{way}", shape, stage.channels, dtype, device)
+    return 0
 
 
 def _renamed(row: Buffer, stage: str, training: bool) -> Buffer:
