@@ -21,7 +21,6 @@ namespace {
 constexpr int kStages = 3;
 constexpr int kWarpRows = 32;
 constexpr int kStagingBytes = kWarpRows * device::kPanelRowBytes;
-constexpr int kNormBytes = 2 * device::kPanelChannels * 4;
 constexpr int kMaxWarps = 8;
 
 struct Forward {
@@ -45,7 +44,7 @@ struct ForwardLayout {
   DE_HOST_DEVICE int norm_offset() const {
     return weight_offset() + kColumns * kSplit * device::kPanelRowBytes;
   }
-  DE_HOST_DEVICE int stage_bytes() const { return norm_offset() + kNormBytes; }
+  DE_HOST_DEVICE int stage_bytes() const { return norm_offset() + device::kScaleShiftBytes; }
   DE_HOST_DEVICE int staging_offset() const { return kStages * stage_bytes(); }
   // Per warp: mean [kColumns], M2 [kColumns], and behind them all the warps' counts.
   DE_HOST_DEVICE int moments_offset() const { return staging_offset() + warps * kStagingBytes; }
@@ -60,8 +59,8 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
                                               const unsigned char* norm, int step) {
   using namespace device;
   const int lane = lane_index(), t = lane & 3;
-  const float4 norm_low = shared_load<float4>(norm + (16 * step + 2 * t) * 8);
-  const float4 norm_high = shared_load<float4>(norm + (16 * step + 8 + 2 * t) * 8);
+  const float4 norm_low = shared_load<float4>(norm + scale_shift_offset(16 * step + 2 * t));
+  const float4 norm_high = shared_load<float4>(norm + scale_shift_offset(16 * step + 8 + 2 * t));
   uint32_t a[2][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -150,8 +149,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward args) {
         copy_chunk(to + layout.weight_offset() + panel_offset(row, load_chunk),
                    args.weight.at<T>(column0 + row, channel),
                    column0 + row < args.outputs ? valid : 0, args.weight.vector);
-      copy_table<2>(to + layout.norm_offset(), args.norm, kScale, load_panel * kPanelChannels,
-                    args.channels, threads);
+      copy_scale_shift(to + layout.norm_offset(), args.norm, load_panel * kPanelChannels,
+                       args.channels, threads);
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;

@@ -127,18 +127,43 @@ __device__ __forceinline__ uint32_t norm_relu_pair(uint32_t pair, float4 norm) {
   return pack_relu<T>(normalise(x.x, norm.x, norm.y), normalise(x.y, norm.z, norm.w));
 }
 
-// Copies rows `first_row` to `first_row + kRows` of a table, for the channels of one panel, to
-// shared memory as [32 channels][kRows]; channels past the end get zeros, so that a norm makes
-// zeros of them.
-template <int kRows>
-__device__ __forceinline__ void copy_table(unsigned char* shared, Table table, int first_row,
-                                           int channel, int channels, int threads) {
-  for (int i = thread_index(); i < kRows * kPanelChannels; i += threads) {
-    const int row = i % kRows, c = i / kRows;
+// Scale and shift of a panel's channels in shared memory, a pair per channel; chunks are 16 bytes
+// further apart than they need to be, so that four threads at the heads of the four meet no bank twice.
+constexpr int kScaleShiftBytes = 384;
+__device__ __forceinline__ int scale_shift_offset(int channel) {
+  return 8 * channel + 16 * (channel >> 3);
+}
+
+// Channels past the end get zeros, which make zeros of whatever they meet.
+__device__ __forceinline__ void copy_scale_shift(unsigned char* shared, Table norm, int channel,
+                                                 int channels, int threads) {
+  for (int i = thread_index(); i < 2 * kPanelChannels; i += threads) {
+    const int row = i & 1, c = i >> 1;
     const bool exists = channel + c < channels;
-    cp_async<4>(shared + 4 * (c * kRows + row),
-                table.data + (exists ? (first_row + row) * table.stride + channel + c : 0),
+    cp_async<4>(shared + scale_shift_offset(c) + 4 * row,
+                norm.data + (exists ? (kScale + row) * norm.stride + channel + c : 0),
                 exists ? 4 : 0);
+  }
+}
+
+// Normalises one chunk of each of a panel's rows in place: chunk thread % 4 of every
+// (threads / 4)-th row.
+template <typename T>
+__device__ __forceinline__ void normalise_panel(unsigned char* panel, const unsigned char* norm,
+                                                int rows, int threads) {
+  const int chunk = thread_index() & 3;
+  float4 pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = shared_load<float4>(norm + scale_shift_offset(chunk * kChunk + 2 * i));
+  for (int row = thread_index() >> 2; row < rows; row += threads >> 2) {
+    unsigned char* at = panel + panel_offset(row, chunk);
+    uint4 v = shared_load<uint4>(at);
+    v.x = norm_relu_pair<T>(v.x, pairs[0]);
+    v.y = norm_relu_pair<T>(v.y, pairs[1]);
+    v.z = norm_relu_pair<T>(v.z, pairs[2]);
+    v.w = norm_relu_pair<T>(v.w, pairs[3]);
+    shared_store(at, v);
   }
 }
 

@@ -62,4 +62,74 @@ struct Conv1x1Backward {
   }
 };
 
+// ---- norm_relu_conv3x3 ------------------------------------------------------------------------------
+
+// A tile is tile_height rows of pixels, counted through all images, by tile_width columns: the whole
+// width, or a strip of it where images are wider than 64. Its pixels are numbered row by row and
+// worked on in groups of 64. Its halo (one row above and below, and one column beside a strip) lies in
+// shared memory at `positions`, tile rows `pitch` apart.
+struct Tile3x3 {
+  static constexpr int kGroup = 64, kMaxGroups = 8;
+  int groups = 0;  // 0: no tile fits the device's shared memory
+  int tile_height = 0, tile_width = 0;
+  int strips = 1, margin = 0, pitch = 0, positions = 0;
+  int64_t tiles = 0;
+
+  // What a tile takes of shared memory: bytes whatever its size, per position, per group of pixels.
+  struct Shared {
+    int64_t fixed, position, group;
+  };
+
+  Tile3x3(int64_t images, int64_t height, int64_t width, const Shared& shared, int multiprocessors,
+          int64_t shared_limit) {
+    const int64_t pixels = images * height * width;
+    if (pixels == 0) return;
+    // Two blocks to a multiprocessor if they fit, each with a kilobyte of its own.
+    for (const int64_t limit : {shared_limit / 2 - 1024, shared_limit}) {
+      double best = 0;
+      for (int64_t pieces = parts(width, kGroup); !best && pieces <= width; pieces *= 2) {
+        for (int candidate = kMaxGroups; candidate > 0; --candidate) {
+          const Tile3x3 tile(images * height, width, static_cast<int>(pieces), candidate);
+          const bool fills = tile.tiles >= 2 * multiprocessors || candidate == 1;
+          if (!fills || shared.fixed + tile.positions * shared.position +
+                                candidate * shared.group > limit)
+            continue;
+          // Per pixel: a group's products, and loading and normalising a position, in clocks.
+          const double cost = (7.0 * kGroup * candidate + 3.0 * tile.positions) /
+                              (tile.tile_height * tile.tile_width);
+          if (!best || cost < best) {
+            best = cost;
+            *this = tile;
+          }
+        }
+      }
+      if (best) return;
+    }
+  }
+  int64_t shared_bytes(const Shared& shared) const {
+    return shared.fixed + positions * shared.position + groups * shared.group;
+  }
+
+ private:
+  Tile3x3(int64_t image_rows, int64_t width, int pieces, int groups)
+      : groups(groups), strips(pieces), margin(pieces > 1) {
+    tile_width = static_cast<int>(parts(width, pieces));
+    tile_height = static_cast<int>(std::min<int64_t>(kGroup * groups / tile_width, image_rows));
+    // Positions of consecutive pixels differ by one modulo eight, also from row to row.
+    pitch = tile_width + (margin ? 8 : 0);
+    positions = static_cast<int>(padded((tile_height + 2) * pitch, 8));
+    tiles = parts(image_rows, tile_height) * strips;
+  }
+};
+
+// The weight as rows of channels, where it does not lie like that already.
+inline int64_t conv3x3_weight_bytes(int64_t outputs, int64_t channels) {
+  return outputs * 9 * padded(channels, 8) * 2;
+}
+
+// Blocks walk over static ranges of tiles: as many as are resident at once, two to a multiprocessor.
+inline int64_t conv3x3_blocks(int64_t tiles, int multiprocessors) {
+  return std::min<int64_t>(tiles, 2 * multiprocessors);
+}
+
 }  // namespace densenet_efficient::workspace::cuda

@@ -1,0 +1,169 @@
+// Tiles of an image with their halo in shared memory, for the 3x3 convolution: where each pixel lies,
+// which of its nine neighbours exist, and how the threads of a block share the loading.
+//
+// A shifted product reads the pixel's operand row from its position plus the shift. Where the neighbour
+// lies outside of the image it reads a row of zeros instead: the padding is zero behind the ReLU, and
+// image borders inside a tile need no space of their own. There are eight zero rows, so that the row
+// that replaces a position has its number modulo eight, and ldmatrix meets each bank once.
+#pragma once
+
+#include "operands.h"
+#include "tiling.h"
+
+namespace densenet_efficient {
+
+// A Tile3x3 and the images that it cuts.
+struct Images {
+  int64_t image_rows;  // N * H
+  int height, width;
+  int tile_height, tile_width, strips, margin, pitch, positions;
+  int64_t tiles;
+  int groups;
+
+  Images(const workspace::cuda::Tile3x3& tile, int64_t images, int64_t height, int64_t width)
+      : image_rows(images * height),
+        height(static_cast<int>(height)),
+        width(static_cast<int>(width)),
+        tile_height(tile.tile_height),
+        tile_width(tile.tile_width),
+        strips(tile.strips),
+        margin(tile.margin),
+        pitch(tile.pitch),
+        positions(tile.positions),
+        tiles(tile.tiles),
+        groups(tile.groups) {}
+};
+
+// x: [N, H, W, C]. Wide images are cut into strips until a tile fits, so only very many outputs do not.
+inline void check_fits(const Arg& x, const workspace::cuda::Tile3x3& tile) {
+  if (tile.groups == 0 && x.tensor.size(0) * x.tensor.size(1) * x.tensor.size(2) > 0)
+    fail(x, "of shape ", shape_text(x.tensor),
+         " and its outputs do not fit a tile in the device's shared memory");
+}
+
+namespace device {
+
+constexpr int kZeroRows = 8;
+constexpr int kZeroBytes = kZeroRows * kPanelRowBytes;
+constexpr int kPixelBytes = 8;
+constexpr int kTaps = 9;
+
+struct TileOrigin {
+  int64_t image_row;  // of N * H
+  int column;
+
+  __device__ __forceinline__ TileOrigin(const Images& images, int64_t tile)
+      : image_row(tile / images.strips * images.tile_height),
+        column(static_cast<int>(tile % images.strips) * images.tile_width) {}
+  __device__ __forceinline__ int64_t pixel(const Images& images) const {
+    return image_row * images.width + column;
+  }
+};
+
+// A pixel of a tile: x is its distance from the tile's first pixel, in pixels of the images (negative
+// where there is no pixel); y its position and, from bit 16 on, which of its neighbours exist: bit
+// 3 (dh + 1) + dw + 1.
+__device__ __forceinline__ uint2 describe_pixel(const Images& images, const TileOrigin& origin,
+                                                int pixel) {
+  const int row = pixel / images.tile_width, column = pixel % images.tile_width;
+  const int64_t image_row = origin.image_row + row;
+  const int w = origin.column + column;
+  const uint32_t position = (row + 1) * images.pitch + column + images.margin;
+  if (row >= images.tile_height || image_row >= images.image_rows || w >= images.width)
+    return uint2{0xffffffffu, position & 7};
+  const int h = static_cast<int>(image_row % images.height);
+  const uint32_t columns = (w > 0 ? 1u : 0u) | 2u | (w + 1 < images.width ? 4u : 0u);
+  const uint32_t mask =
+      (h > 0 ? columns : 0u) | columns << 3 | (h + 1 < images.height ? columns << 6 : 0u);
+  return uint2{static_cast<uint32_t>(row * images.width + column), position | mask << 16};
+}
+
+// The pixels of a tile, in groups of 64, described in shared memory by the threads of the block.
+__device__ __forceinline__ void describe_tile(const Images& images, const TileOrigin& origin,
+                                              unsigned char* pixels, int threads) {
+  for (int p = thread_index(); p < workspace::cuda::Tile3x3::kGroup * images.groups; p += threads)
+    shared_store(pixels + p * kPixelBytes, describe_pixel(images, origin, p));
+}
+
+// The halo's positions that this thread loads one chunk of (chunk thread % 4), kBatch at a time:
+// first fetch(slot, pixel, exists) for each of the batch, then put(slot, position). A tile as wide as
+// the images is one run of neighbouring pixels.
+template <int kBatch, typename Fetch, typename Put>
+__device__ __forceinline__ void for_halo(const Images& images, const TileOrigin& origin,
+                                         int threads, Fetch fetch, Put put) {
+  const bool whole = images.strips == 1;
+  const int runs = whole ? 1 : images.tile_height + 2;
+  const int run = whole ? (images.tile_height + 2) * images.width : images.tile_width + 2;
+  const int step = threads >> 2;
+  for (int r = 0; r < runs; ++r) {
+    const int64_t image_row = origin.image_row - 1 + r;
+    const int64_t first = image_row * images.width + origin.column - images.margin;
+    int64_t begin = -first, end = images.image_rows * images.width - first;
+    if (!whole) {
+      begin = origin.column == 0 ? 1 : 0;
+      end = images.width - origin.column + 1;
+      if (image_row < 0 || image_row >= images.image_rows) end = 0;
+    }
+    for (int i = thread_index() >> 2; i < run; i += kBatch * step) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int at = i + b * step;
+        fetch(b, first + at, at < run && at >= begin && at < end);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+        if (i + b * step < run) put(b, r * images.pitch + i + b * step);
+    }
+  }
+}
+
+// One panel of a tile's halo, normalised or corrected by nobody yet: to shared memory by cp.async.
+template <typename T>
+__device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& images,
+                                          const TileOrigin& origin, const RowTensor& x, int channel,
+                                          int channels, int threads) {
+  const int chunk = thread_index() & 3;
+  const int valid = channels_left(channel + chunk * kChunk, channels);
+  const T* from = nullptr;
+  bool from_exists = false;
+  for_halo<1>(
+      images, origin, threads,
+      [&](int, int64_t pixel, bool exists) {
+        from = x.at<T>(pixel, channel + chunk * kChunk);
+        from_exists = exists;
+      },
+      [&](int, int position) {
+        copy_chunk(halo + panel_offset(position, chunk), from, from_exists ? valid : 0, x.vector);
+      });
+}
+
+// One panel of a tile's pixels, without halo, zero where there is no pixel.
+template <typename T>
+__device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& images,
+                                            const TileOrigin& origin, const RowTensor& x,
+                                            int channel, int channels, int threads) {
+  const int chunk = thread_index() & 3;
+  const int valid = channels_left(channel + chunk * kChunk, channels);
+  const int64_t first = origin.pixel(images);
+  const int64_t left = images.image_rows * images.width - first;
+  const int whole = images.strips > 1 ? 0 : images.tile_height * images.tile_width;
+  for (int p = thread_index() >> 2; p < workspace::cuda::Tile3x3::kGroup * images.groups;
+       p += threads >> 2) {
+    int offset = p < whole && p < left ? p : -1;
+    if (!whole) offset = static_cast<int>(describe_pixel(images, origin, p).x);
+    copy_chunk(panel + panel_offset(p, chunk), x.at<T>(first + offset, channel + chunk * kChunk),
+               offset < 0 ? 0 : valid, x.vector);
+  }
+}
+
+// The offset of a pixel's operand row for the tap `bit`, at `shift` positions from its own: in the
+// halo at `halo`, or among the zero rows at `zeros`. chunk: the lane's.
+__device__ __forceinline__ int tap_offset(uint32_t pixel, int bit, int shift, int halo, int zeros,
+                                          int chunk) {
+  const int position = static_cast<int>(pixel & 0xffffu) + shift;
+  const bool exists = (pixel >> (16 + bit)) & 1;
+  return (exists ? halo : zeros) + panel_offset(exists ? position : position & 7, chunk);
+}
+
+}  // namespace device
+}  // namespace densenet_efficient

@@ -1,0 +1,283 @@
+// norm_relu_conv3x3, forward: y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1, stride 1, and
+// the moments of y as stored.
+//
+// Tile: rows of pixels of the images, 64 pixels a warp (halo.cuh), all K columns (in steps of 16, 32
+// or 48; more than 48 in several columns of the grid). The halo of a tile is loaded for 32
+// channels at a time, normalised once in place, and multiplied nine times at shifted positions; the
+// accumulators stay in registers over all channels.
+// Who owns what: a block walks over a static range of tiles and, within a tile, over the panels of 32
+// channels; (tile, panel) pairs form one sequence, of which cp.async loads the next while this one is
+// multiplied. A warp writes its pixels and takes their moments as in the 1x1 convolution.
+// Bytes: x times the halo's share (positions / pixels; from the L2 cache but once), y once (2 M K),
+// the weight once per tile (2 * 9 K C, from the L2 cache).
+// Sums: fp32 accumulators over taps and channels; moments exact per 16 pixels, merged in a fixed order.
+// C tail: x and weight arrive as zeros, and so do scale and shift.
+#include "halo.cuh"
+#include "partials.cuh"
+#include "weight3x3.cuh"
+
+namespace densenet_efficient {
+namespace {
+
+using Tile = workspace::cuda::Tile3x3;
+
+constexpr int kStages = 2;
+constexpr int kStagingBytes = 32 * device::kPanelRowBytes;
+
+struct Forward {
+  device::RowTensor x;       // [N * H * W, C]
+  device::Table norm;        // [4, C]
+  device::RowTensor weight;  // [9 K, C]
+  device::RowTensor y;       // [N * H * W, K]
+  float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
+  int channels;              // C
+  int outputs;               // K
+};
+
+template <int kColumns>
+struct ForwardLayout {
+  static constexpr int kWeightBytes = device::kTaps * kColumns * device::kPanelRowBytes;
+  int positions, groups;
+
+  // A stage: weight, norm, halo. Behind the stages: zeros; per warp staging and moments (mean, M2
+  // [kColumns], count); the tile's pixels.
+  DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
+  DE_HOST_DEVICE int halo_offset() const { return norm_offset() + device::kScaleShiftBytes; }
+  DE_HOST_DEVICE int stage_bytes() const {
+    return halo_offset() + positions * device::kPanelRowBytes;
+  }
+  DE_HOST_DEVICE int zero_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int staging_offset() const { return zero_offset() + device::kZeroBytes; }
+  DE_HOST_DEVICE int pixels_offset() const { return staging_offset() + groups * kStagingBytes; }
+  DE_HOST_DEVICE int moments_offset() const {
+    return pixels_offset() + groups * Tile::kGroup * device::kPixelBytes;
+  }
+  DE_HOST_DEVICE int moments_bytes() const { return (2 * kColumns + 1) * 4; }
+
+  static Tile::Shared shared() {
+    return {kStages * (kWeightBytes + device::kScaleShiftBytes) + device::kZeroBytes,
+            kStages * device::kPanelRowBytes,
+            kStagingBytes + Tile::kGroup * device::kPixelBytes + (2 * kColumns + 1) * 4};
+  }
+};
+
+// The nine shifted products of 64 pixels with one panel of channels.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
+                                               const unsigned char* shared, int halo, int zeros,
+                                               const unsigned char* weight,
+                                               const uint32_t (&pixels)[4], int pitch) {
+  using namespace device;
+  const int lane = lane_index();
+#pragma unroll 1
+  for (int dh = -1; dh <= 1; ++dh) {
+#pragma unroll
+    for (int dw = -1; dw <= 1; ++dw) {
+      const int tap = 3 * dh + dw + 4;
+      int offsets[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        offsets[m] = tap_offset(pixels[m], tap, dh * pitch + dw, halo, zeros, a_chunk(lane));
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        uint32_t a[4][4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)));
+#pragma unroll
+        for (int j = 0; j < kTiles; j += 2) {
+          uint32_t b[4];
+          ldmatrix_x4(b, weight + panel_offset((8 * j + b_row(lane)) * kTaps + tap,
+                                               2 * step + b_chunk(lane)));
+          const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            mma_16x8x16<T>(acc[m][j], a[m], left);
+            mma_16x8x16<T>(acc[m][j + 1], a[m], right);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The block's moments of its columns, from those of its warps.
+template <int kColumns>
+__device__ __forceinline__ void write_partial(const Forward& args, const unsigned char* moments,
+                                              int moments_bytes, int warps, int column0) {
+  using namespace device;
+  for (int c = thread_index(); c < kColumns && column0 + c < args.outputs; c += 32 * warps) {
+    Moments<float> all{0, 0, 0};
+    for (int warp = 0; warp < warps; ++warp) {
+      const float* of_warp = reinterpret_cast<const float*>(moments + warp * moments_bytes);
+      all = merge(all, Moments<float>{shared_load<float>(of_warp + 2 * kColumns),
+                                      shared_load<float>(of_warp + c),
+                                      shared_load<float>(of_warp + kColumns + c)});
+    }
+    float* out = args.partial + int64_t(block_x()) * 3 * args.outputs + column0 + c;
+    global_store(out, all.count);
+    global_store(out + args.outputs, all.mean);
+    global_store(out + 2 * args.outputs, all.m2);
+  }
+}
+
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(32 * Tile::kMaxGroups) forward_kernel(Forward args,
+                                                                        Images images) {
+  using namespace device;
+  constexpr int kTiles = kColumns / 8;
+  const ForwardLayout<kColumns> layout{images.positions, images.groups};
+  const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
+  const int lane = lane_index();
+  const int column0 = block_y() * kColumns;
+  const int panels = args.channels > kPanelChannels
+                         ? (args.channels + kPanelChannels - 1) / kPanelChannels
+                         : 1;
+  const int64_t first_tile = images.tiles * block_x() / grid_x();
+  const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
+  unsigned char* shared = shared_memory();
+  unsigned char* pixels = shared + layout.pixels_offset();
+  unsigned char* all_moments = shared + layout.moments_offset();
+
+  for (int i = thread; i < kZeroBytes / 16; i += threads)
+    shared_store(shared + layout.zero_offset() + 16 * i, uint4{0, 0, 0, 0});
+  float* moments_data = reinterpret_cast<float*>(all_moments + warp * layout.moments_bytes());
+  WarpMoments moments{moments_data, moments_data + kColumns, 0.0f};
+  for (int c = lane; c < 2 * kColumns; c += 32) shared_store(moments_data + c, 0.0f);
+  // The halo of a strip does not fill its positions; those between are normalised, never used.
+  for (int stage = 0; stage < kStages && images.strips > 1; ++stage)
+    for (int i = thread; i < images.positions * 4; i += threads)
+      shared_store(shared + stage * layout.stage_bytes() + layout.halo_offset() + 16 * i,
+                   uint4{0, 0, 0, 0});
+  sync_threads();
+
+  int64_t load_tile = first_tile;
+  int load_panel = 0;
+  const auto load = [&](int stage_index) {
+    if (load_tile < last_tile) {
+      unsigned char* stage = shared + stage_index * layout.stage_bytes();
+      const int channel = load_panel * kPanelChannels + (thread & 3) * kChunk;
+      const int valid = channels_left(channel, args.channels);
+      for (int row = thread >> 2; row < kTaps * kColumns; row += threads >> 2) {
+        const int global_row = kTaps * column0 + row;
+        copy_chunk(stage + panel_offset(row, thread & 3), args.weight.at<T>(global_row, channel),
+                   global_row < kTaps * args.outputs ? valid : 0, args.weight.vector);
+      }
+      copy_scale_shift(stage + layout.norm_offset(), args.norm, load_panel * kPanelChannels,
+                       args.channels, threads);
+      copy_halo<T>(stage + layout.halo_offset(), images, TileOrigin(images, load_tile), args.x,
+                   load_panel * kPanelChannels, args.channels, threads);
+      if (++load_panel == panels) {
+        load_panel = 0;
+        ++load_tile;
+      }
+    }
+    cp_async_commit();
+  };
+  load(0);
+
+  int stage_index = 0;
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const TileOrigin origin(images, tile);
+    float acc[4][kTiles][4] = {};
+    for (int panel = 0; panel < panels; ++panel) {
+      cp_async_wait<0>();
+      sync_threads();
+      load(1 - stage_index);
+      unsigned char* stage = shared + stage_index * layout.stage_bytes();
+      normalise_panel<T>(stage + layout.halo_offset(), stage + layout.norm_offset(),
+                         images.positions, threads);
+      if (panel == 0) describe_tile(images, origin, pixels, threads);
+      sync_threads();
+      uint32_t own[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        own[m] = shared_load<uint2>(pixels + (warp * Tile::kGroup + 16 * m + a_row(lane)) *
+                                                 kPixelBytes).y;
+      multiply_panel<T, kTiles>(acc, shared,
+                                stage_index * layout.stage_bytes() + layout.halo_offset(),
+                                layout.zero_offset(), stage, own, images.pitch);
+      stage_index = 1 - stage_index;
+    }
+    const int end = column0 + kColumns < args.outputs ? column0 + kColumns : args.outputs;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned char* rows = pixels + (warp * Tile::kGroup + 32 * half) * kPixelBytes;
+      write_rows<T, kTiles>(
+          acc + 2 * half, shared + layout.staging_offset() + warp * kStagingBytes, args.y, column0,
+          end, args.partial != nullptr, moments, [&](int r) {
+            const int offset = static_cast<int>(shared_load<uint2>(rows + r * kPixelBytes).x);
+            return offset < 0 ? int64_t(-1) : origin.pixel(images) + offset;
+          });
+    }
+  }
+  if (!args.partial) return;
+  if (lane == 0) shared_store(moments_data + 2 * kColumns, moments.count);
+  sync_threads();
+  write_partial<kColumns>(args, all_moments, layout.moments_bytes(), images.groups, column0);
+}
+
+// ---- Launcher --------------------------------------------------------------------------------------
+
+template <typename T, int kColumns>
+void launch_forward(const Launcher& launcher, Forward args, const Tensor& x,
+                    const OptionalTensor& stats, int64_t stats_stride) {
+  const auto shared = ForwardLayout<kColumns>::shared();
+  const Device& device = launcher.device();
+  const Tile tile(x.size(0), x.size(1), x.size(2), shared, device.multiprocessors,
+                  device.shared_bytes);
+  check_fits({"norm_relu_conv3x3_forward", "x", x}, tile);
+  const int64_t blocks = workspace::cuda::conv3x3_blocks(tile.tiles, device.multiprocessors);
+  const Workspace partial(x, stats ? blocks * 3 * args.outputs * 4 : 0);
+  args.partial = partial.data();
+  if (blocks > 0)
+    launcher.launch<&forward_kernel<T, kColumns>>(
+        {blocks, ceil_div(args.outputs, kColumns), 32 * tile.groups, tile.shared_bytes(shared)},
+        args, Images(tile, x.size(0), x.size(1), x.size(2)));
+  if (stats)
+    merge_moments(launcher, {args.partial, static_cast<int>(blocks), args.outputs,
+                             static_cast<float*>(stats->mutable_data_ptr()), stats_stride});
+}
+
+void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
+                               OptionalTensor stats) {
+  const char* op = "norm_relu_conv3x3_forward";
+  check_dim({op, "x", x}, 4);
+  check_dim({op, "weight", weight}, 4);
+  const int64_t C = x.size(3), K = weight.size(0);
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t norm_stride =
+      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
+  check_shape({op, "weight", weight}, {K, C, 3, 3});
+  check_dtype({op, "weight", weight}, x.scalar_type());
+  check_device({op, "weight", weight}, x, "x");
+  const int64_t y_stride =
+      check_activation({op, "y", y}, {x.size(0), x.size(1), x.size(2), K}, x, "x");
+  const int64_t stats_stride =
+      stats ? check_table({op, "stats", *stats}, kStatsRows, K, ScalarType::Float, x, "x") : 0;
+  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
+    if (K == 0) return;
+    const Launcher launcher(op, x);
+    const WeightRows rows(launcher, weight);
+    const Forward args{row_tensor(x, x_stride),
+                       float_table(norm, norm_stride),
+                       rows.rows(),
+                       row_tensor(y, y_stride),
+                       nullptr,
+                       static_cast<int>(C),
+                       static_cast<int>(K)};
+    if (K <= 16)
+      launch_forward<T, 16>(launcher, args, x, stats, stats_stride);
+    else if (K <= 32)
+      launch_forward<T, 32>(launcher, args, x, stats, stats_stride);
+    else
+      launch_forward<T, 48>(launcher, args, x, stats, stats_stride);
+  });
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+DE_REGISTER(library) {
+  library.impl("norm_relu_conv3x3_forward",
+               TORCH_BOX(&densenet_efficient::norm_relu_conv3x3_forward));
+}
