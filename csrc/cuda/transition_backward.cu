@@ -1,0 +1,417 @@
+// transition, backward, from dy [M, K] with M = N * (H/2) * (W/2) windows:
+//
+//   dpooled = dy @ weight, dz = dpooled / 4 * [a * x + s > 0] for each of a window's four pixels
+//   dx = a * dz - p - (x - mean) * q,  dweight = dy^T @ pooled,  dnorm: sums of dz * x_hat and dz
+//
+// p and q need the sums over all rows, so dx comes last; until then dx's own memory is the scratch:
+//   1. product   dpooled into each window's first pixel of dx. Tile: 128 windows x 128 channels, a
+//                warp 32 x 128; dy and weight in panels of 32 outputs, two ahead (tile.cuh).
+//   2. sums      x and dpooled once; the pooled activations into the window's second pixel. A thread
+//                owns V channels and walks over windows (columns.h); sums in fixed order (reduce.cuh).
+//   3. dweight   dy^T @ pooled. Tile: 128 outputs x 128 channels, a warp 32 x 128, over a static range
+//                of windows; fp32 partials in a workspace, summed in fixed order (partials.cuh).
+//   4. dx        x and dpooled once, dx written once; pixels on a dropped odd edge have dz = 0.
+// Bytes, with X = N * H * W * C elements of two bytes: 2 X read (x), 3/4 X written and read again,
+// 1 X written (dx); dy once per 128 channels and, for dweight, once more; the weight from the L2 cache.
+#include "correction.cuh"
+#include "operands.h"
+#include "partials.cuh"
+#include "quads.h"
+#include "reduce.cuh"
+
+namespace densenet_efficient {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 3;
+constexpr int kTile = 128;  // windows or outputs, and channels, of a product's tile
+constexpr int kTiles = kTile / 8;
+constexpr int kPanels = kTile / device::kPanelChannels;
+constexpr int kPanelBytes = 32 * device::kPanelRowBytes;  // 32 rows of 32 channels
+constexpr int kStageBytes = 2 * kPanels * kPanelBytes;    // both operands: 128 x 32 and 32 x 128
+
+// acc += a @ b for one k16 step: b [16, 128] lies in kPanels panels with the depth along their rows.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint32_t (&a)[2][4],
+                                         const unsigned char* b_panels, int step) {
+  using namespace device;
+  const int lane = lane_index();
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+    uint32_t b[4];
+    ldmatrix_x4_trans(b, b_panels + j / 4 * kPanelBytes +
+                             panel_offset(16 * step + a_row(lane), j % 4 + a_chunk(lane)));
+    const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      mma_16x8x16<T>(acc[m][j], a[m], left);
+      mma_16x8x16<T>(acc[m][j + 1], a[m], right);
+    }
+  }
+}
+
+// ---- 1. dpooled = dy @ weight ------------------------------------------------------------------------
+
+struct Product {
+  device::RowTensor dy;      // [M, K]
+  device::RowTensor weight;  // [K, C]
+  device::RowTensor dx;      // [N * H * W, C]
+  Quads quads;               // M windows
+  int channels;              // C
+  int outputs;               // K
+};
+
+constexpr int kProductStaging = kStages * kStageBytes;
+constexpr int kProductCorners = kProductStaging + kWarps * kPanelBytes;
+constexpr int kProductBytes = kProductCorners + kTile * 4;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) transition_product_kernel(Product args) {
+  using namespace device;
+  const int warp = warp_index(), lane = lane_index();
+  const int load_row = thread_index() >> 2, load_chunk = thread_index() & 3;
+  const int row0 = block_x() * kTile, column0 = block_y() * kTile;
+  const int depths = max(1, (args.outputs + kPanelChannels - 1) / kPanelChannels);
+  unsigned char* const shared = shared_memory();
+
+  const auto load = [&](int depth) {
+    if (depth < depths) {
+      unsigned char* const to = shared + depth % kStages * kStageBytes;
+      const int output = depth * kPanelChannels;
+      const int dy_output = output + load_chunk * kChunk, weight_output = output + load_row;
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int offset = panel * kPanelBytes + panel_offset(load_row, load_chunk);
+        const int row = row0 + 32 * panel + load_row;
+        const bool row_exists = row < args.quads.windows;
+        copy_chunk(to + offset, args.dy.at<T>(row_exists ? row : 0, dy_output),
+                   row_exists ? channels_left(dy_output, args.outputs) : 0, args.dy.vector);
+        const int channel = column0 + kPanelChannels * panel + load_chunk * kChunk;
+        const bool output_exists = weight_output < args.outputs;
+        copy_chunk(to + kPanels * kPanelBytes + offset,
+                   args.weight.at<T>(output_exists ? weight_output : 0, channel),
+                   output_exists ? channels_left(channel, args.channels) : 0, args.weight.vector);
+      }
+    }
+    cp_async_commit();
+  };
+  for (int depth = 0; depth < kStages - 1; ++depth) load(depth);
+
+  // Where the warp's rows go.
+  int* const corners = reinterpret_cast<int*>(shared + kProductCorners) + 32 * warp;
+  const int own_row = row0 + 32 * warp + lane;
+  shared_store(corners + lane, own_row < args.quads.windows ? args.quads.corner(own_row) : -1);
+  sync_warp();
+
+  float acc[2][kTiles][4] = {};
+  for (int depth = 0; depth < depths; ++depth) {
+    cp_async_wait<kStages - 2>();
+    sync_threads();
+    load(depth + kStages - 1);
+    const unsigned char* const from = shared + depth % kStages * kStageBytes;
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        ldmatrix_x4(a[m], from + warp * kPanelBytes +
+                              panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
+      multiply<T>(acc, a, from + kPanels * kPanelBytes, step);
+    }
+  }
+  WarpMoments none{nullptr, nullptr, 0.0f};
+  write_rows<T, kTiles>(acc, shared + kProductStaging + warp * kPanelBytes, args.dx, column0,
+                        min(column0 + kTile, args.channels), false, none,
+                        [&](int r) { return int64_t(shared_load<int>(corners + r)); });
+}
+
+// ---- 2. sums, pooled activations ---------------------------------------------------------------------
+
+// A window's pixels: present where an odd edge does not cut them off.
+template <typename T, int V>
+struct Window {
+  int64_t corner;
+  Vector<T, V> x[kQuad];
+  bool present[kQuad];
+
+  __device__ __forceinline__ void load(const Rows<const T>& rows, const Quads& quads, int window,
+                                       int channel DE_HERE) {
+    corner = quads.corner(window);
+    const int row = window / quads.out_width, column = window - row * quads.out_width;
+    const bool right = 2 * column + 1 < quads.width;
+    const bool below = 2 * (row % quads.out_height) + 1 < quads.height;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      present[i] = (right || !(i & 1)) && (below || i < 2);
+      if (present[i]) x[i] = load_input<T, V>(rows[corner + quads.offset(i)] + channel DE_AT);
+    }
+  }
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kColumnThreads, 2)
+    transition_sums_kernel(Rows<const T> x, Rows<const float> norm, Quads quads, Columns plan,
+                           bool keep_pooled, Rows<T> dx, float* partials) {
+  using namespace device;
+  const ColumnThread at(plan, thread_index(), block_y());
+  auto sums = Pairs<float, V>::zero();
+  if (at.active) {
+    float scale[V], shift[V], mean[V], rstd[V];
+    load_values(norm[kScale] + at.channel, scale);
+    load_values(norm[kShift] + at.channel, shift);
+    load_values(norm[kMean] + at.channel, mean);
+    const int64_t first = block_x() * plan.part_rows;
+    const int64_t end = first + plan.part_rows < plan.rows ? first + plan.part_rows : plan.rows;
+    for (int64_t row = first + at.lane; row < end; row += plan.lanes) {
+      Window<T, V> window;
+      window.load(x, quads, static_cast<int>(row), at.channel);
+      T* const own = dx[window.corner] + at.channel;
+      float dpooled[V], pooled[V];
+      unpack(load_vector<T, V>(own), dpooled);
+#pragma unroll
+      for (int v = 0; v < V; ++v) pooled[v] = 0.0f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float left[V], right[V];
+        unpack(window.x[2 * half], left);
+        unpack(window.x[2 * half + 1], right);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const float dh = 0.25f * dpooled[v];
+          const float z_left = normalise(left[v], scale[v], shift[v]);
+          const float z_right = normalise(right[v], scale[v], shift[v]);
+          const float dz_left = relu_mask(dh, z_left), dz_right = relu_mask(dh, z_right);
+          sums.first[v] += dz_left * (left[v] - mean[v]);
+          sums.first[v] += dz_right * (right[v] - mean[v]);
+          sums.second[v] += dz_left + dz_right;
+          pooled[v] += relu(z_left) + relu(z_right);
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) pooled[v] *= 0.25f;
+      if (keep_pooled) store_vector(own + dx.stride, pack<T, V>(pooled));
+    }
+    load_values(norm[kRstd] + at.channel, rstd);
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums.first[v] *= rstd[v];
+  }
+  block_merge<MergeSums>(plan, at, sums, partials);
+}
+
+// ---- 3. dweight = dy^T @ pooled ----------------------------------------------------------------------
+
+struct Weight {
+  device::RowTensor dy;  // [M, K]
+  device::RowTensor dx;  // [N * H * W, C], pooled in each window's second pixel
+  Quads quads;           // M windows
+  float* partial;        // [blocks, K, pitch]
+  int64_t pitch;         // C, made even
+  int channels;          // C
+  int outputs;           // K
+  int channel_tiles;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight args) {
+  using namespace device;
+  const int warp = warp_index(), lane = lane_index();
+  const int load_row = thread_index() >> 2, load_chunk = thread_index() & 3;
+  const int output0 = block_y() / args.channel_tiles * kTile;
+  const int column0 = block_y() % args.channel_tiles * kTile;
+  const int64_t depths = (args.quads.windows + 31) / 32;
+  const int first = static_cast<int>(depths * block_x() / grid_x());
+  const int last = static_cast<int>(depths * (block_x() + 1) / grid_x());
+  unsigned char* const shared = shared_memory();
+
+  const auto load = [&](int depth) {
+    if (depth < last) {
+      unsigned char* const to = shared + depth % kStages * kStageBytes;
+      const int window = 32 * depth + load_row;
+      const bool exists = window < args.quads.windows;
+      const int pixel = exists ? args.quads.corner(window) + args.quads.offset(1) : 0;
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int offset = panel * kPanelBytes + panel_offset(load_row, load_chunk);
+        const int within = kPanelChannels * panel + load_chunk * kChunk;
+        copy_chunk(to + offset, args.dy.at<T>(exists ? window : 0, output0 + within),
+                   exists ? channels_left(output0 + within, args.outputs) : 0, args.dy.vector);
+        copy_chunk(to + kPanels * kPanelBytes + offset, args.dx.at<T>(pixel, column0 + within),
+                   exists ? channels_left(column0 + within, args.channels) : 0, args.dx.vector);
+      }
+    }
+    cp_async_commit();
+  };
+  for (int ahead = 0; ahead < kStages - 1; ++ahead) load(first + ahead);
+
+  float acc[2][kTiles][4] = {};
+  for (int depth = first; depth < last; ++depth) {
+    cp_async_wait<kStages - 2>();
+    sync_threads();
+    load(depth + kStages - 1);
+    const unsigned char* const from = shared + depth % kStages * kStageBytes;
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[2][4];  // the panel's channels are a's rows
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        ldmatrix_x4_trans(a[m], from + warp * kPanelBytes +
+                                    panel_offset(16 * step + b_row(lane), 2 * m + b_chunk(lane)));
+      multiply<T>(acc, a, from + kPanels * kPanelBytes, step);
+    }
+  }
+  float* const out = args.partial + int64_t(block_x()) * args.outputs * args.pitch;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int output = output0 + 32 * warp + 16 * m + 8 * half + (lane >> 2);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int channel = column0 + 8 * j + 2 * (lane & 3);
+        if (output < args.outputs && channel < args.channels)
+          global_store(out + output * args.pitch + channel,
+                       float2{acc[m][j][2 * half], acc[m][j][2 * half + 1]});
+      }
+    }
+  }
+}
+
+// ---- 4. dx -------------------------------------------------------------------------------------------
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kColumnThreads, 2)
+    transition_dx_kernel(Rows<const T> x, Rows<const float> norm, Rows<const float> dnorm,
+                         int64_t count, Quads quads, Columns plan, Rows<T> dx) {
+  using namespace device;
+  const ColumnThread at(plan, thread_index(), block_y());
+  if (!at.active) return;
+  const Correction<float, V> correction(norm, dnorm, count, at.channel);
+  float shift[V];
+  load_values(norm[kShift] + at.channel, shift);
+  const int64_t first = block_x() * plan.part_rows;
+  const int64_t end = first + plan.part_rows < plan.rows ? first + plan.part_rows : plan.rows;
+  for (int64_t row = first + at.lane; row < end; row += plan.lanes) {
+    Window<T, V> window;
+    window.load(x, quads, static_cast<int>(row), at.channel);
+    T* const own = dx[window.corner] + at.channel;
+    const bool whole = window.present[kQuad - 1];
+    auto stored = Vector<T, V>::zero();
+    if (whole) stored = load_vector<T, V>(own);
+    float dpooled[V];
+    unpack(stored, dpooled);
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      if (!window.present[i]) continue;
+      float value[V];
+      unpack(window.x[i], value);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float z = normalise(value[v], correction.a[v], shift[v]);
+        value[v] = correction.apply(relu_mask(0.25f * dpooled[v], z), value[v], v);
+      }
+      store_vector(own + quads.offset(i) * dx.stride, pack<T, V>(value));
+    }
+  }
+}
+
+// ---- Launcher --------------------------------------------------------------------------------------
+
+// Blocks side by side over the windows: enough to fill the device, at least eight depths for each.
+int64_t weight_blocks(const Quads& quads, int64_t tiles, int multiprocessors) {
+  const int64_t most = ceil_div(ceil_div(quads.windows, 32), 8);
+  return std::clamp<int64_t>(2 * multiprocessors / std::max<int64_t>(tiles, 1), 1, most);
+}
+
+template <typename T>
+void launch_dweight(const Launcher& launcher, const Tensor& dy, int64_t dy_stride, const Tensor& dx,
+                    int64_t dx_stride, const Quads& quads, const Tensor& dweight,
+                    int64_t dweight_stride) {
+  const int64_t C = dx.size(3), K = dy.size(3);
+  const int64_t channel_tiles = ceil_div(C, kTile), tiles = channel_tiles * ceil_div(K, kTile);
+  const int64_t blocks = weight_blocks(quads, tiles, launcher.device().multiprocessors);
+  const int64_t pitch = round_up(C, 2);
+  const Workspace partial(dx, blocks * K * pitch * 4);
+  launcher.launch<&transition_weight_kernel<T>>(
+      {.grid_x = blocks, .grid_y = tiles, .block = kThreads, .shared_bytes = kStages * kStageBytes},
+      Weight{row_tensor(dy, dy_stride), row_tensor(dx, dx_stride), quads, partial.data(), pitch,
+             static_cast<int>(C), static_cast<int>(K), static_cast<int>(channel_tiles)});
+  SumPartials sum;
+  sum.partial = partial.data();
+  sum.blocks = static_cast<int>(blocks);
+  sum.rows = static_cast<int>(K);
+  sum.columns = static_cast<int>(C);
+  sum.pitch = pitch;
+  sum.block_stride = K * pitch;
+  sum.out = static_cast<float*>(dweight.mutable_data_ptr());
+  sum.outer_stride = dweight_stride;
+  sum_partials(launcher, sum);
+}
+
+void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
+                         OptionalTensor dweight, Tensor dnorm) {
+  const char* op = "transition_backward";
+  check_dim({op, "x", x}, 4);
+  check_dim({op, "weight", weight}, 2);
+  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t dy_stride = check_activation({op, "dy", dy}, {N, H / 2, W / 2, K}, x, "x");
+  const int64_t norm_stride =
+      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
+  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
+  if (count < 0) fail({op, "count", x}, "must not be negative, got ", count);
+  const int64_t dx_stride = check_activation({op, "dx", dx}, {N, H, W, C}, x, "x");
+  const int64_t dweight_stride =
+      dweight ? check_table({op, "dweight", *dweight}, K, C, ScalarType::Float, x, "x") : 0;
+  const int64_t dnorm_stride =
+      check_table({op, "dnorm", dnorm}, kDnormRows, C, ScalarType::Float, x, "x");
+  const Quads quads(x, true), all_quads(x, false);
+  const Launcher launcher(op, x);
+  const Rows<float> sums = output_rows<float>(dnorm, dnorm_stride);
+  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
+    if (quads.windows == 0 || C == 0) {
+      clear_table(launcher, sums, kDnormRows, C);
+      if (dweight) clear_table(launcher, output_rows<float>(*dweight, dweight_stride), K, C);
+    }
+    if (all_quads.windows == 0 || C == 0) return;
+    const int width = vector_width(
+        C, sizeof(T), 8, {{x.const_data_ptr(), x_stride}, {dx.const_data_ptr(), dx_stride}});
+    const Rows<const T> x_rows = input_rows<T>(x, x_stride);
+    const Rows<T> dx_rows = output_rows<T>(dx, dx_stride);
+    const Rows<const float> norm_rows = input_rows<float>(norm, norm_stride);
+    if (quads.windows > 0) {
+      launcher.launch<&transition_product_kernel<T>>(
+          {.grid_x = ceil_div(quads.windows, kTile),
+           .grid_y = ceil_div(C, kTile),
+           .block = kThreads,
+           .shared_bytes = kProductBytes},
+          Product{row_tensor(dy, dy_stride), row_tensor(weight, weight_stride),
+                  row_tensor(dx, dx_stride), quads, static_cast<int>(C), static_cast<int>(K)});
+      const Columns plan(quads.windows, C, width, 4);
+      const Workspace partials(x, partials_size(plan.parts, C) * 4);
+      dispatch_width<8>(width, [&]<int V>() {
+        launcher.launch<&transition_sums_kernel<T, V>>(
+            {.grid_x = plan.parts,
+             .grid_y = plan.groups,
+             .block = kColumnThreads,
+             .shared_bytes = kMergeBytes<float, V>},
+            x_rows, norm_rows, quads, plan, dweight.has_value(), dx_rows, partials.data());
+      });
+      finish_partials<MergeSums, FinishDnorm>(launcher, static_cast<const float*>(partials.data()),
+                                              plan.parts, C, sums);
+      if (dweight && K > 0)
+        launch_dweight<T>(launcher, dy, dy_stride, dx, dx_stride, quads, *dweight, dweight_stride);
+    }
+    const Columns plan(all_quads.windows, C, width, 4);
+    dispatch_width<8>(width, [&]<int V>() {
+      launcher.launch<&transition_dx_kernel<T, V>>(
+          {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads}, x_rows, norm_rows,
+          input_rows<float>(dnorm, dnorm_stride), count, all_quads, plan, dx_rows);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+DE_REGISTER(library) {
+  library.impl("transition_backward", TORCH_BOX(&densenet_efficient::transition_backward));
+}

@@ -1,0 +1,279 @@
+// transition, forward: y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T, and the moments
+// of y as stored. The pooling stands in front of the product, which it commutes with: a quarter of
+// the work. Odd edges are dropped.
+//
+// Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps stand below each other and
+// have 64, more than 128 make pairs of warps that share their rows; more than 256 take several columns
+// of the grid. The four pixels of each row lie in four panels of shared memory (tile.cuh); the mean
+// of their normalised values, rounded once, is made in the registers that feed the tensor cores.
+// Who owns what: a block walks over a static range of row tiles and, within a tile, over the channels
+// in panels of 32, one panel ahead of the products.
+// Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the weight
+// once per tile (2 K C, from the L2 cache).
+// Sums: fp32 accumulators over C; moments exact two-pass, then merged in a fixed order (tile.cuh).
+#include "operands.h"
+#include "partials.cuh"
+#include "quads.h"
+
+namespace densenet_efficient {
+namespace {
+
+constexpr int kStages = 2, kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 32;
+constexpr int kStagingBytes = kWarpRows * device::kPanelRowBytes;
+
+struct Forward {
+  device::RowTensor x;       // [N * H * W, C]
+  device::Table norm;        // [4, C]
+  device::RowTensor weight;  // [K, C]
+  device::RowTensor y;       // [M, K]
+  float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
+  Quads quads;               // M windows
+  int channels;              // C
+  int outputs;               // K
+};
+
+// kColumns of y per warp, kSplit warps side by side.
+template <int kColumns, int kSplit>
+struct Layout {
+  static constexpr int kRows = kWarps / kSplit * kWarpRows;
+  static constexpr int kPanelBytes = kRows * device::kPanelRowBytes;  // of one pixel of the quads
+  static constexpr int kWeight = kQuad * kPanelBytes;
+  static constexpr int kNorm = kWeight + kColumns * kSplit * device::kPanelRowBytes;
+  static constexpr int kStageBytes = kNorm + device::kScaleShiftBytes;
+  static constexpr int kStaging = kStages * kStageBytes;
+  static constexpr int kMoments = kStaging + kWarps * kStagingBytes;  // mean, M2 [kColumns] a warp
+  static constexpr int kCounts = kMoments + kWarps * kColumns * 8;
+  static constexpr int kBytes = kCounts + kWarps * 4;
+};
+
+// The mean of four pixels' normalised pairs.
+template <typename T>
+__device__ __forceinline__ uint32_t pool_pair(const uint32_t (&pixels)[kQuad], float4 norm) {
+  float2 sums[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float2 left = device::unpack<T>(pixels[2 * half]);
+    const float2 right = device::unpack<T>(pixels[2 * half + 1]);
+    sums[half].x = norm_relu(left.x, norm.x, norm.y) + norm_relu(right.x, norm.x, norm.y);
+    sums[half].y = norm_relu(left.y, norm.z, norm.w) + norm_relu(right.y, norm.z, norm.w);
+  }
+  return device::pack<T>(0.25f * (sums[0].x + sums[1].x), 0.25f * (sums[0].y + sums[1].y));
+}
+
+// One k16 step of a 32-row warp tile.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const unsigned char* x,
+                                              int panel_bytes, const unsigned char* weight,
+                                              const unsigned char* norm, int step) {
+  using namespace device;
+  const int lane = lane_index(), t = lane & 3;
+  const float4 norm_low = shared_load<float4>(norm + scale_shift_offset(16 * step + 2 * t));
+  const float4 norm_high = shared_load<float4>(norm + scale_shift_offset(16 * step + 8 + 2 * t));
+  uint32_t a[2][4];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    uint32_t pixels[kQuad][4];
+#pragma unroll
+    for (int pixel = 0; pixel < kQuad; ++pixel)
+      ldmatrix_x4(pixels[pixel], x + pixel * panel_bytes +
+                                     panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t pairs[kQuad] = {pixels[0][r], pixels[1][r], pixels[2][r], pixels[3][r]};
+      a[m][r] = pool_pair<T>(pairs, r < 2 ? norm_low : norm_high);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+    uint32_t b[4];
+    ldmatrix_x4(b, weight + panel_offset(8 * j + b_row(lane), 2 * step + b_chunk(lane)));
+    const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      mma_16x8x16<T>(acc[m][j], a[m], left);
+      mma_16x8x16<T>(acc[m][j + 1], a[m], right);
+    }
+  }
+}
+
+// The block's moments of its columns, from those of its warps.
+template <int kColumns, int kSplit>
+__device__ __forceinline__ void write_partial(const Forward& args, const unsigned char* shared,
+                                              int column0) {
+  using namespace device;
+  using Layout = Layout<kColumns, kSplit>;
+  const float* moments = reinterpret_cast<const float*>(shared + Layout::kMoments);
+  const float* counts = reinterpret_cast<const float*>(shared + Layout::kCounts);
+  for (int c = thread_index(); c < kColumns * kSplit && column0 + c < args.outputs; c += kThreads) {
+    Moments<float> all{0, 0, 0};
+    for (int warp = c / kColumns; warp < kWarps; warp += kSplit) {
+      const float* mean = moments + 2 * kColumns * warp + c % kColumns;
+      all = merge(all, Moments<float>{shared_load<float>(counts + warp), shared_load<float>(mean),
+                                      shared_load<float>(mean + kColumns)});
+    }
+    float* out = args.partial + int64_t(block_x()) * 3 * args.outputs + column0 + c;
+    global_store(out, all.count);
+    global_store(out + args.outputs, all.mean);
+    global_store(out + 2 * args.outputs, all.m2);
+  }
+}
+
+template <typename T, int kColumns, int kSplit>
+__global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward args) {
+  using namespace device;
+  using Layout = Layout<kColumns, kSplit>;
+  constexpr int kTiles = kColumns / 8, kLoadStep = kThreads / 4, kLoads = Layout::kRows / kLoadStep;
+  const int warp = warp_index(), thread = thread_index();
+  const int warp_row = warp / kSplit * kWarpRows, warp_column = warp % kSplit * kColumns;
+  const int column0 = block_y() * kColumns * kSplit;
+  const int rows = args.quads.windows;
+  const int panels = max(1, (args.channels + kPanelChannels - 1) / kPanelChannels);
+  const int64_t tiles = (rows + Layout::kRows - 1) / Layout::kRows;
+  const int first_tile = static_cast<int>(tiles * block_x() / grid_x());
+  const int last_tile = static_cast<int>(tiles * (block_x() + 1) / grid_x());
+  unsigned char* const shared = shared_memory();
+
+  float* const moments_data =
+      reinterpret_cast<float*>(shared + Layout::kMoments) + 2 * kColumns * warp;
+  WarpMoments moments{moments_data, moments_data + kColumns, 0.0f};
+  for (int c = lane_index(); c < 2 * kColumns; c += 32) shared_store(moments_data + c, 0.0f);
+  sync_warp();
+
+  // The panel that is loaded next, one ahead of the one that is multiplied.
+  int load_tile = first_tile, load_panel = 0;
+  const int load_row = thread >> 2, load_chunk = thread & 3;
+  int corners[kLoads];  // of the rows that this thread loads
+  const auto load = [&](int stage) {
+    if (load_tile < last_tile) {
+      const int row0 = load_tile * Layout::kRows + load_row;
+      if (load_panel == 0) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i)
+          corners[i] = row0 + i * kLoadStep < rows ? args.quads.corner(row0 + i * kLoadStep) : -1;
+      }
+      unsigned char* const to = shared + stage * Layout::kStageBytes;
+      const int channel = load_panel * kPanelChannels + load_chunk * kChunk;
+      const int valid = channels_left(channel, args.channels);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+        for (int pixel = 0; pixel < kQuad; ++pixel) {
+          const bool exists = corners[i] >= 0;
+          copy_chunk(
+              to + pixel * Layout::kPanelBytes + panel_offset(load_row + i * kLoadStep, load_chunk),
+              args.x.at<T>(exists ? corners[i] + args.quads.offset(pixel) : 0, channel),
+              exists ? valid : 0, args.x.vector);
+        }
+      }
+      for (int row = load_row; row < kColumns * kSplit; row += kLoadStep) {
+        const bool exists = column0 + row < args.outputs;
+        copy_chunk(to + Layout::kWeight + panel_offset(row, load_chunk),
+                   args.weight.at<T>(exists ? column0 + row : 0, channel), exists ? valid : 0,
+                   args.weight.vector);
+      }
+      copy_scale_shift(to + Layout::kNorm, args.norm, load_panel * kPanelChannels, args.channels,
+                       kThreads);
+      if (++load_panel == panels) {
+        load_panel = 0;
+        ++load_tile;
+      }
+    }
+    cp_async_commit();
+  };
+  load(0);
+
+  int stage = 0;
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    float acc[2][kTiles][4] = {};
+    for (int panel = 0; panel < panels; ++panel) {
+      cp_async_wait<0>();
+      sync_threads();
+      load(1 - stage);
+      const unsigned char* const from = shared + stage * Layout::kStageBytes;
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+        multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes, Layout::kPanelBytes,
+                                 from + Layout::kWeight + warp_column * kPanelRowBytes,
+                                 from + Layout::kNorm, step);
+      stage = 1 - stage;
+    }
+    const int row0 = tile * Layout::kRows + warp_row, column = column0 + warp_column;
+    write_rows<T, kTiles>(acc, shared + Layout::kStaging + warp * kStagingBytes, args.y, column,
+                          min(column + kColumns, args.outputs), args.partial != nullptr, moments,
+                          [&](int r) { return row0 + r < rows ? int64_t(row0 + r) : -1; });
+  }
+  if (!args.partial) return;
+  if (lane_index() == 0)
+    shared_store(reinterpret_cast<float*>(shared + Layout::kCounts) + warp, moments.count);
+  sync_threads();
+  write_partial<kColumns, kSplit>(args, shared, column0);
+}
+
+// ---- Launcher --------------------------------------------------------------------------------------
+
+struct Tiling {
+  int columns, split;
+  int64_t blocks;
+
+  Tiling(int64_t rows, int64_t outputs, int multiprocessors)
+      : columns(outputs <= 64 ? 64 : 128), split(outputs <= 128 ? 1 : 2) {
+    const int64_t tiles = ceil_div(rows, kWarps / split * kWarpRows);
+    blocks = std::min<int64_t>(tiles, 2 * multiprocessors);
+  }
+};
+
+template <typename T, int kColumns, int kSplit>
+void launch_forward(const Launcher& launcher, const Forward& args, const Tiling& tiling) {
+  launcher.launch<&transition_forward_kernel<T, kColumns, kSplit>>(
+      {.grid_x = tiling.blocks,
+       .grid_y = ceil_div(args.outputs, kColumns * kSplit),
+       .block = kThreads,
+       .shared_bytes = Layout<kColumns, kSplit>::kBytes},
+      args);
+}
+
+void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats) {
+  const char* op = "transition_forward";
+  check_dim({op, "x", x}, 4);
+  check_dim({op, "weight", weight}, 2);
+  const int64_t C = x.size(3), K = weight.size(0);
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t norm_stride =
+      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
+  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
+  const int64_t y_stride =
+      check_activation({op, "y", y}, {x.size(0), x.size(1) / 2, x.size(2) / 2, K}, x, "x");
+  const int64_t stats_stride =
+      stats ? check_table({op, "stats", *stats}, kStatsRows, K, ScalarType::Float, x, "x") : 0;
+  const Quads quads(x, true);
+  const Launcher launcher(op, x);
+  const Tiling tiling(quads.windows, K, launcher.device().multiprocessors);
+  const Workspace partial(x, stats ? tiling.blocks * 3 * K * 4 : 0);
+  const Forward args{row_tensor(x, x_stride),
+                     float_table(norm, norm_stride),
+                     row_tensor(weight, weight_stride),
+                     row_tensor(y, y_stride),
+                     partial.data(),
+                     quads,
+                     static_cast<int>(C),
+                     static_cast<int>(K)};
+  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
+    if (quads.windows == 0 || K == 0) return;
+    if (tiling.columns == 64)
+      launch_forward<T, 64, 1>(launcher, args, tiling);
+    else if (tiling.split == 1)
+      launch_forward<T, 128, 1>(launcher, args, tiling);
+    else
+      launch_forward<T, 128, 2>(launcher, args, tiling);
+  });
+  if (stats)
+    merge_moments(launcher, {args.partial, static_cast<int>(tiling.blocks), args.outputs,
+                             static_cast<float*>(stats->mutable_data_ptr()), stats_stride});
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+DE_REGISTER(library) {
+  library.impl("transition_forward", TORCH_BOX(&densenet_efficient::transition_forward));
+}
