@@ -191,7 +191,7 @@ class EfficientDenseBlock(reference.DenseBlock):
         block = cls.__new__(cls)
         nn.ModuleDict.__init__(block, dict(layers))
         block._adopt(parts, _check_memory(memory))
-        block.train(next(iter(layers.values())).training)
+        block.training = next(iter(layers.values())).training  # not of the layers' own norms
         return block
 
     def _adopt(self, parts: Callable[[nn.Module], LayerParts], memory: str) -> None:
@@ -374,7 +374,7 @@ class EfficientTransition(reference.Transition):
         nn.Sequential.__init__(new)
         for name, child in transition._modules.items():
             new.add_module(name, child)
-        new.train(transition.training)
+        new.training = transition.training
         return new
 
     def path(self, x: Tensor) -> Path:
@@ -451,7 +451,7 @@ class EfficientFeatures(nn.Sequential):
         new = cls()
         for name, child in features._modules.items():
             new.add_module(name, child)
-        new.train(features.training)
+        new.training = features.training
         return new
 
     def stem_path(self, x: Tensor) -> Path:

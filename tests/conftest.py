@@ -4,7 +4,8 @@ numerical error that the tolerances are stated in."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -48,6 +49,17 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return error / size if size else error
 
 
+def _median_errors(
+    values: Sequence[Mapping[str, Tensor]], exact: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    errors: dict[str, list[float]] = {name: [] for name in exact[0]}
+    for value, truth in zip(values, exact, strict=True):
+        assert value.keys() == truth.keys() == errors.keys()
+        for name, tensor in value.items():
+            errors[name].append(relative_error(tensor, truth[name]))
+    return {name: statistics.median(several) for name, several in errors.items()}
+
+
 @dataclass
 class ErrorRatio:
     """Our error against float64 over the framework's own, on the same input."""
@@ -64,13 +76,15 @@ class ErrorRatio:
 
 
 def error_ratio(
-    ours: Mapping[str, Tensor], framework: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+    ours: Sequence[Mapping[str, Tensor]],
+    framework: Sequence[Mapping[str, Tensor]],
+    exact: Sequence[Mapping[str, Tensor]],
 ) -> ErrorRatio:
     """Compares relative errors tensor by tensor, and over all of them together (root of the sum of
-    squares, so that every tensor counts alike whatever its magnitude)."""
-    assert ours.keys() == framework.keys() == exact.keys()
-    own = {name: relative_error(ours[name], exact[name]) for name in exact}
-    peer = {name: relative_error(framework[name], exact[name]) for name in exact}
+    squares, so that every tensor counts alike whatever its magnitude). One mapping per input; a
+    tensor's error is the median over the inputs."""
+    own = _median_errors(ours, exact)
+    peer = _median_errors(framework, exact)
     ratios = {
         name: own[name] / peer[name] if peer[name] else own[name] and math.inf for name in own
     }

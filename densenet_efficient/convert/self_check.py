@@ -41,8 +41,8 @@ def check_replacement(
         torch.autocast(like.device.type, enabled=False),
         _at_rest(source, replacement),
     ):
-        expected = source(x.clone()).double()
-        actual = replacement(x.clone()).double()
+        expected = _run("it", source, x)
+        actual = _run("the replacement", replacement, x)
     if actual.shape != expected.shape:
         raise Unsupported(
             f"the self-check gave shape {list(actual.shape)} instead of {list(expected.shape)}"
@@ -56,6 +56,14 @@ def check_replacement(
             f"the self-check failed: largest difference {error:.3g}, largest output {size:.3g}"
         )
     return True
+
+
+def _run(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return module(x.clone()).double()
+    except Exception as error:
+        text = f"{name} fails on a random input of shape {list(x.shape)}: {error}"
+        raise Unsupported(text) from error
 
 
 def _check_same_tensors(source: nn.Module, replacement: nn.Module) -> None:

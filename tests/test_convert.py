@@ -1,0 +1,416 @@
+"""convert(): torchvision's network becomes efficient in place, and everything a user may hold on to is
+still there; or nothing changes, and the error says why."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import relative_error, training_step
+from torch import Tensor, nn
+from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
+
+from densenet_efficient import reference
+from densenet_efficient.convert import (
+    ConversionError,
+    block_adapter,
+    convert,
+    inspect_conversion,
+    register_adapter,
+    unconvert,
+)
+from densenet_efficient.modules import (
+    EfficientDenseBlock,
+    EfficientFeatures,
+    EfficientTransition,
+    standard_parts,
+)
+
+OPTIONS: dict[str, Any] = {
+    "growth_rate": 4, "block_config": (2, 3), "num_init_features": 8, "num_classes": 5,
+}  # fmt: skip
+
+
+def network(**options: Any) -> torchvision.models.DenseNet:
+    return torchvision.models.DenseNet(**{**OPTIONS, **options})
+
+
+def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 3, 33, 40).to(dtype), torch.tensor([1, 2, 3])
+
+
+def snapshot(model: nn.Module) -> list[tuple[str, type, int]]:
+    return [(name, type(module), id(module)) for name, module in model.named_modules()]
+
+
+def assert_same_step(actual: nn.Module, expected: nn.Module, bound: float = 1e-9) -> None:
+    x, target = batch(next(expected.parameters()).dtype)
+    ours, theirs = training_step(actual, x, target), training_step(expected, x, target)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert relative_error(ours[name], value) < bound, name
+    for name, value in expected.named_buffers():
+        torch.testing.assert_close(actual.get_buffer(name), value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store"])
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_converted_torchvision_gives_the_same_step(memory: str, memory_efficient: bool) -> None:
+    model = network(memory_efficient=memory_efficient).double()
+    expected = copy.deepcopy(model)
+    for module in expected.modules():
+        if isinstance(module, _DenseLayer):
+            module.memory_efficient = False  # it would update norm1's statistics twice
+    assert convert(model, memory=memory) is model
+    assert type(model.features) is EfficientFeatures
+    assert type(model.features.denseblock2) is EfficientDenseBlock
+    assert type(model.features.transition1) is EfficientTransition
+    assert model.features.denseblock1.memory == memory
+    assert_same_step(model, expected)
+
+
+def test_converted_reference_gives_the_same_step() -> None:
+    for bottleneck in (True, False):
+        model = reference.DenseNet(**OPTIONS, bottleneck=bottleneck, small_inputs=True).double()
+        expected = copy.deepcopy(model)
+        convert(model)
+        assert type(model.features) is EfficientFeatures
+        assert_same_step(model, expected)
+
+
+def test_whole_densenet121_converts() -> None:
+    model = torchvision.models.densenet121(num_classes=10).double().eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        assert relative_error(convert(model)(x), expected) < 1e-12
+    assert not any(type(module) in (_DenseBlock, _Transition) for module in model.modules())
+
+
+def test_everything_a_user_holds_on_to_stays() -> None:
+    model = network()
+    model.features.denseblock1.requires_grad_(False)
+    model.features.denseblock2.denselayer1.norm1.eval()
+    names = [name for name, _ in model.named_modules()]
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    buffers = {name: id(b) for name, b in model.named_buffers()}
+    flags = {name: module.training for name, module in model.named_modules()}
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    called: list[str] = []
+    weight = model.features.denseblock2.denselayer1.conv1.weight
+    weight.register_hook(lambda grad: called.append("parameter"))
+    handle = model.features.denseblock2.register_forward_hook(lambda *a: called.append("block"))
+    model.features.register_forward_hook(lambda *a: called.append("features"))
+    model.features.denseblock1.note = "mine"
+
+    convert(model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert list(model.state_dict()) == keys
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert {name: id(b) for name, b in model.named_buffers()} == buffers
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert model.features.denseblock1.note == "mine"
+    assert called == [], "the self-check called a user's hook"
+
+    before = weight.detach().clone()
+    x, target = batch(torch.float32)
+    nn.functional.cross_entropy(model(x), target).backward()
+    optimiser.step()
+    assert called == ["block", "features", "parameter"]
+    assert not torch.equal(before, weight)
+    assert model.features.denseblock1.denselayer1.conv1.weight.grad is None
+    handle.remove()
+    called.clear()
+    model(x)
+    assert called == ["features"]
+
+
+def test_modes_can_be_switched_and_conversion_repeated() -> None:
+    model = convert(network())
+    after = snapshot(model)
+    convert(model, memory="store")
+    assert snapshot(model) == after
+    assert {b.memory for b in model.modules() if isinstance(b, EfficientDenseBlock)} == {"store"}
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_converted_models_copy_and_pickle(copier: Callable[[nn.Module], nn.Module]) -> None:
+    model = convert(network().double())
+    twin = copier(model)
+    x, target = batch()
+    expected = training_step(model, x, target)
+    for name, value in training_step(twin, x, target).items():
+        assert torch.equal(value, expected[name]), name
+    assert type(twin.features.denseblock1) is EfficientDenseBlock
+    assert twin.features.conv0.weight is not model.features.conv0.weight
+
+
+def test_unconvert_brings_the_original_back() -> None:
+    model = network().double()
+    expected = copy.deepcopy(model)
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    assert unconvert(convert(model)) is model
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert_same_step(model, expected, bound=1e-15)
+    assert_same_step(convert(model), expected)
+
+
+def test_conversion_does_not_keep_the_originals_alive() -> None:
+    model = network()
+    block = weakref.ref(model.features.denseblock1)
+    convert(model)
+    assert block() is None
+
+
+def test_blocks_outside_a_densenet_are_converted() -> None:
+    class Encoder(nn.Module):
+        """Calls the parts one by one and shares a block, as segmentation encoders do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.first = _DenseBlock(2, 8, 4, 4, 0.0)
+            self.parts = nn.ModuleList([self.first, _Transition(16, 8)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.parts[1](self.first(self.stem(x)))
+            return self.parts[0](x).mean((2, 3))
+
+    model = Encoder().double()
+    expected = copy.deepcopy(model)
+    convert(model)
+    assert type(model.first) is EfficientDenseBlock and model.parts[0] is model.first
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    assert relative_error(model(x), expected(x)) < 1e-12
+
+
+def test_a_bare_block_is_returned_as_its_replacement() -> None:
+    block = _DenseBlock(2, 8, 4, 4, 0.0)
+    converted = convert(block)
+    assert type(converted) is EfficientDenseBlock
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(converted.eval()(x), block.eval()(x))
+
+
+def test_renamed_or_cut_features_convert_block_by_block() -> None:
+    children = list(network().features.children())
+    body = nn.Sequential(*children[:-1])
+    convert(body)
+    assert type(body) is nn.Sequential
+    assert type(body[4]) is EfficientDenseBlock and type(body[5]) is EfficientTransition
+
+
+def test_a_transition_of_another_kind_is_left_and_reported() -> None:
+    model = network()
+    model.features.transition1.pool = nn.MaxPool2d(2)
+    report = inspect_conversion(model)
+    assert [entry.path for entry in report.select("left")] == ["features.transition1"]
+    assert "MaxPool2d" in str(report)
+    expected = copy.deepcopy(model).double()
+    convert(model)
+    assert type(model.features.transition1) is _Transition
+    assert type(model.features) is EfficientFeatures
+    assert_same_step(model.double(), expected)
+
+
+def test_on_the_meta_device_structure_is_converted_unchecked() -> None:
+    with torch.device("meta"):
+        model = network()
+    report = inspect_conversion(model)
+    assert all("unchecked" in entry.reason for entry in report.select("converted"))
+    assert type(convert(model).features.denseblock1) is EfficientDenseBlock
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pure_low_precision_models_pass_their_self_check(dtype: torch.dtype) -> None:
+    model = convert(network().to(dtype))
+    assert type(model.features) is EfficientFeatures
+
+
+def test_random_state_and_statistics_are_left_alone() -> None:
+    model = network()
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    state = torch.get_rng_state()
+    convert(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+# Refusals: by name, and nothing changes
+
+
+def with_activation(model: nn.Module) -> nn.Module:
+    model.features.denseblock2.denselayer3.relu2 = nn.LeakyReLU()
+    return model
+
+
+def with_group_norm(model: nn.Module) -> nn.Module:
+    model.features.denseblock1.denselayer2.norm2 = nn.GroupNorm(4, 16)
+    return model
+
+
+def with_lazy_norm(model: nn.Module) -> nn.Module:
+    model.features.denseblock1.denselayer2.norm1 = nn.LazyBatchNorm2d()
+    return model
+
+
+def with_strided_convolution(model: nn.Module) -> nn.Module:
+    model.features.denseblock1.denselayer1.conv2 = nn.Conv2d(16, 4, 3, stride=2)
+    return model
+
+
+def with_extra_child(model: nn.Module) -> nn.Module:
+    model.features.denseblock1.denselayer1.attention = nn.Identity()
+    return model
+
+
+def with_foreign_layer(model: nn.Module) -> nn.Module:
+    model.features.denseblock1.denselayer1 = nn.Conv2d(8, 4, 3, padding=1)
+    return model
+
+
+def with_forward(model: nn.Module) -> nn.Module:
+    block = model.features.denseblock1
+    block.forward = lambda x: x
+    return model
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.features.denseblock1.denselayer1.conv1.weight.fill_(float("nan"))
+    return model
+
+
+def prepared_for_quantisation(model: nn.Module) -> nn.Module:
+    model.features.denseblock1.denselayer1.conv1.qconfig = object()
+    return model
+
+
+def traced(model: nn.Module) -> nn.Module:
+    return torch.fx.symbolic_trace(model)
+
+
+class ReversedBlock(_DenseBlock):
+    """A subclass that concatenates the new channels first."""
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        features = [init_features]
+        for layer in self.values():
+            features.insert(0, layer(features))
+        return torch.cat(features, 1)
+
+
+def with_subclass(model: nn.Module) -> nn.Module:
+    model.features.denseblock1 = ReversedBlock(2, 8, 4, 4, 0.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (with_activation, "denseblock2.*denselayer3: relu2 is LeakyReLU"),
+        (with_group_norm, "denseblock1.*denselayer2: norm2 is GroupNorm"),
+        (with_lazy_norm, "denseblock1.*denselayer2.norm1 is lazy"),
+        (with_strided_convolution, "denselayer1: conv2 has groups 1, stride"),
+        (with_extra_child, "denselayer1 has children .*attention|denselayer1 is"),
+        (with_foreign_layer, "denselayer1 is Conv2d"),
+        (with_forward, "denseblock1.*forward was replaced"),
+        (with_nan, "not finite"),
+        (prepared_for_quantisation, "denselayer1.conv1 is quantised"),
+        (traced, "traced by torch.fx"),
+        (with_subclass, "ReversedBlock.*unknown class.*register_adapter"),
+    ],
+)
+def test_refused_by_name_and_unchanged(
+    prepare: Callable[[nn.Module], nn.Module], reason: str
+) -> None:
+    model = prepare(network())
+    before = snapshot(model)
+    with pytest.raises(ConversionError, match=f"(?s){reason}"):
+        convert(model)
+    assert snapshot(model) == before
+
+
+def test_scripted_models_are_refused() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.denselayer1 = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.denselayer1(x)
+
+    with pytest.raises(ConversionError, match="script module"):
+        convert(torch.jit.script(Plain()))
+
+
+def test_without_strict_the_rest_is_converted() -> None:
+    model = with_activation(network())
+    convert(model, strict=False)
+    assert type(model.features.denseblock1) is EfficientDenseBlock
+    assert type(model.features.denseblock2) is _DenseBlock
+
+
+def test_nothing_to_convert_is_an_error() -> None:
+    with pytest.raises(ConversionError, match="nothing to convert in Linear"):
+        convert(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got str"):
+        convert("densenet121")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="memory must be"):
+        convert(network(), memory="forget")
+
+
+# Adapters of one's own
+
+
+def accept(name: str, layer: nn.Module) -> None:
+    """Every layer that has the parts."""
+
+
+class OwnBlock(nn.Module):
+    """Layers under a ModuleDict's names, concatenated in the given order."""
+
+    def __init__(self, reverse: bool = False) -> None:
+        super().__init__()
+        self.reverse = reverse
+        for i in range(2):
+            self.add_module(f"layer{i}", _DenseLayer(6 + 4 * i, 4, 2, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            parts = [layer(x), x] if self.reverse else [x, layer(x)]
+            x = torch.cat(parts, 1)
+        return x
+
+
+def test_registered_classes_convert_and_the_self_check_finds_a_wrong_adapter() -> None:
+    register_adapter(OwnBlock, block_adapter(standard_parts, check=accept))
+    model = nn.Sequential(OrderedDict(body=OwnBlock().double()))
+    expected = copy.deepcopy(model)
+    convert(model)
+    assert type(model.body) is EfficientDenseBlock
+    x = torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    assert relative_error(model(x), expected(x)) < 1e-12
+    wrong = nn.Sequential(OrderedDict(body=OwnBlock(reverse=True)))
+    with pytest.raises(ConversionError, match="self-check failed: largest difference"):
+        convert(wrong)
+    assert type(wrong.body) is OwnBlock
+    with pytest.raises(TypeError, match="source must be"):
+        register_adapter("OwnBlock", block_adapter(standard_parts, check=accept))
+    with pytest.raises(TypeError, match="adapter must be"):
+        register_adapter(OwnBlock, standard_parts)  # type: ignore[arg-type]
