@@ -25,6 +25,7 @@ inline device::Table float_table(const Tensor& tensor, int64_t stride) {
 // fp32 scratch from torch's allocator; null where none is needed.
 class Workspace {
  public:
+  Workspace() = default;
   Workspace(const Tensor& like, int64_t bytes) {
     if (bytes > 0) tensor_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   }

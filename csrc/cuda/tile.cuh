@@ -28,8 +28,8 @@ struct RowTensor {
     return static_cast<T*>(data) + row * stride + channel;
   }
   // The same rows from a later channel on, a multiple of eight; the same channels from a later row on.
-  RowTensor from_channel(int channel) const { return {at<uint16_t>(0, channel), stride, vector}; }
-  RowTensor from_row(int64_t row) const { return {at<uint16_t>(row, 0), stride, vector}; }
+  DE_HOST_DEVICE RowTensor from_channel(int channel) const { return {at<uint16_t>(0, channel), stride, vector}; }
+  DE_HOST_DEVICE RowTensor from_row(int64_t row) const { return {at<uint16_t>(row, 0), stride, vector}; }
 };
 
 // A [rows, C] table of fp32 vectors: norm or correction.
@@ -37,7 +37,7 @@ struct Table {
   const float* data;
   int64_t stride;
 
-  Table from_channel(int channel) const { return {data + channel, stride}; }
+  DE_HOST_DEVICE Table from_channel(int channel) const { return {data + channel, stride}; }
 };
 
 __device__ __forceinline__ int panel_offset(int row, int chunk) {
@@ -142,6 +142,17 @@ __device__ __forceinline__ void copy_scale_shift(unsigned char* shared, Table no
     const bool exists = channel + c < channels;
     cp_async<4>(shared + scale_shift_offset(c) + 4 * row,
                 norm.data + (exists ? (kScale + row) * norm.stride + channel + c : 0),
+                exists ? 4 : 0);
+  }
+}
+
+// All four rows of a norm for a panel's channels, as [32][4].
+__device__ __forceinline__ void copy_norm(unsigned char* shared, Table norm, int channel,
+                                          int channels, int threads) {
+  for (int i = thread_index(); i < kNormRows * kPanelChannels; i += threads) {
+    const int row = i % kNormRows, c = i / kNormRows;
+    const bool exists = channel + c < channels;
+    cp_async<4>(shared + 4 * i, norm.data + (exists ? row * norm.stride + channel + c : 0),
                 exists ? 4 : 0);
   }
 }

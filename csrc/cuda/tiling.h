@@ -132,4 +132,25 @@ inline int64_t conv3x3_blocks(int64_t tiles, int multiprocessors) {
   return std::min<int64_t>(tiles, 2 * multiprocessors);
 }
 
+// The weight gradient's blocks: 64 channels (32 where there are no more), up to 48 outputs and a range
+// of tiles each.
+struct Conv3x3WeightGradient {
+  int panels;  // of 32 channels, of a block
+  int depths;  // of 16 outputs, of a block
+  int64_t channel_blocks, output_blocks;
+
+  Conv3x3WeightGradient(int64_t channels, int64_t outputs) {
+    panels = channels <= 32 ? 1 : 2;
+    depths = outputs <= 16 ? 1 : outputs <= 32 ? 2 : 3;
+    channel_blocks = std::max<int64_t>(1, parts(channels, 32 * panels));
+    output_blocks = std::max<int64_t>(1, parts(outputs, 16 * depths));
+  }
+  int64_t pitch() const { return channel_blocks * panels * 32; }
+  // At least two tiles a block, or the partial sums outweigh the pixels.
+  int64_t row_blocks(int64_t tiles, int multiprocessors) const {
+    const int64_t resident = 2 * multiprocessors / (channel_blocks * output_blocks);
+    return std::min(std::max<int64_t>(1, resident), parts(tiles, 2));
+  }
+};
+
 }  // namespace densenet_efficient::workspace::cuda

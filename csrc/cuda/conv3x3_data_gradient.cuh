@@ -1,0 +1,281 @@
+// The 3x3 convolution's data gradient: dz [M, C] = conv3x3^T(dy, weight) * [a * x + s > 0], written to
+// dx, or added to it times a; and the sums of dz and dz * x_hat.
+//
+// Tile: as in the forward pass, 64 pixels a warp. dy and its halo stay in shared memory for the whole
+// tile; for 32 channels of x at a time, their weight passes by and nine shifted products add up in
+// registers. The result goes through the place where x lay, from where it leaves in rows.
+// Who owns what: a block walks over a static range of tiles; (tile, 32 channels, 32 outputs) triples
+// form one sequence, of which cp.async loads the next while this one is multiplied.
+// Bytes: x once, dx once (accumulating: twice), dy and y times the halo's share, the weight once per
+// tile (2 * 9 K C, from the L2 cache).
+// Sums: fp32, a tile's in registers and over its warps in order, a block's tiles in order in its own
+// partial, blocks in a second pass.
+#pragma once
+
+#include "conv3x3_gradients.cuh"
+
+namespace densenet_efficient {
+
+struct DataGradient {
+  OutputGradient gradient;   // [M, K]
+  device::RowTensor x;       // [M, C]
+  device::Table norm;        // [4, C]
+  device::RowTensor weight;  // [9 K, C]
+  device::RowTensor dx;      // [M, C]
+  float* partial;            // [blocks, 2, pitch]: dgamma, dbeta
+  int64_t pitch;             // C, padded to panels
+  int channels, outputs;     // C, K
+  bool accumulate;
+};
+
+struct DataGradientLayout {
+  static constexpr int kStages = 2;
+  static constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
+  static constexpr int kWeightBytes =
+      device::kTaps * device::kPanelChannels * device::kPanelRowBytes;
+  static constexpr int kNormBytes = kNormRows * device::kPanelChannels * 4;
+  static constexpr int kWarpSumBytes = kDnormRows * device::kPanelChannels * 4;
+  int positions, groups, output_panels;
+  bool accumulate;
+
+  // A stage: weight, norm [32][4], x and, if it is added to, dx. Behind the stages: the warps' sums,
+  // twice; dy; the tile's pixels.
+  DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
+  DE_HOST_DEVICE int x_offset() const { return norm_offset() + kNormBytes; }
+  DE_HOST_DEVICE int x_bytes() const { return groups * kGroup * device::kPanelRowBytes; }
+  DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_bytes(); }
+  DE_HOST_DEVICE int stage_bytes() const { return x_offset() + (accumulate ? 2 : 1) * x_bytes(); }
+  DE_HOST_DEVICE int sums_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int dy_offset() const { return sums_offset() + 2 * groups * kWarpSumBytes; }
+  DE_HOST_DEVICE int pixels_offset() const {
+    return dy_offset() +
+           output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
+  }
+
+  static workspace::cuda::Tile3x3::Shared shared(int output_panels, bool accumulate) {
+    return {kStages * (kWeightBytes + kNormBytes) + output_panels * device::kZeroBytes,
+            output_panels * device::kPanelRowBytes,
+            kStages * (accumulate ? 2 : 1) * kGroup * device::kPanelRowBytes + 2 * kWarpSumBytes +
+                kGroup * device::kPixelBytes};
+  }
+};
+
+namespace data_gradient {
+
+using namespace device;
+using Layout = DataGradientLayout;
+
+// The nine shifted products of 64 pixels of dy, up to 32 outputs, with the weight of 32 channels.
+template <typename T>
+__device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsigned char* shared,
+                                               int dy, int zeros, const unsigned char* weight,
+                                               const uint32_t (&pixels)[4], int pitch, int outputs) {
+  const int lane = lane_index();
+#pragma unroll 1
+  for (int dh = -1; dh <= 1; ++dh) {
+#pragma unroll
+    for (int dw = -1; dw <= 1; ++dw) {
+      const int tap = 3 * dh + dw + 4;
+      int offsets[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        offsets[m] = tap_offset(pixels[m], tap, dh * pitch + dw, dy, zeros, a_chunk(lane));
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        if (16 * step >= outputs) break;
+        uint32_t a[4][4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)));
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          // The neighbour at (dh, dw) took this pixel through the opposite tap.
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, weight + panel_offset((16 * step + a_row(lane)) * kTaps + 8 - tap,
+                                                     j + a_chunk(lane)));
+          const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            mma_16x8x16<T>(acc[m][j], a[m], left);
+            mma_16x8x16<T>(acc[m][j + 1], a[m], right);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Mask, sums and result of a warp's 64 pixels, the result in place of x; `sums` [2, 32].
+template <typename T, bool kAccumulate>
+__device__ __forceinline__ void finish_panel(const float (&acc)[4][4][4], unsigned char* x,
+                                             const unsigned char* dx, const unsigned char* norm,
+                                             float* sums) {
+  const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int channel = 8 * j + 2 * t;
+    const float4 low = shared_load<float4>(norm + channel * 16);
+    const float4 high = shared_load<float4>(norm + (channel + 1) * 16);
+    float dgamma[2] = {}, dbeta[2] = {};
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int offset = panel_offset(16 * m + 8 * half + g, j) + 4 * t;
+        const float2 v = unpack<T>(shared_load<uint32_t>(x + offset));
+        const float dz_low = relu_mask(acc[m][j][2 * half], normalise(v.x, low.x, low.y));
+        const float dz_high = relu_mask(acc[m][j][2 * half + 1], normalise(v.y, high.x, high.y));
+        dgamma[0] += dz_low * (v.x - low.z);
+        dgamma[1] += dz_high * (v.y - high.z);
+        dbeta[0] += dz_low;
+        dbeta[1] += dz_high;
+        float2 out{dz_low, dz_high};
+        if constexpr (kAccumulate) {
+          const float2 before = unpack<T>(shared_load<uint32_t>(dx + offset));
+          out = float2{before.x + low.x * dz_low, before.y + high.x * dz_high};
+        }
+        shared_store(x + offset, pack<T>(out.x, out.y));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        dgamma[i] += shuffle_xor(dgamma[i], mask);
+        dbeta[i] += shuffle_xor(dbeta[i], mask);
+      }
+    }
+    if (g == 0) {
+      shared_store(sums + kDgamma * kPanelChannels + channel,
+                   float2{dgamma[0] * low.w, dgamma[1] * high.w});
+      shared_store(sums + kDbeta * kPanelChannels + channel, float2{dbeta[0], dbeta[1]});
+    }
+  }
+}
+
+// The warps' sums of one panel, in order, to the block's partial.
+__device__ __forceinline__ void add_sums(const float* sums, float* partial, int64_t pitch,
+                                         int channel, int warps, bool first) {
+  for (int i = thread_index(); i < kDnormRows * kPanelChannels; i += 32 * warps) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < warps; ++warp)
+      sum += shared_load<float>(sums + warp * kDnormRows * kPanelChannels + i);
+    float* out = partial + i / kPanelChannels * pitch + channel + i % kPanelChannels;
+    global_store(out, first ? sum : global_load<float>(out) + sum);
+  }
+}
+
+template <typename T, bool kAccumulate>
+__global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) {
+  const int output_panels = (args.outputs + kPanelChannels - 1) / kPanelChannels;
+  const Layout layout{images.positions, images.groups, output_panels, kAccumulate};
+  const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
+  const int lane = lane_index();
+  const int panels = (args.channels + kPanelChannels - 1) / kPanelChannels;
+  const int64_t first_tile = images.tiles * block_x() / grid_x();
+  const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
+  unsigned char* shared = shared_memory();
+  unsigned char* pixels = shared + layout.pixels_offset();
+  float* sums = reinterpret_cast<float*>(shared + layout.sums_offset());
+  float* partial = args.partial + int64_t(block_x()) * kDnormRows * args.pitch;
+  const int warp_pixel = warp * Layout::kGroup;
+
+  clear_zero_rows(shared + layout.dy_offset(), images, output_panels, threads);
+
+  int64_t load_tile = first_tile;
+  int load_panel = 0, load_output = 0;
+  const auto load = [&](int stage_index) {
+    if (load_tile < last_tile) {
+      unsigned char* stage = shared + stage_index * layout.stage_bytes();
+      const int channel = load_panel * kPanelChannels + (thread & 3) * kChunk;
+      const int valid = channels_left(channel, args.channels);
+      const int rows = kTaps * (args.outputs - load_output * kPanelChannels);
+      for (int row = thread >> 2; row < kTaps * kPanelChannels; row += threads >> 2)
+        copy_chunk(stage + panel_offset(row, thread & 3),
+                   args.weight.at<T>(load_output * kTaps * kPanelChannels + row, channel),
+                   row < rows ? valid : 0, args.weight.vector);
+      if (load_output + 1 == output_panels) {
+        const TileOrigin origin(images, load_tile);
+        copy_norm(stage + layout.norm_offset(), args.norm, load_panel * kPanelChannels,
+                  args.channels, threads);
+        copy_pixels<T>(stage + layout.x_offset(), images, origin, args.x,
+                       load_panel * kPanelChannels, args.channels, threads);
+        if constexpr (kAccumulate)
+          copy_pixels<T>(stage + layout.dx_offset(), images, origin, args.dx,
+                         load_panel * kPanelChannels, args.channels, threads);
+      }
+      if (++load_output == output_panels) {
+        load_output = 0;
+        if (++load_panel == panels) {
+          load_panel = 0;
+          ++load_tile;
+        }
+      }
+    }
+    cp_async_commit();
+  };
+  load(0);
+
+  int stage_index = 0, sums_index = 0;
+  int open_panel = -1;  // whose sums the warps have written, but nobody has added up
+  bool open_first = false;
+  const auto close_panel = [&] {
+    if (open_panel >= 0)
+      add_sums(sums + (1 - sums_index) * images.groups * kDnormRows * kPanelChannels, partial,
+               args.pitch, open_panel * kPanelChannels, images.groups, open_first);
+    open_panel = -1;
+  };
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const TileOrigin origin(images, tile);
+    for (int panel = 0; panel < panels; ++panel) {
+      float acc[4][4][4] = {};
+      for (int output = 0; output < output_panels; ++output) {
+        unsigned char* stage = shared + stage_index * layout.stage_bytes();
+        cp_async_wait<0>();
+        sync_threads();
+        load(1 - stage_index);
+        close_panel();
+        if (panel == 0 && output == 0) {
+          describe_tile(images, origin, pixels, threads);
+          load_gradient<T>(shared + layout.dy_offset(), images, origin, args.gradient,
+                           args.outputs, output_panels, threads);
+          sync_threads();
+        }
+        uint32_t own[4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+          own[m] =
+              shared_load<uint2>(pixels + (warp_pixel + 16 * m + a_row(lane)) * kPixelBytes).y;
+        const int dy = layout.dy_offset() + output * gradient_panel_bytes(images);
+        multiply_panel<T>(acc, shared, dy, dy + images.positions * kPanelRowBytes, stage, own,
+                          images.pitch, args.outputs - output * kPanelChannels);
+        if (output + 1 == output_panels) {
+          unsigned char* x = stage + layout.x_offset() + warp_pixel * kPanelRowBytes;
+          finish_panel<T, kAccumulate>(
+              acc, x, stage + layout.dx_offset() + warp_pixel * kPanelRowBytes,
+              stage + layout.norm_offset(),
+              sums + (sums_index * images.groups + warp) * kDnormRows * kPanelChannels);
+          sync_warp();
+          const int channel = panel * kPanelChannels + (lane & 3) * kChunk;
+          const int valid = channels_left(channel, args.channels);
+          for (int row = lane >> 2; row < Layout::kGroup; row += 8) {
+            const int offset =
+                static_cast<int>(shared_load<uint2>(pixels + (warp_pixel + row) * kPixelBytes).x);
+            if (offset >= 0 && valid > 0)
+              store_chunk(args.dx.at<T>(origin.pixel(images) + offset, channel),
+                          shared_load<uint4>(x + panel_offset(row, lane & 3)), valid,
+                          args.dx.vector);
+          }
+          open_panel = panel;
+          open_first = tile == first_tile;
+          sums_index = 1 - sums_index;
+        }
+        stage_index = 1 - stage_index;
+      }
+    }
+  }
+  sync_threads();
+  close_panel();
+}
+
+}  // namespace data_gradient
+}  // namespace densenet_efficient
