@@ -217,7 +217,7 @@ class TransitionFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 6
         plan: PoolPlan = ctx.plan
-        x, stats, gamma, beta, weight = ctx.saved_tensors
+        x, stats, gamma, beta, weight = saved = ctx.saved_tensors  # checkpointing allows it once
         wanted = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
@@ -238,7 +238,7 @@ class TransitionFunction(torch.autograd.Function):
                 _like(dnorm[1], beta, wanted[4]),
                 None if dweight is None else dweight.view(weight.shape).to(weight.dtype),
             ),
-            ctx.saved_tensors,
+            saved,
             "EfficientTransition",
         )
 
@@ -284,7 +284,7 @@ class StemFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 4
         plan: PoolPlan = ctx.plan
-        x, stats, gamma, beta = ctx.saved_tensors
+        x, stats, gamma, beta = saved = ctx.saved_tensors  # checkpointing allows it once
         wanted = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
@@ -300,7 +300,7 @@ class StemFunction(torch.autograd.Function):
                 _like(dnorm[0], gamma, wanted[2]),
                 _like(dnorm[1], beta, wanted[3]),
             ),
-            ctx.saved_tensors,
+            saved,
             "EfficientStem",
         )
 

@@ -1,5 +1,5 @@
-"""convert(): torchvision's network becomes efficient in place, and everything a user may hold on to is
-still there; or nothing changes, and the error says why."""
+"""convert(): torchvision's network becomes efficient in place, with everything a user may hold on
+to still there; or nothing changes, and the error says why."""
 
 from __future__ import annotations
 
