@@ -400,14 +400,14 @@ void backward(const Launcher& launcher, const Arg& x, Backward args, int first, 
   weight_sums.pitch = tiling.pitch;
   weight_sums.block_stride = (args.outputs + 2) * tiling.pitch;
   weight_sums.out = dweight ? dweight + int64_t(first) * args.channels : nullptr;
-  weight_sums.outer_stride = args.channels;
+  weight_sums.out_stride = args.channels;
   SumPartials norm_sums = weight_sums;
   norm_sums.partial += args.outputs * tiling.pitch;
   norm_sums.rows = kDnormRows;
   norm_sums.out = dnorm;
-  norm_sums.outer_stride = dnorm_stride;
+  norm_sums.out_stride = dnorm_stride;
   norm_sums.accumulate = first > 0;
-  sum_partials(launcher, weight_sums, norm_sums);
+  sum_partials<1>(launcher, weight_sums, norm_sums);
 }
 
 void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm,

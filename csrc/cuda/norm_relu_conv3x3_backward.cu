@@ -78,7 +78,7 @@ SumPartials launch_weight_gradient(const Launcher& launcher, const Arg& x, Weigh
   SumPartials sums;
   sums.partial = args.partial;
   sums.blocks = static_cast<int>(row_blocks);
-  sums.rows = device::kTaps * args.outputs;
+  sums.rows = args.outputs;
   sums.columns = args.channels;
   sums.pitch = args.pitch;
   sums.block_stride = device::kTaps * args.outputs * args.pitch;
@@ -129,19 +129,18 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
          row_tensor(dx, dx_stride), nullptr, 0, channels, outputs, accumulate},
         data_partial);
     norm_sums.out = static_cast<float*>(dnorm.mutable_data_ptr());
-    norm_sums.outer_stride = dnorm_stride;
-    if (!dweight) return sum_partials(launcher, norm_sums);
-    SumPartials weight_sums = launch_weight_gradient<T>(
-        launcher, x_arg,
-        {gradient, row_tensor(x, x_stride), float_table(norm, norm_stride), nullptr, 0, channels,
-         outputs, 0, 0},
-        weight_partial);
-    weight_sums.out = static_cast<float*>(dweight->mutable_data_ptr());
-    weight_sums.inner = device::kTaps;
-    weight_sums.outer_stride = device::kTaps * C;
-    weight_sums.inner_stride = 1;
-    weight_sums.column_stride = device::kTaps;
-    sum_partials(launcher, weight_sums, norm_sums);
+    norm_sums.out_stride = dnorm_stride;
+    SumPartials weight_sums;
+    if (dweight) {
+      weight_sums = launch_weight_gradient<T>(
+          launcher, x_arg,
+          {gradient, row_tensor(x, x_stride), float_table(norm, norm_stride), nullptr, 0, channels,
+           outputs, 0, 0},
+          weight_partial);
+      weight_sums.out = static_cast<float*>(dweight->mutable_data_ptr());
+      weight_sums.out_stride = device::kTaps * C;
+    }
+    sum_partials<device::kTaps>(launcher, weight_sums, norm_sums);
   });
 }
 

@@ -1,8 +1,8 @@
 // The second pass of every reduction over blocks: partial results in a workspace, one per block of the
 // first pass, are combined in a fixed order, so that two runs give the same bits.
 //
-// A block combines 32 columns: eight groups of threads take one eighth of the partials each, in order,
-// and the first group then takes the eight results in order. Reads each partial once.
+// A block combines 32 columns: eight groups of threads take one eighth of the partials each, in order;
+// their eight results are then taken in order. Reads each partial once.
 #pragma once
 
 #include "device.cuh"
@@ -19,9 +19,8 @@ struct MomentPartials {
   int64_t stats_stride;
 };
 
-// partial [blocks, rows, pitch], of which `columns` of each row are summed over the blocks. Row j,
-// column c of the result is out[(j / inner) * outer_stride + (j % inner) * inner_stride
-// + c * column_stride].
+// partial [blocks, rows, taps, pitch], of which `columns` of each row are summed over the blocks, to
+// out [rows, columns, taps] with a stride between its rows.
 struct SumPartials {
   const float* partial = nullptr;
   int blocks = 0;
@@ -30,8 +29,7 @@ struct SumPartials {
   int64_t pitch = 0;
   int64_t block_stride = 0;  // between the partials of two blocks
   float* out = nullptr;
-  int inner = 1;
-  int64_t outer_stride = 0, inner_stride = 0, column_stride = 1;
+  int64_t out_stride = 0;
   bool accumulate = false;  // add to what stands there
 };
 
@@ -75,34 +73,52 @@ __global__ void __launch_bounds__(kThreads) merge_moments_kernel(MomentPartials 
                all.count > 0.0f ? all.m2 / all.count : 0.0f);
 }
 
-// One or two sums in one launch: blocks with block_y() == 1 work on the second.
-template <int = 0>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(SumPartials first, SumPartials second) {
+// Shared memory: [groups, columns, taps], as the result lies; one or nine taps, so that neither
+// writing a tap nor reading the result meets a bank twice.
+template <int kTaps>
+constexpr int kSumBytes = kGroups * kTaps * kColumns * 4;
+
+template <int kTaps>
+__device__ __forceinline__ void sum_block(const SumPartials& args) {
   using namespace device;
-  const SumPartials args = block_y() ? second : first;
-  float* shared = reinterpret_cast<float*>(shared_memory());  // [groups, columns]
+  float* shared = reinterpret_cast<float*>(shared_memory());
   const int panels = (args.columns + kColumns - 1) / kColumns;
   if (block_x() >= args.rows * panels) return;
-  const int row = block_x() / panels;
+  const int row = block_x() / panels, column0 = block_x() % panels * kColumns;
   const int c = thread_index() % kColumns, group = thread_index() / kColumns;
-  const int column = block_x() % panels * kColumns + c;
-  float sum = 0.0f;
-  if (column < args.columns) {
-    const float* from = args.partial + row * args.pitch + column;
+  float sums[kTaps] = {};
+  if (column0 + c < args.columns) {
+    const float* from = args.partial + int64_t(row) * kTaps * args.pitch + column0 + c;
     const int end = group_begin(group + 1, args.blocks);
-#pragma unroll 8
-    for (int b = group_begin(group, args.blocks); b < end; ++b)
-      sum += global_load<float>(from + b * args.block_stride);
+#pragma unroll(kTaps == 1 ? 8 : 2)
+    for (int b = group_begin(group, args.blocks); b < end; ++b) {
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap)
+        sums[tap] += global_load<float>(from + b * args.block_stride + tap * args.pitch);
+    }
   }
-  shared_store(shared + thread_index(), sum);
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap)
+    shared_store(shared + (group * kColumns + c) * kTaps + tap, sums[tap]);
   sync_threads();
-  if (group > 0 || column >= args.columns) return;
-  for (int other = 1; other < kGroups; ++other)
-    sum += shared_load<float>(shared + other * kColumns + c);
-  float* out = args.out + row / args.inner * args.outer_stride +
-               row % args.inner * args.inner_stride + column * args.column_stride;
-  global_store(out, args.accumulate ? global_load<float>(out) + sum : sum);
+  const int columns = args.columns - column0 < kColumns ? args.columns - column0 : kColumns;
+  for (int i = thread_index(); i < columns * kTaps; i += kThreads) {
+    float sum = 0.0f;
+    for (int from = 0; from < kGroups; ++from)
+      sum += shared_load<float>(shared + from * kColumns * kTaps + i);
+    float* out = args.out + row * args.out_stride + column0 * kTaps + i;
+    global_store(out, args.accumulate ? global_load<float>(out) + sum : sum);
+  }
+}
+
+// The sum of rows with kTaps taps and, by the blocks with block_y() == 1, of plain rows.
+template <int kTaps>
+__global__ void __launch_bounds__(kThreads) sum_partials_kernel(SumPartials taps,
+                                                                SumPartials plain) {
+  if (device::block_y() == 0)
+    sum_block<kTaps>(taps);
+  else
+    sum_block<1>(plain);
 }
 
 }  // namespace partials
@@ -115,15 +131,16 @@ inline void merge_moments(const Launcher& launcher, const MomentPartials& args) 
       args);
 }
 
-inline void sum_partials(const Launcher& launcher, const SumPartials& first,
-                         const SumPartials& second = {}) {
+// A weight gradient (none if it has no rows) and the sums of a norm, in one launch.
+template <int kTaps>
+void sum_partials(const Launcher& launcher, const SumPartials& weight, const SumPartials& norm) {
   const auto blocks = [](const SumPartials& args) {
     return args.rows * ceil_div(args.columns, partials::kColumns);
   };
-  const int64_t most = std::max(blocks(first), blocks(second));
+  const int64_t most = std::max(blocks(weight), blocks(norm));
   if (most == 0) return;
-  launcher.launch<&partials::sum_partials_kernel<>>(
-      {most, second.rows > 0 ? 2 : 1, partials::kThreads, partials::kThreads * 4}, first, second);
+  launcher.launch<&partials::sum_partials_kernel<kTaps>>(
+      {most, 2, partials::kThreads, partials::kSumBytes<kTaps>}, weight, norm);
 }
 
 }  // namespace densenet_efficient
