@@ -29,8 +29,9 @@ class Buffer:
     """One row of a memory table.
 
     name: what the buffer holds. shape, dtype: of the tensor. lifetime: ``"output"`` (handed to the
-    caller), ``"kept"`` (from forward to backward), ``"scratch"`` (one call, shared by all blocks)
-    or ``"transient"`` (one call, from the framework's allocator).
+    caller and kept for backward), ``"kept"`` (from forward to backward), ``"scratch"`` (one call,
+    shared by all blocks), ``"gradient"`` (of parameters, the step's result) or ``"transient"``
+    (until the next stage has run, from the framework's allocator).
     """
 
     name: str

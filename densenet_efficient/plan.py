@@ -251,9 +251,8 @@ def _replay(
             ledger.grow("scratch", arena.slab_bytes(scratch), where)
             ledger.mark(where, workspaces.block(block, stage.image, dtype, device, backward=False))
         else:
-            last = index == len(stages) - 1
-            kept = index == 0 or last
-            ledger.allocate(out(stage, "output" if kept and training else "transient"), where)
+            kept = index == 0 and training
+            ledger.allocate(out(stage, "kept" if kept else "transient"), where)
             ledger.mark(where, _inside(stage, dtype, device, "forward"))
         if previous is not None:
             ledger.free(previous)
@@ -309,7 +308,9 @@ def _replay(
                 ledger.free(f"{stages[0].name} output")
         else:
             ledger.mark(where, _inside(stage, dtype, device, "backward"))
-    row = Buffer("parameter gradients", (gradients["parameter gradients"],), torch.uint8, "output")
+    row = Buffer(
+        "parameter gradients", (gradients["parameter gradients"],), torch.uint8, "gradient"
+    )
     ledger.rows.append(row)
     scratch_row = Buffer("scratch", (ledger.live.get("scratch", 0),), torch.uint8, "scratch")
     ledger.rows.append(scratch_row)
