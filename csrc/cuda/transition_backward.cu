@@ -161,6 +161,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
     load_values(norm[kMean] + at.channel, mean);
     const int64_t first = block_x() * plan.part_rows;
     const int64_t end = first + plan.part_rows < plan.rows ? first + plan.part_rows : plan.rows;
+#pragma unroll 2
     for (int64_t row = first + at.lane; row < end; row += plan.lanes) {
       Window<T, V> window;
       window.load(x, quads, static_cast<int>(row), at.channel);
@@ -342,8 +343,8 @@ void launch_dweight(const Launcher& launcher, const Tensor& dy, int64_t dy_strid
   sum.pitch = pitch;
   sum.block_stride = K * pitch;
   sum.out = static_cast<float*>(dweight.mutable_data_ptr());
-  sum.outer_stride = dweight_stride;
-  sum_partials(launcher, sum);
+  sum.out_stride = dweight_stride;
+  sum_partials<1>(launcher, sum, {});
 }
 
 void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
@@ -385,9 +386,11 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
            .shared_bytes = kProductBytes},
           Product{row_tensor(dy, dy_stride), row_tensor(weight, weight_stride),
                   row_tensor(dx, dx_stride), quads, static_cast<int>(C), static_cast<int>(K)});
-      const Columns plan(quads.windows, C, width, 4);
+      // Eight channels a thread would spill; two windows in flight make up for it.
+      const int sums_width = std::min(width, 4);
+      const Columns plan(quads.windows, C, sums_width, 4);
       const Workspace partials(x, partials_size(plan.parts, C) * 4);
-      dispatch_width<8>(width, [&]<int V>() {
+      dispatch_width<4>(sums_width, [&]<int V>() {
         launcher.launch<&transition_sums_kernel<T, V>>(
             {.grid_x = plan.parts,
              .grid_y = plan.groups,
