@@ -39,7 +39,7 @@ struct DataGradientLayout {
   bool accumulate;
 
   // A stage: weight, norm [32][4], x and, if it is added to, dx. Behind the stages: the warps' sums,
-  // twice; dy; the tile's pixels.
+  // twice; dy; its correction; the tile's pixels.
   DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
   DE_HOST_DEVICE int x_offset() const { return norm_offset() + kNormBytes; }
   DE_HOST_DEVICE int x_bytes() const { return groups * kGroup * device::kPanelRowBytes; }
@@ -47,13 +47,17 @@ struct DataGradientLayout {
   DE_HOST_DEVICE int stage_bytes() const { return x_offset() + (accumulate ? 2 : 1) * x_bytes(); }
   DE_HOST_DEVICE int sums_offset() const { return kStages * stage_bytes(); }
   DE_HOST_DEVICE int dy_offset() const { return sums_offset() + 2 * groups * kWarpSumBytes; }
-  DE_HOST_DEVICE int pixels_offset() const {
+  DE_HOST_DEVICE int correction_offset() const {
     return dy_offset() +
            output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
   }
+  DE_HOST_DEVICE int pixels_offset() const {
+    return correction_offset() + output_panels * device::kCorrectionBytes;
+  }
 
   static workspace::cuda::Tile3x3::Shared shared(int output_panels, bool accumulate) {
-    return {kStages * (kWeightBytes + kNormBytes) + output_panels * device::kZeroBytes,
+    return {kStages * (kWeightBytes + kNormBytes) +
+                output_panels * (device::kZeroBytes + device::kCorrectionBytes),
             output_panels * device::kPanelRowBytes,
             kStages * (accumulate ? 2 : 1) * kGroup * device::kPanelRowBytes + 2 * kWarpSumBytes +
                 kGroup * device::kPixelBytes};
@@ -180,6 +184,8 @@ __global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) 
   const int warp_pixel = warp * Layout::kGroup;
 
   clear_zero_rows(shared + layout.dy_offset(), images, output_panels, threads);
+  load_correction(shared + layout.correction_offset(), args.gradient, args.outputs, output_panels,
+                  threads);
 
   int64_t load_tile = first_tile;
   int load_panel = 0, load_output = 0;
@@ -226,6 +232,10 @@ __global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) 
   };
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const TileOrigin origin(images, tile);
+    sync_threads();  // every warp is done with the tile before
+    describe_tile(images, origin, pixels, threads);
+    load_gradient<T, 4>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
+                        origin, args.gradient, args.outputs, output_panels, threads);
     for (int panel = 0; panel < panels; ++panel) {
       float acc[4][4][4] = {};
       for (int output = 0; output < output_panels; ++output) {
@@ -234,12 +244,6 @@ __global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) 
         sync_threads();
         load(1 - stage_index);
         close_panel();
-        if (panel == 0 && output == 0) {
-          describe_tile(images, origin, pixels, threads);
-          load_gradient<T>(shared + layout.dy_offset(), images, origin, args.gradient,
-                           args.outputs, output_panels, threads);
-          sync_threads();
-        }
         uint32_t own[4];
 #pragma unroll
         for (int m = 0; m < 4; ++m)

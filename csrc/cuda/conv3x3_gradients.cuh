@@ -33,55 +33,63 @@ __device__ __forceinline__ void clear_zero_rows(unsigned char* halo, const Image
                  uint4{0, 0, 0, 0});
 }
 
-// The corrected dy of a tile and its halo, channels past the end zero. Four positions a thread are
+// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads of a
+// position read neighbours. Channels past the end get zeros.
+constexpr int kCorrectionBytes = kPanelChannels * kCorrectionRows * 4;  // of a panel
+
+__device__ __forceinline__ void load_correction(unsigned char* shared, const OutputGradient& from,
+                                                int outputs, int panels, int threads) {
+  if (!from.correction.data) return;
+  for (int i = thread_index(); i < panels * kPanelChannels * kCorrectionRows; i += threads) {
+    const int row = i % 4, chunk = i / 4 % 4, in_chunk = i / 16 % kChunk, panel = i / 128;
+    const int channel = panel * kPanelChannels + chunk * kChunk + in_chunk;
+    shared_store(shared + 4 * i, channel < outputs
+                                     ? global_load<float>(from.correction.data +
+                                                          row * from.correction.stride + channel)
+                                     : 0.0f);
+  }
+}
+
+// The corrected dy of a tile and its halo, channels past the end zero. kBatch positions a thread are
 // under way at a time.
-template <typename T>
-__device__ __forceinline__ void load_gradient(unsigned char* halo, const Images& images,
-                                              const TileOrigin& origin, const OutputGradient& from,
-                                              int outputs, int panels, int threads) {
-  constexpr int kBatch = 4;
+template <typename T, int kBatch>
+__device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigned char* correction,
+                                              const Images& images, const TileOrigin& origin,
+                                              const OutputGradient& from, int outputs, int panels,
+                                              int threads) {
   const int chunk = thread_index() & 3;
   const bool corrects = from.y.data != nullptr;
   for (int panel = 0; panel < panels; ++panel) {
     const int channel = panel * kPanelChannels + chunk * kChunk;
     const int valid = channels_left(channel, outputs);
-    float a[kChunk], p[kChunk], q[kChunk], mean[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const bool exists = corrects && i < valid;
-      const auto entry = [&](CorrectionRow row) {
-        return exists ? global_load<float>(from.correction.data + row * from.correction.stride +
-                                           channel + i)
-                      : 0.0f;
-      };
-      a[i] = entry(kA);
-      p[i] = entry(kP);
-      q[i] = entry(kQ);
-      mean[i] = entry(kCenter);
-    }
-    uint4 dy[kBatch], y[kBatch];
+    const unsigned char* entries = correction + panel * kCorrectionBytes + 16 * chunk;
+    unsigned char* to = halo + panel * gradient_panel_bytes(images);
+    uint32_t dy[kBatch][4], y[kBatch][4];
     for_halo<kBatch>(
         images, origin, threads,
         [&](int slot, int64_t pixel, bool exists) {
           const int here = exists ? valid : 0;
-          dy[slot] = load_chunk(from.dy.at<T>(pixel, channel), here, from.dy.vector);
-          y[slot] = corrects ? load_chunk(from.y.at<T>(pixel, channel), here, from.y.vector)
-                             : uint4{0, 0, 0, 0};
+          to_array(load_chunk(from.dy.at<T>(pixel, channel), here, from.dy.vector), dy[slot]);
+          if (corrects)
+            to_array(load_chunk(from.y.at<T>(pixel, channel), here, from.y.vector), y[slot]);
         },
-        [&](int slot, int position) {
-          uint32_t pairs[4] = {dy[slot].x, dy[slot].y, dy[slot].z, dy[slot].w};
-          if (corrects) {
-            const uint32_t values[4] = {y[slot].x, y[slot].y, y[slot].z, y[slot].w};
+        [&] {
+          if (!corrects) return;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float2 d = unpack<T>(pairs[i]), v = unpack<T>(values[i]);
-              const int low = 2 * i, high = 2 * i + 1;
-              pairs[i] = pack<T>(correct(d.x, v.x, a[low], p[low], q[low], mean[low]),
-                                 correct(d.y, v.y, a[high], p[high], q[high], mean[high]));
+          for (int i = 0; i < 4; ++i) {
+            const float4 low = shared_load<float4>(entries + 2 * i * 64);
+            const float4 high = shared_load<float4>(entries + (2 * i + 1) * 64);
+#pragma unroll
+            for (int slot = 0; slot < kBatch; ++slot) {
+              const float2 d = unpack<T>(dy[slot][i]), v = unpack<T>(y[slot][i]);
+              dy[slot][i] = pack<T>(correct(d.x, v.x, low.x, low.y, low.z, low.w),
+                                    correct(d.y, v.y, high.x, high.y, high.z, high.w));
             }
           }
-          shared_store(halo + panel * gradient_panel_bytes(images) + panel_offset(position, chunk),
-                       uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+        },
+        [&](int slot, int position) {
+          shared_store(to + panel_offset(position, chunk),
+                       uint4{dy[slot][0], dy[slot][1], dy[slot][2], dy[slot][3]});
         });
   }
 }

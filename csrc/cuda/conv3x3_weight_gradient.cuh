@@ -31,18 +31,22 @@ struct WeightGradientLayout {
   static constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
   int positions, groups, panels, output_panels;
 
-  // A stage: x and the norm of each panel. Behind the stages: dy, the tile's pixels.
+  // A stage: x and the norm of each panel. Behind the stages: dy, its correction, the tile's pixels.
   DE_HOST_DEVICE int x_bytes() const { return groups * kGroup * device::kPanelRowBytes; }
   DE_HOST_DEVICE int panel_bytes() const { return x_bytes() + device::kScaleShiftBytes; }
   DE_HOST_DEVICE int stage_bytes() const { return panels * panel_bytes(); }
   DE_HOST_DEVICE int dy_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int pixels_offset() const {
+  DE_HOST_DEVICE int correction_offset() const {
     return dy_offset() +
            output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
   }
+  DE_HOST_DEVICE int pixels_offset() const {
+    return correction_offset() + output_panels * device::kCorrectionBytes;
+  }
 
   static workspace::cuda::Tile3x3::Shared shared(int panels, int output_panels) {
-    return {kStages * panels * device::kScaleShiftBytes + output_panels * device::kZeroBytes,
+    return {kStages * panels * device::kScaleShiftBytes +
+                output_panels * (device::kZeroBytes + device::kCorrectionBytes),
             output_panels * device::kPanelRowBytes,
             kStages * panels * kGroup * device::kPanelRowBytes + kGroup * device::kPixelBytes};
   }
@@ -86,7 +90,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
 }
 
 template <typename T, int kDepths>
-__global__ void __launch_bounds__(192) kernel(WeightGradient args, Images images) {
+__global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1) kernel(WeightGradient args, Images images) {
   constexpr int kOutputs = 16 * kDepths, kOutputPanels = (kDepths + 1) / 2;
   const Layout layout{images.positions, images.groups, args.panels, kOutputPanels};
   const int threads = 96 * args.panels, warp = warp_index(), lane = lane_index();
@@ -103,6 +107,7 @@ __global__ void __launch_bounds__(192) kernel(WeightGradient args, Images images
   unsigned char* pixels = shared + layout.pixels_offset();
 
   clear_zero_rows(shared + layout.dy_offset(), images, kOutputPanels, threads);
+  load_correction(shared + layout.correction_offset(), gradient, outputs, kOutputPanels, threads);
 
   const auto load = [&](int64_t tile, int stage_index) {
     if (tile < last_tile) {
@@ -129,8 +134,8 @@ __global__ void __launch_bounds__(192) kernel(WeightGradient args, Images images
     sync_threads();
     load(tile + 1, 1 - stage_index);
     describe_tile(images, origin, pixels, threads);
-    load_gradient<T>(shared + layout.dy_offset(), images, origin, gradient, outputs,
-                     kOutputPanels, threads);
+    load_gradient<T, 2>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
+                        origin, gradient, outputs, kOutputPanels, threads);
     for (int panel = 0; panel < args.panels; ++panel) {
       unsigned char* x = stage + panel * layout.panel_bytes();
       normalise_panel<T>(x, x + layout.x_bytes(), images.groups * Layout::kGroup, threads);

@@ -86,11 +86,11 @@ __device__ __forceinline__ void describe_tile(const Images& images, const TileOr
 }
 
 // The halo's positions that this thread loads one chunk of (chunk thread % 4), kBatch at a time:
-// first fetch(slot, pixel, exists) for each of the batch, then put(slot, position). A tile as wide as
-// the images is one run of neighbouring pixels.
-template <int kBatch, typename Fetch, typename Put>
+// fetch(slot, pixel, exists) for each of the batch, then change() for all of them, then
+// put(slot, position) for each. A tile as wide as the images is one run of neighbouring pixels.
+template <int kBatch, typename Fetch, typename Change, typename Put>
 __device__ __forceinline__ void for_halo(const Images& images, const TileOrigin& origin,
-                                         int threads, Fetch fetch, Put put) {
+                                         int threads, Fetch fetch, Change change, Put put) {
   const bool whole = images.strips == 1;
   const int runs = whole ? 1 : images.tile_height + 2;
   const int run = whole ? (images.tile_height + 2) * images.width : images.tile_width + 2;
@@ -110,6 +110,7 @@ __device__ __forceinline__ void for_halo(const Images& images, const TileOrigin&
         const int at = i + b * step;
         fetch(b, first + at, at < run && at >= begin && at < end);
       }
+      change();
 #pragma unroll
       for (int b = 0; b < kBatch; ++b)
         if (i + b * step < run) put(b, r * images.pitch + i + b * step);
@@ -132,6 +133,7 @@ __device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& ima
         from = x.at<T>(pixel, channel + chunk * kChunk);
         from_exists = exists;
       },
+      [] {},
       [&](int, int position) {
         copy_chunk(halo + panel_offset(position, chunk), from, from_exists ? valid : 0, x.vector);
       });

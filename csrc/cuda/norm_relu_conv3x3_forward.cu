@@ -121,8 +121,8 @@ __device__ __forceinline__ void write_partial(const Forward& args, const unsigne
 }
 
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(32 * Tile::kMaxGroups) forward_kernel(Forward args,
-                                                                        Images images) {
+__global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
+    forward_kernel(Forward args, Images images) {
   using namespace device;
   constexpr int kTiles = kColumns / 8;
   const ForwardLayout<kColumns> layout{images.positions, images.groups};

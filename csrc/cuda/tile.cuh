@@ -97,6 +97,13 @@ __device__ __forceinline__ uint4 load_chunk(const T* global, int valid, int vect
   return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
+__device__ __forceinline__ void to_array(uint4 chunk, uint32_t (&pairs)[4]) {
+  pairs[0] = chunk.x;
+  pairs[1] = chunk.y;
+  pairs[2] = chunk.z;
+  pairs[3] = chunk.w;
+}
+
 // Writes the first `valid` channels of a chunk.
 template <typename T>
 __device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int valid, int vector) {
