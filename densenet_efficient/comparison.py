@@ -44,7 +44,8 @@ def compare(
         peers: names of `PEERS`; with "-graph" behind it the whole step is replayed as a CUDA graph.
 
     Raises:
-        ValueError: an unknown peer. MeasurementError: ours disagrees with float64; nothing is timed.
+        ValueError: an unknown peer.
+        MeasurementError: ours disagrees with float64; nothing is timed.
     """
     kinds = {peer: peer.removesuffix(GRAPH) for peer in peers}
     for kind in kinds.values():
