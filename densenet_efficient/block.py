@@ -27,104 +27,8 @@ import torch
 from torch import Tensor
 
 from . import arena, general
-from .arena import Buffer
-from .general import ConvOptions, accumulation_dtype
-
-PARAMETERS_PER_LAYER = 8
-"""gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2; None where a layer has none."""
-
-
-@dataclass(frozen=True)
-class NormPlan:
-    """One batch norm of a call.
-
-    eps: added to the variance. running: [2, C] mean and variance to use, or None for the batch's.
-    """
-
-    eps: float
-    running: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One dense layer of a call.
-
-    in_channels C_l, growth k, bottleneck K (0: a plain layer, norm1 and conv1 only).
-    conv1, conv2: None for the kernels' own geometry (1x1; 3x3 with padding 1), else the options of
-    the general path. A plain layer's only convolution is conv1, with None meaning 3x3.
-    drop_rate: probability of dropping a new value, 0 outside training.
-    """
-
-    in_channels: int
-    growth: int
-    bottleneck: int
-    norm1: NormPlan
-    norm2: NormPlan | None
-    conv1: ConvOptions | None = None
-    conv2: ConvOptions | None = None
-    drop_rate: float = 0.0
-    channelwise_dropout: bool = False
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """Everything about one call of a block that is not a differentiable tensor.
-
-    stages: :mod:`~densenet_efficient.ops` or :mod:`~densenet_efficient.general`. memory:
-    ``"store"`` or ``"recompute"``. seed: of the dropout masks, which backward draws again.
-    """
-
-    layers: tuple[LayerPlan, ...]
-    stages: ModuleType
-    memory: str
-    seed: int = 0
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the block's input."""
-        return self.layers[0].in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the feature buffer."""
-        return self.layers[-1].in_channels + self.layers[-1].growth
-
-    @property
-    def batch_stats(self) -> bool:
-        """Whether any norm1 of the block uses the batch's statistics of F's channels."""
-        return any(layer.norm1.running is None for layer in self.layers)
-
-
-def scratch_table(
-    plan: BlockPlan, image: Sequence[int], dtype: torch.dtype, backward: bool
-) -> list[Buffer]:
-    """Shared scratch of one forward or backward call.
-
-    image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
-    """
-    widest = max(layer.bottleneck for layer in plan.layers)
-    table = []
-    if widest and plan.memory == "recompute":
-        table.append(Buffer("bottleneck", (*image, widest), dtype, "scratch"))
-    if widest and backward:
-        table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))
-    if any(layer.drop_rate > 0 for layer in plan.layers):
-        growth = max(layer.growth for layer in plan.layers)
-        table.append(Buffer("dropout mask", (*image, growth), dtype, "scratch"))
-    return table
-
-
-def kept_table(plan: BlockPlan, image: Sequence[int], dtype: torch.dtype) -> list[Buffer]:
-    """What a block keeps from forward to backward."""
-    table = [Buffer("features", (*image, plan.out_channels), dtype, "output")]
-    acc = accumulation_dtype(dtype)
-    table.append(Buffer("statistics", (2, plan.out_channels), acc, "kept"))
-    for index, layer in enumerate(plan.layers):
-        if layer.bottleneck:
-            table.append(Buffer(f"statistics of b{index}", (2, layer.bottleneck), acc, "kept"))
-            if plan.memory == "store":
-                table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))
-    return table
+from .calls import PARAMETERS_PER_LAYER, BlockCall, LayerCall, scratch_table
+from .general import accumulation_dtype
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -142,7 +46,7 @@ def _front(buffer: Tensor, channels: int) -> Tensor:
 class _Layer:
     """A layer's tensors of one call: parameters in kernel dtypes, derived vectors on demand."""
 
-    plan: LayerPlan
+    call: LayerCall
     stages: ModuleType
     gamma1: Tensor | None
     beta1: Tensor | None
@@ -155,16 +59,16 @@ class _Layer:
 
     def fold1(self, stats: Tensor) -> Tensor:
         """norm1 [4, C_l] from the statistics of F."""
-        plan = self.plan
-        source = stats[:, : plan.in_channels] if plan.norm1.running is None else plan.norm1.running
-        return self._fold(source, self.gamma1, self.beta1, plan.norm1.eps)
+        call = self.call
+        source = stats[:, : call.in_channels] if call.norm1.running is None else call.norm1.running
+        return self._fold(source, self.gamma1, self.beta1, call.norm1.eps)
 
     def fold2(self, stats: Tensor) -> Tensor:
         """norm2 [4, K] from the statistics of b."""
-        assert self.plan.norm2 is not None
-        running = self.plan.norm2.running
+        assert self.call.norm2 is not None
+        running = self.call.norm2.running
         return self._fold(
-            stats if running is None else running, self.gamma2, self.beta2, self.plan.norm2.eps
+            stats if running is None else running, self.gamma2, self.beta2, self.call.norm2.eps
         )
 
     def _fold(self, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -174,11 +78,11 @@ class _Layer:
 
     def conv1_forward(self, x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
         """b from F[:C_l]; for a plain layer the new features."""
-        if self.plan.conv1 is not None:
+        if self.call.conv1 is not None:
             general.norm_relu_conv_forward(
-                x, norm, self.weight1, self.bias1, self.plan.conv1, y, stats
+                x, norm, self.weight1, self.bias1, self.call.conv1, y, stats
             )
-        elif self.plan.bottleneck:
+        elif self.call.bottleneck:
             weight = self.weight1.view(self.weight1.shape[:2])
             self.stages.norm_relu_conv1x1_forward(_rows(x), norm, weight, _rows(y), stats)
         else:
@@ -186,35 +90,37 @@ class _Layer:
 
     def conv2_forward(self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
         """The new features from b."""
-        if self.plan.conv2 is not None:
+        if self.call.conv2 is not None:
             general.norm_relu_conv_forward(
-                b, norm, self.weight2, self.bias2, self.plan.conv2, y, stats
+                b, norm, self.weight2, self.bias2, self.call.conv2, y, stats
             )
         else:
             self.stages.norm_relu_conv3x3_forward(b, norm, self.weight2, y, stats)
 
 
-def _layers(plan: BlockPlan, parameters: Sequence[Tensor | None], dtype: torch.dtype):
+def _layers(call: BlockCall, parameters: Sequence[Tensor | None], dtype: torch.dtype):
     """The layers' tensors, one layer at a time; weights are cast when their layer is reached."""
     acc = accumulation_dtype(dtype)
 
     def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(to).contiguous()
+        if tensor is None or (tensor.dtype == to and tensor.is_contiguous()):
+            return tensor
+        return tensor.to(to).contiguous()
 
     dtypes = (acc, acc, dtype, dtype) * 2
-    for index, layer in enumerate(plan.layers):
+    for index, layer in enumerate(call.layers):
         start = index * PARAMETERS_PER_LAYER
         mine = parameters[start : start + PARAMETERS_PER_LAYER]
         yield lambda layer=layer, mine=mine: _Layer(
-            layer, plan.stages, *(cast(t, to) for t, to in zip(mine, dtypes, strict=True))
+            layer, call.stages, *(cast(t, to) for t, to in zip(mine, dtypes, strict=True))
         )
 
 
-def _dropout_mask(plan: BlockPlan, index: int, y: Tensor, scratch: dict[str, Tensor]) -> Tensor:
+def _dropout_mask(call: BlockCall, index: int, y: Tensor, scratch: dict[str, Tensor]) -> Tensor:
     """The layer's mask, 0 or 1 / (1 - p), for y [N, *spatial, k]; the same on every call."""
-    layer = plan.layers[index]
+    layer = call.layers[index]
     keep = 1.0 - layer.drop_rate
-    generator = torch.Generator(y.device).manual_seed(plan.seed + index)
+    generator = torch.Generator(y.device).manual_seed(call.seed + index)
     if layer.channelwise_dropout:
         shape = (y.shape[0], *(1 for _ in y.shape[1:-1]), y.shape[-1])
         mask = scratch["dropout mask"].view(-1)[: y.shape[0] * y.shape[-1]].view(shape)
@@ -225,7 +131,7 @@ def _dropout_mask(plan: BlockPlan, index: int, y: Tensor, scratch: dict[str, Ten
 
 
 def block_forward(
-    plan: BlockPlan, x: Tensor, known_stats: Tensor | None, parameters: Sequence[Tensor | None]
+    call: BlockCall, x: Tensor, known_stats: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """The block's forward pass.
 
@@ -234,49 +140,49 @@ def block_forward(
     layer's b, and every b (``store``) or an empty list.
     """
     image = (x.shape[0], *x.shape[2:])
-    features = torch.empty((*image, plan.out_channels), dtype=x.dtype, device=x.device)
+    features = torch.empty((*image, call.out_channels), dtype=x.dtype, device=x.device)
     acc = accumulation_dtype(x.dtype)
-    stats = torch.zeros((2, plan.out_channels), dtype=acc, device=x.device)
+    stats = torch.zeros((2, call.out_channels), dtype=acc, device=x.device)
     bottleneck_stats: list[Tensor] = []
     kept: list[Tensor] = []
 
-    first = features[..., : plan.in_channels]
+    first = features[..., : call.in_channels]
     first.copy_(x.movedim(1, -1))
-    if plan.batch_stats:
+    if call.batch_stats:
         if known_stats is not None:
-            stats[:, : plan.in_channels].copy_(known_stats)
+            stats[:, : call.in_channels].copy_(known_stats)
         else:
-            plan.stages.channel_stats(_rows(first), stats[:, : plan.in_channels])
+            call.stages.channel_stats(_rows(first), stats[:, : call.in_channels])
 
-    with arena.lease(scratch_table(plan, image, x.dtype, backward=False), x.device) as scratch:
-        for index, make in enumerate(_layers(plan, parameters, x.dtype)):
+    with arena.lease(scratch_table(call, image, x.dtype, backward=False), x.device) as scratch:
+        for index, make in enumerate(_layers(call, parameters, x.dtype)):
             layer = make()
-            channels, growth = layer.plan.in_channels, layer.plan.growth
+            channels, growth = layer.call.in_channels, layer.call.growth
             inputs = features[..., :channels]
             new = features[..., channels : channels + growth]
-            dropped = layer.plan.drop_rate > 0
-            new_stats = stats[:, channels : channels + growth] if plan.batch_stats else None
+            dropped = layer.call.drop_rate > 0
+            new_stats = stats[:, channels : channels + growth] if call.batch_stats else None
             fused_stats = None if dropped else new_stats
             norm1 = layer.fold1(stats)
-            if layer.plan.bottleneck:
-                width = layer.plan.bottleneck
-                if plan.memory == "store":
+            if layer.call.bottleneck:
+                width = layer.call.bottleneck
+                if call.memory == "store":
                     b = torch.empty((*image, width), dtype=x.dtype, device=x.device)
                     kept.append(b)
                 else:
                     b = _front(scratch["bottleneck"], width)
                 b_stats = torch.zeros((2, width), dtype=acc, device=x.device)
                 bottleneck_stats.append(b_stats)
-                assert layer.plan.norm2 is not None
-                wanted = b_stats if layer.plan.norm2.running is None else None
+                assert layer.call.norm2 is not None
+                wanted = b_stats if layer.call.norm2.running is None else None
                 layer.conv1_forward(inputs, norm1, b, wanted)
                 layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
             else:
                 layer.conv1_forward(inputs, norm1, new, fused_stats)
             if dropped:
-                new.mul_(_dropout_mask(plan, index, new, scratch))
+                new.mul_(_dropout_mask(call, index, new, scratch))
                 if new_stats is not None:
-                    plan.stages.channel_stats(_rows(new), new_stats)
+                    call.stages.channel_stats(_rows(new), new_stats)
     return features, stats, bottleneck_stats, kept
 
 
@@ -285,7 +191,7 @@ def _empty_gradient(weight: Tensor, wanted: bool, acc: torch.dtype) -> Tensor | 
 
 
 def block_backward(
-    plan: BlockPlan,
+    call: BlockCall,
     gradient: Tensor,
     features: Tensor,
     stats: Tensor,
@@ -300,32 +206,32 @@ def block_backward(
     overwritten. wanted: which parameters need a gradient. Returns the gradient of the block's
     input, a channel slice of E, and the parameters' gradients in their own dtypes.
     """
-    stages = plan.stages
+    stages = call.stages
     image = features.shape[:-1]
     count = image.numel()
     acc = stats.dtype
-    correction = torch.zeros((4, plan.out_channels), dtype=acc, device=stats.device)
+    correction = torch.zeros((4, call.out_channels), dtype=acc, device=stats.device)
     correction[0].fill_(1)
     correction[3].copy_(stats[0])
     gradients: list[Tensor | None] = [None] * len(parameters)
 
-    makers = list(_layers(plan, parameters, features.dtype))
-    table = scratch_table(plan, image, features.dtype, backward=True)
+    makers = list(_layers(call, parameters, features.dtype))
+    table = scratch_table(call, image, features.dtype, backward=True)
     with arena.lease(table, features.device) as scratch:
         for index in reversed(range(len(makers))):
             layer = makers[index]()
-            channels, growth = layer.plan.in_channels, layer.plan.growth
+            channels, growth = layer.call.in_channels, layer.call.growth
             slot = slice(channels, channels + growth)
             inputs, d_inputs = features[..., :channels], gradient[..., :channels]
             new, d_new = features[..., slot], gradient[..., slot]
-            fix: Tensor | None = correction[:, slot] if plan.batch_stats else None
+            fix: Tensor | None = correction[:, slot] if call.batch_stats else None
             start = index * PARAMETERS_PER_LAYER
             need = wanted[start : start + PARAMETERS_PER_LAYER]
-            if layer.plan.drop_rate > 0:
+            if layer.call.drop_rate > 0:
                 if fix is not None:
                     stages.norm_correction_apply(_rows(d_new), _rows(new), fix)
                     fix = None
-                d_new.mul_(_dropout_mask(plan, index, new, scratch))
+                d_new.mul_(_dropout_mask(call, index, new, scratch))
             fixed = None if fix is None else new
 
             norm1 = layer.fold1(stats)
@@ -333,11 +239,11 @@ def block_backward(
             dweight1 = _empty_gradient(layer.weight1, need[2], acc)
             dbias1 = None if layer.bias1 is None else _empty_gradient(layer.bias1, need[3], acc)
             dnorm2 = dweight2 = dbias2 = None
-            if layer.plan.bottleneck:
-                width = layer.plan.bottleneck
-                assert layer.plan.norm2 is not None and layer.weight2 is not None
+            if layer.call.bottleneck:
+                width = layer.call.bottleneck
+                assert layer.call.norm2 is not None and layer.weight2 is not None
                 norm2 = layer.fold2(bottleneck_stats[index])
-                if plan.memory == "store":
+                if call.memory == "store":
                     b = kept[index]
                 else:
                     b = _front(scratch["bottleneck"], width)
@@ -347,9 +253,9 @@ def block_backward(
                 dweight2 = _empty_gradient(layer.weight2, need[6], acc)
                 if layer.bias2 is not None:
                     dbias2 = _empty_gradient(layer.bias2, need[7], acc)
-                if layer.plan.conv2 is not None:
+                if layer.call.conv2 is not None:
                     general.norm_relu_conv_backward(
-                        d_new, fixed, fix, b, norm2, layer.weight2, layer.plan.conv2, False, dz2,
+                        d_new, fixed, fix, b, norm2, layer.weight2, layer.call.conv2, False, dz2,
                         dweight2, dbias2, dnorm2,
                     )  # fmt: skip
                 else:
@@ -358,11 +264,11 @@ def block_backward(
                     )
                 fix2 = torch.empty_like(norm2)
                 stages.norm_correction(
-                    dnorm2, norm2, count if layer.plan.norm2.running is None else 0, False, fix2
+                    dnorm2, norm2, count if layer.call.norm2.running is None else 0, False, fix2
                 )
-                if layer.plan.conv1 is not None:
+                if layer.call.conv1 is not None:
                     general.norm_relu_conv_backward(
-                        dz2, b, fix2, inputs, norm1, layer.weight1, layer.plan.conv1, True,
+                        dz2, b, fix2, inputs, norm1, layer.weight1, layer.call.conv1, True,
                         d_inputs, dweight1, dbias1, dnorm1,
                     )  # fmt: skip
                 else:
@@ -372,9 +278,9 @@ def block_backward(
                         layer.weight1.view(shape), _rows(d_inputs),
                         None if dweight1 is None else dweight1.view(shape), dnorm1,
                     )  # fmt: skip
-            elif layer.plan.conv1 is not None:
+            elif layer.call.conv1 is not None:
                 general.norm_relu_conv_backward(
-                    d_new, fixed, fix, inputs, norm1, layer.weight1, layer.plan.conv1, True,
+                    d_new, fixed, fix, inputs, norm1, layer.weight1, layer.call.conv1, True,
                     d_inputs, dweight1, dbias1, dnorm1,
                 )  # fmt: skip
             else:
@@ -390,7 +296,7 @@ def block_backward(
                     dweight1,
                     dnorm1,
                 )
-            if layer.plan.norm1.running is None:
+            if layer.call.norm1.running is None:
                 stages.norm_correction(dnorm1, norm1, count, True, correction)
 
             computed = [dnorm1[0], dnorm1[1], dweight1, dbias1]
@@ -401,11 +307,11 @@ def block_backward(
                 if parameter is not None and need[offset] and value is not None:
                     gradients[start + offset] = value.to(parameter.dtype)
 
-    d_first = gradient[..., : plan.in_channels]
-    if plan.batch_stats:
+    d_first = gradient[..., : call.in_channels]
+    if call.batch_stats:
         stages.norm_correction_apply(
             _rows(d_first),
-            _rows(features[..., : plan.in_channels]),
-            correction[:, : plan.in_channels],
+            _rows(features[..., : call.in_channels]),
+            correction[:, : call.in_channels],
         )
     return d_first, gradients

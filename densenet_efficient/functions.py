@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import ownership
-from .block import BlockPlan, NormPlan, block_backward, block_forward
+from .block import block_backward, block_forward
+from .calls import BlockCall, NormCall
 from .general import accumulation_dtype
 
 
@@ -62,25 +63,25 @@ def gradient_buffer(held: list[Tensor], may_own: bool) -> Tensor:
 
 
 class DenseBlockFunction(torch.autograd.Function):
-    """Autograd's view of a block: (plan, x, known_stats, *parameters) -> (y, stats, *inner).
+    """Autograd's view of a block: (call, x, known_stats, *parameters) -> (y, stats, *inner).
 
     y ``[N, C_total, *spatial]`` is F seen channels first; stats ``[2, C_total]`` and the inner
     tensors (statistics of every b; in ``store`` mode every b) carry no gradient.
     """
 
     @staticmethod
-    def forward(plan: BlockPlan, x: Tensor, known_stats: Tensor | None, *parameters):
+    def forward(call: BlockCall, x: Tensor, known_stats: Tensor | None, *parameters):
         """See :func:`block_forward`."""
         with torch.autocast(x.device.type, enabled=False):
-            features, stats, inner, kept = block_forward(plan, x, known_stats, parameters)
+            features, stats, inner, kept = block_forward(call, x, known_stats, parameters)
         return features.movedim(-1, 1), stats, *inner, *kept
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         """Keep F, the statistics, in ``store`` mode every b, and the parameters."""
-        plan, _, _, *parameters = inputs
+        call, _, _, *parameters = inputs
         y, *inner = output
-        ctx.plan = plan
+        ctx.call = call
         ctx.inner = len(inner)
         ctx.mark_non_differentiable(*inner)
         ctx.set_materialize_grads(False)
@@ -94,15 +95,15 @@ class DenseBlockFunction(torch.autograd.Function):
             return nothing
         held = [gradients[0]]
         del gradients
-        plan: BlockPlan = ctx.plan
+        call: BlockCall = ctx.call
         y, stats, *rest = ctx.saved_tensors
         inner, parameters = rest[: ctx.inner - 1], rest[ctx.inner - 1 :]
-        layers = sum(1 for layer in plan.layers if layer.bottleneck)
+        layers = sum(1 for layer in call.layers if layer.bottleneck)
         e = gradient_buffer(held, may_own=not torch.is_grad_enabled())
         held.clear()
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
             dx, computed = block_backward(
-                plan, e, y.movedim(1, -1), stats, inner[:layers], inner[layers:],
+                call, e, y.movedim(1, -1), stats, inner[:layers], inner[layers:],
                 parameters, ctx.needs_input_grad[3:],
             )  # fmt: skip
             dx = dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None
@@ -115,14 +116,14 @@ class DenseBlockFunction(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class PoolPlan:
+class PoolCall:
     """One call of a transition or a stem.
 
     norm: as in a block. stages: :mod:`~densenet_efficient.ops` or
     :mod:`~densenet_efficient.general`. want_stats: whether to take the result's statistics.
     """
 
-    norm: NormPlan
+    norm: NormCall
     stages: ModuleType
     want_stats: bool
 
@@ -182,31 +183,31 @@ def _like(gradient: Tensor, parameter: Tensor | None, wanted: bool) -> Tensor | 
 class TransitionFunction(torch.autograd.Function):
     """Norm, ReLU, pooling by 2 and 1x1 convolution.
 
-    (plan, x, known stats of x, gamma, beta, weight) -> (y, stats of y, stats of x used).
+    (call, x, known stats of x, gamma, beta, weight) -> (y, stats of y, stats of x used).
     x ``[N, C, *spatial]``, weight ``[K, C, 1, ...]``, y ``[N, K, *(spatial // 2)]``. Only x is
     kept, which is the feature buffer of the block before.
     """
 
     @staticmethod
-    def forward(plan: PoolPlan, x: Tensor, stats, gamma, beta, weight):
+    def forward(call: PoolCall, x: Tensor, stats, gamma, beta, weight):
         """See ``transition_forward`` in :mod:`densenet_efficient.ops`."""
         with torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
             image = (x.shape[0], *(size // 2 for size in x.shape[1:-1]))
             y = torch.empty((*image, weight.shape[0]), dtype=x.dtype, device=x.device)
-            stats = plan.statistics(x, stats)
-            norm = plan.fold(stats, gamma, beta)
+            stats = call.statistics(x, stats)
+            norm = call.fold(stats, gamma, beta)
             y_stats = norm.new_zeros((2, weight.shape[0]))
             kernel = weight.detach().to(x.dtype).reshape(weight.shape[:2])
-            plan.stages.transition_forward(x, norm, kernel, y, y_stats if plan.want_stats else None)
+            call.stages.transition_forward(x, norm, kernel, y, y_stats if call.want_stats else None)
         return y.movedim(-1, 1), y_stats, stats.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         """Keep x, its statistics and the parameters."""
-        plan, x, _, gamma, beta, weight = inputs
+        call, x, _, gamma, beta, weight = inputs
         _, y_stats, stats = output
-        ctx.plan = plan
+        ctx.call = call
         ctx.mark_non_differentiable(y_stats, stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, stats, gamma, beta, weight)
@@ -216,18 +217,18 @@ class TransitionFunction(torch.autograd.Function):
         """See ``transition_backward`` in :mod:`densenet_efficient.ops`."""
         if dy is None:
             return (None,) * 6
-        plan: PoolPlan = ctx.plan
+        call: PoolCall = ctx.call
         x, stats, gamma, beta, weight = saved = ctx.saved_tensors  # checkpointing allows it once
         wanted = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
-            norm = plan.fold(stats, gamma, beta)
+            norm = call.fold(stats, gamma, beta)
             dx = _empty_gradient(x)
             dnorm = norm.new_empty((2, x.shape[-1]))
             kernel = weight.detach().to(x.dtype).reshape(weight.shape[:2])
             dweight = norm.new_empty(kernel.shape) if wanted[5] else None
-            plan.stages.transition_backward(
-                _rows_of(dy), x, norm, kernel, plan.count(x), dx.movedim(1, -1), dweight, dnorm
+            call.stages.transition_backward(
+                _rows_of(dy), x, norm, kernel, call.count(x), dx.movedim(1, -1), dweight, dnorm
             )
         return first_order(
             (
@@ -251,29 +252,29 @@ class TransitionFunction(torch.autograd.Function):
 class StemFunction(torch.autograd.Function):
     """Norm, ReLU and max-pooling (kernel 3, stride 2, padding 1).
 
-    (plan, x, gamma, beta) -> (y, stats of y, stats of x used).
+    (call, x, gamma, beta) -> (y, stats of y, stats of x used).
     x ``[N, C, *spatial]`` is the stem convolution's output and the only tensor kept.
     """
 
     @staticmethod
-    def forward(plan: PoolPlan, x: Tensor, gamma, beta):
+    def forward(call: PoolCall, x: Tensor, gamma, beta):
         """See ``stem_forward`` in :mod:`densenet_efficient.ops`."""
         with torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
             image = (x.shape[0], *(-(-size // 2) for size in x.shape[1:-1]))
             y = torch.empty((*image, x.shape[-1]), dtype=x.dtype, device=x.device)
-            stats = plan.statistics(x, None)
-            norm = plan.fold(stats, gamma, beta)
+            stats = call.statistics(x, None)
+            norm = call.fold(stats, gamma, beta)
             y_stats = norm.new_zeros((2, x.shape[-1]))
-            plan.stages.stem_forward(x, norm, y, y_stats if plan.want_stats else None)
+            call.stages.stem_forward(x, norm, y, y_stats if call.want_stats else None)
         return y.movedim(-1, 1), y_stats, stats.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         """Keep x and its statistics."""
-        plan, x, gamma, beta = inputs
+        call, x, gamma, beta = inputs
         _, y_stats, stats = output
-        ctx.plan = plan
+        ctx.call = call
         ctx.mark_non_differentiable(y_stats, stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, stats, gamma, beta)
@@ -283,16 +284,16 @@ class StemFunction(torch.autograd.Function):
         """See ``stem_backward`` in :mod:`densenet_efficient.ops`."""
         if dy is None:
             return (None,) * 4
-        plan: PoolPlan = ctx.plan
+        call: PoolCall = ctx.call
         x, stats, gamma, beta = saved = ctx.saved_tensors  # checkpointing allows it once
         wanted = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = _channels_last(x)
-            norm = plan.fold(stats, gamma, beta)
+            norm = call.fold(stats, gamma, beta)
             dx = _empty_gradient(x)
             dnorm = norm.new_empty((2, x.shape[-1]))
             out = dx.movedim(1, -1)
-            plan.stages.stem_backward(_rows_of(dy), x, norm, plan.count(x), out, dnorm)
+            call.stages.stem_backward(_rows_of(dy), x, norm, call.count(x), out, dnorm)
         return first_order(
             (
                 None,

@@ -11,16 +11,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ownership, paths, reference
-from .block import BlockPlan, LayerPlan, NormPlan
-from .functions import DenseBlockFunction, PoolPlan, StemFunction, TransitionFunction
-from .general import ConvOptions
+from .calls import BlockCall, LayerCall
+from .functions import DenseBlockFunction, PoolCall, StemFunction, TransitionFunction
+from .layers import (
+    CONVOLUTIONS,
+    Convolution,
+    LayerParts,
+    check_input,
+    is_hooked,
+    layer_call,
+    layer_parameters,
+    obstacle,
+    standard_parts,
+    working_dtype,
+)
 from .norms import (
     BATCH_NORMS,
     BatchNorm,
@@ -28,113 +38,19 @@ from .norms import (
     batch_norm,
     check_count,
     known_stats,
-    norm_plan,
+    norm_call,
     update_running_statistics,
     uses_batch_statistics,
 )
 from .paths import Path
 
 MEMORY_MODES = ("recompute", "store")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """The modules of one dense layer, whatever its class calls them.
-
-    A plain layer (norm, ReLU, 3x3 convolution) has no norm2 and conv2. drop_rate is applied to the
-    new features in training, channelwise as in ``Dropout2d`` where asked.
-    """
-
-    norm1: BatchNorm
-    conv1: Convolution
-    norm2: BatchNorm | None = None
-    conv2: Convolution | None = None
-    drop_rate: float = 0.0
-    channelwise_dropout: bool = False
-
-    def norms(self) -> list[BatchNorm]:
-        """norm1, and norm2 of a bottleneck layer."""
-        return [self.norm1] if self.norm2 is None else [self.norm1, self.norm2]
-
-
-def standard_parts(layer: nn.Module) -> LayerParts:
-    """Parts of a layer with torchvision's attribute names."""
-    return LayerParts(
-        layer.norm1,
-        layer.conv1,
-        getattr(layer, "norm2", None),
-        getattr(layer, "conv2", None),
-        float(getattr(layer, "drop_rate", 0.0)),
-    )
 
 
 def _check_memory(memory: str) -> str:
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory must be 'recompute' or 'store', got {memory!r}")
     return memory
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _inspect(modules: Iterable[tuple[str, nn.Module]], expected: Mapping[str, type]) -> str | None:
-    """Why the original forward must run: a hook or a replaced child; None where nothing is."""
-    for name, module in modules:
-        if type(module) is not expected.get(name, type(module)):
-            return f"{name} was replaced by a {type(module).__name__}"
-        if _hooked(module):
-            return f"{name} carries a hook or a forward of its own"
-    return None
-
-
-def _working_dtype(x: Tensor, weight: Tensor, name: str) -> torch.dtype:
-    """The dtype the stages run in: autocast's, or the one x and the weight share."""
-    if x.dtype not in paths.FLOATING:
-        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"input must be on {weight.device} like {name}.weight, got {x.device}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    if x.dtype != weight.dtype:
-        raise TypeError(f"input must be {weight.dtype} like {name}.weight, got {x.dtype}")
-    return x.dtype
-
-
-def _check_input(x: Tensor, dims: int, channels: int) -> None:
-    if x.dim() != dims + 2:
-        shape = ["N", "C", "D", "H", "W"][:2] + ["D", "H", "W"][3 - dims :]
-        raise ValueError(
-            f"input must have {dims + 2} dimensions [{', '.join(shape)}], got shape {list(x.shape)}"
-        )
-    if x.shape[1] != channels:
-        raise ValueError(f"input must have {channels} channels, got shape {list(x.shape)}")
-
-
-def _geometry(conv: Convolution, name: str, kernel: int) -> tuple[ConvOptions | None, str | None]:
-    """How the stages run ``conv``: (None, None) as the kernels' own ``kernel``-sized convolution,
-    (options, None) on the general path, (None, reason) not at all."""
-    dims = len(conv.kernel_size)
-    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-        return None, f"{name} pads by {conv.padding_mode!r} {conv.padding!r}"
-    same = all(
-        2 * p == d * (k - 1)
-        for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
-    )
-    if any(s != 1 for s in conv.stride) or not same:
-        return None, f"{name} changes the image size"
-    own = conv.groups == 1 and conv.bias is None and conv.kernel_size == (kernel,) * dims
-    if own and (kernel == 1 or (dims == 2 and conv.dilation == (1, 1))):
-        return None, None
-    return ConvOptions(tuple(conv.padding), tuple(conv.dilation), conv.groups), None
 
 
 class EfficientDenseBlock(reference.DenseBlock):
@@ -217,24 +133,24 @@ class EfficientDenseBlock(reference.DenseBlock):
     def path(self, x: Tensor) -> Path:
         """How this block would run on x, and why."""
         parts = self.parts()
-        return self._plan(x, parts, x.dtype)[0]
+        return self._calls(x, parts, x.dtype)[0]
 
-    def _plan(
+    def _calls(
         self, x: Tensor, parts: list[LayerParts], dtype: torch.dtype
-    ) -> tuple[Path, tuple[LayerPlan, ...]]:
-        reason = _inspect(self._inner_modules(), self._expected)
+    ) -> tuple[Path, tuple[LayerCall, ...]]:
+        reason = obstacle(self._inner_modules(), self._expected)
         if reason is None and torch.jit.is_tracing():
             reason = "torch.jit is tracing"
         path = paths.choose(x.device, dtype)
-        layers: list[LayerPlan] = []
+        layers: list[LayerCall] = []
         channels = parts[0].norm1.num_features
         for name, part in zip(self._modules, parts, strict=True):
-            plan, problem = _layer_plan(part, name, channels, dtype, self._modules[name].training)
+            call, problem = layer_call(part, name, channels, dtype, self._modules[name].training)
             reason = reason or problem
-            if plan is None:
+            if call is None:
                 break
-            layers.append(plan)
-            channels += plan.growth
+            layers.append(call)
+            channels += call.growth
         if reason is not None:
             path = Path("original", reason)
         return path, tuple(layers)
@@ -244,12 +160,12 @@ class EfficientDenseBlock(reference.DenseBlock):
         x = x if isinstance(x, Tensor) else torch.cat(list(x), 1)
         parts = self.parts()
         first = parts[0]
-        _check_input(x, len(first.conv1.kernel_size), first.norm1.num_features)
-        dtype = _working_dtype(x, first.conv1.weight, f"{next(iter(self))}.conv1")
+        check_input(x, len(first.conv1.kernel_size), first.norm1.num_features)
+        dtype = working_dtype(x, first.conv1.weight, f"{next(iter(self))}.conv1")
         count = x.numel() // x.shape[1]
         if any(uses_batch_statistics(n) for part in parts for n in part.norms()):
             check_count(count, tuple(x.shape))
-        path, layers = self._plan(x, parts, dtype)
+        path, layers = self._calls(x, parts, dtype)
         if path.kind == "original":
             return self._original(x, path.reason)
         stats = known_stats(x)
@@ -260,11 +176,11 @@ class EfficientDenseBlock(reference.DenseBlock):
         seed = 0
         if any(layer.drop_rate > 0 for layer in layers):
             seed = int(torch.randint(1 << 48, ()))
-        plan = BlockPlan(layers, path.stages, self.memory, seed)
-        parameters = [p for part in parts for p in _parameters(part)]
-        y, y_stats, *inner = DenseBlockFunction.apply(plan, x, stats, *parameters)
-        _update(parts, plan, y_stats, inner, count)
-        return attach_stats(y, y_stats) if plan.batch_stats else y
+        call = BlockCall(layers, path.stages, self.memory, seed)
+        parameters = [p for part in parts for p in layer_parameters(part)]
+        y, y_stats, *inner = DenseBlockFunction.apply(call, x, stats, *parameters)
+        _update(parts, call, y_stats, inner, count)
+        return attach_stats(y, y_stats) if call.batch_stats else y
 
     def _original(self, x: Tensor, reason: str) -> Tensor:
         if reason != self._warned:
@@ -277,56 +193,14 @@ class EfficientDenseBlock(reference.DenseBlock):
         return f"memory={self.memory!r}"
 
 
-def _layer_plan(
-    part: LayerParts, name: str, channels: int, dtype: torch.dtype, training: bool
-) -> tuple[LayerPlan | None, str | None]:
-    """The layer's part of a call, or why the stages cannot run it."""
-    norms: list[NormPlan | None] = [None, None]
-    for index, norm in enumerate(part.norms()):
-        if type(norm) not in BATCH_NORMS:
-            return None, f"{name}'s norm{index + 1} is a {type(norm).__name__}"
-        norms[index] = norm_plan(norm, dtype)
-    if part.norm1.num_features != channels:
-        return None, f"{name} expects {part.norm1.num_features} channels, not {channels}"
-    convs = [part.conv1] if part.conv2 is None else [part.conv1, part.conv2]
-    geometry: list[ConvOptions | None] = [None, None]
-    for index, conv in enumerate(convs):
-        if type(conv) not in _CONVOLUTIONS:
-            return None, f"{name}'s conv{index + 1} is a {type(conv).__name__}"
-        kernel = 1 if part.conv2 is not None and index == 0 else 3
-        geometry[index], problem = _geometry(conv, f"{name}'s conv{index + 1}", kernel)
-        if problem:
-            return None, problem
-    assert norms[0] is not None
-    return LayerPlan(
-        in_channels=channels,
-        growth=convs[-1].out_channels,
-        bottleneck=part.conv1.out_channels if part.conv2 is not None else 0,
-        norm1=norms[0],
-        norm2=norms[1],
-        conv1=geometry[0],
-        conv2=geometry[1],
-        drop_rate=part.drop_rate if training else 0.0,
-        channelwise_dropout=part.channelwise_dropout,
-    ), None
-
-
-def _parameters(part: LayerParts) -> list[Tensor | None]:
-    """The layer's parameters in the order of ``block.PARAMETERS_PER_LAYER``."""
-    first = [part.norm1.weight, part.norm1.bias, part.conv1.weight, part.conv1.bias]
-    if part.norm2 is None or part.conv2 is None:
-        return [*first, None, None, None, None]
-    return [*first, part.norm2.weight, part.norm2.bias, part.conv2.weight, part.conv2.bias]
-
-
 def _update(
-    parts: list[LayerParts], plan: BlockPlan, stats: Tensor, inner: list[Tensor], count: int
+    parts: list[LayerParts], call: BlockCall, stats: Tensor, inner: list[Tensor], count: int
 ) -> None:
     """Every norm's running statistics, once all of the block has run."""
     norms: list[BatchNorm] = []
     values: list[Tensor] = []
     bottlenecks = iter(inner)
-    for part, layer in zip(parts, plan.layers, strict=True):
+    for part, layer in zip(parts, call.layers, strict=True):
         if layer.norm1.running is None:
             norms.append(part.norm1)
             values.append(stats[:, : layer.in_channels])
@@ -379,7 +253,7 @@ class EfficientTransition(reference.Transition):
 
     def path(self, x: Tensor) -> Path:
         """How this transition would run on x, and why."""
-        reason = _inspect(self._modules.items(), {})
+        reason = obstacle(self._modules.items(), {})
         norm, conv = self.norm, self.conv
         if list(self._modules) != ["norm", "relu", "conv", "pool"]:
             reason = f"children are {', '.join(self._modules)}"
@@ -387,7 +261,7 @@ class EfficientTransition(reference.Transition):
             reason = f"norm is a {type(norm).__name__}"
         elif type(self.relu) is not nn.ReLU:
             reason = f"relu is a {type(self.relu).__name__}"
-        elif type(conv) not in _CONVOLUTIONS or conv.bias is not None or conv.groups != 1:
+        elif type(conv) not in CONVOLUTIONS or conv.bias is not None or conv.groups != 1:
             reason = "conv is not a plain convolution without bias"
         elif set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
             reason = "conv is not pointwise"
@@ -407,8 +281,8 @@ class EfficientTransition(reference.Transition):
         if path.kind == "original":
             return super().forward(x)
         norm, conv = self.norm, self.conv
-        _check_input(x, len(conv.kernel_size), norm.num_features)
-        dtype = _working_dtype(x, conv.weight, "conv")
+        check_input(x, len(conv.kernel_size), norm.num_features)
+        dtype = working_dtype(x, conv.weight, "conv")
         if min(x.shape[2:]) < 2:
             raise ValueError(
                 f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
@@ -420,13 +294,13 @@ class EfficientTransition(reference.Transition):
         if x.dtype != dtype:
             x, stats = x.to(dtype), None
             path = self.path(x)
-        plan = PoolPlan(norm_plan(norm, dtype), path.stages, uses_batch_statistics(norm))
+        call = PoolCall(norm_call(norm, dtype), path.stages, uses_batch_statistics(norm))
         y, y_stats, used = TransitionFunction.apply(
-            plan, x, stats, norm.weight, norm.bias, conv.weight
+            call, x, stats, norm.weight, norm.bias, conv.weight
         )
-        if plan.norm.running is None:
+        if call.norm.running is None:
             update_running_statistics([norm], [used], count)
-        return attach_stats(y, y_stats) if plan.want_stats else y
+        return attach_stats(y, y_stats) if call.want_stats else y
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
@@ -458,11 +332,11 @@ class EfficientFeatures(nn.Sequential):
         """How the norm, ReLU and pooling behind the stem's convolution would run, and why."""
         children = list(self._modules.items())[:4]
         kinds = [type(child) for _, child in children]
-        if len(kinds) < 4 or kinds[0] not in _CONVOLUTIONS or kinds[1] not in BATCH_NORMS:
+        if len(kinds) < 4 or kinds[0] not in CONVOLUTIONS or kinds[1] not in BATCH_NORMS:
             return Path("original", "does not begin with a convolution and a batch norm")
         if kinds[2] is not nn.ReLU or not _is_stem_pool(children[3][1]):
             return Path("original", "the norm is not followed by ReLU and max-pooling (3, 2, 1)")
-        reason = _inspect(children, {})
+        reason = obstacle(children, {})
         if reason is not None:
             return Path("original", reason)
         dims = len(children[0][1].kernel_size)
@@ -478,7 +352,7 @@ class EfficientFeatures(nn.Sequential):
             x = self._stem(x, *children[:3])
             children = children[4:]
         for child in children:
-            if type(child) in BATCH_NORMS and not _hooked(child):
+            if type(child) in BATCH_NORMS and not is_hooked(child):
                 x = batch_norm(child, x)
             else:
                 x = child(x)
@@ -486,16 +360,16 @@ class EfficientFeatures(nn.Sequential):
 
     def _stem(self, x: Tensor, conv: Convolution, norm: BatchNorm, _relu: nn.Module) -> Tensor:
         dims = len(conv.kernel_size)
-        _check_input(x, dims, conv.in_channels)
+        check_input(x, dims, conv.in_channels)
         x = _channels_last_convolution(conv, x)
         count = x.numel() // x.shape[1]
         if uses_batch_statistics(norm):
             check_count(count, tuple(x.shape))
         path = self.stem_path(x)
         want = uses_batch_statistics(norm)
-        plan = PoolPlan(norm_plan(norm, x.dtype), path.stages, want)
-        y, y_stats, used = StemFunction.apply(plan, x, norm.weight, norm.bias)
-        if plan.norm.running is None:
+        call = PoolCall(norm_call(norm, x.dtype), path.stages, want)
+        y, y_stats, used = StemFunction.apply(call, x, norm.weight, norm.bias)
+        if call.norm.running is None:
             update_running_statistics([norm], [used], count)
         return attach_stats(y, y_stats) if want else y
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import NormPlan
+from .calls import NormCall
 from .general import accumulation_dtype
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -22,14 +22,14 @@ def uses_batch_statistics(norm: BatchNorm) -> bool:
     return norm.training or norm.running_mean is None or norm.running_var is None
 
 
-def norm_plan(norm: BatchNorm, dtype: torch.dtype) -> NormPlan:
+def norm_call(norm: BatchNorm, dtype: torch.dtype) -> NormCall:
     """The norm's part in one call with activations of ``dtype``."""
     if uses_batch_statistics(norm):
-        return NormPlan(norm.eps)
+        return NormCall(norm.eps)
     # A copy: later updates of the module must not reach a backward that is still to come.
     assert norm.running_mean is not None and norm.running_var is not None
     running = torch.stack((norm.running_mean.detach(), norm.running_var.detach()))
-    return NormPlan(norm.eps, running.to(accumulation_dtype(dtype)))
+    return NormCall(norm.eps, running.to(accumulation_dtype(dtype)))
 
 
 def attach_stats(y: Tensor, stats: Tensor) -> Tensor:

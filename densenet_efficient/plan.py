@@ -1,7 +1,7 @@
 """The memory plan: what a training step will allocate, before anything is.
 
 The plan walks a model's stages with the same tables the execution uses
-(:func:`densenet_efficient.block.kept_table`, :func:`~densenet_efficient.block.scratch_table`) and
+(:func:`densenet_efficient.calls.kept_table`, :func:`~densenet_efficient.calls.scratch_table`) and
 replays a step as a ledger of allocations and releases: forward, backward, parameter gradients. The
 largest sum is the predicted peak over what stands before the step. Temporary results inside an
 operator count with the sizes its own workspace functions give.
@@ -18,9 +18,10 @@ from torch import nn
 
 from . import arena, workspaces
 from .arena import Buffer
-from .block import BlockPlan, kept_table, scratch_table
+from .calls import BlockCall, kept_table, scratch_table
 from .general import accumulation_dtype
-from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition, _layer_plan
+from .layers import layer_call
+from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition
 from .norms import BATCH_NORMS
 from .paths import FLOATING, choose
 
@@ -160,16 +161,16 @@ def _stages(features: EfficientFeatures, image: tuple[int, ...], channels: int) 
     return stages
 
 
-def _block_plan(block: EfficientDenseBlock, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+def _block_call(block: EfficientDenseBlock, dtype: torch.dtype, device: torch.device) -> BlockCall:
     layers = []
     channels = block.parts()[0].norm1.num_features
     for name, part in zip(block._modules, block.parts(), strict=True):
-        layer, reason = _layer_plan(part, name, channels, dtype, block._modules[name].training)
+        layer, reason = layer_call(part, name, channels, dtype, block._modules[name].training)
         if layer is None:
             raise TypeError(f"model's {name} has no plan: {reason}")
         layers.append(layer)
         channels += layer.growth
-    return BlockPlan(tuple(layers), choose(device, dtype).stages, block.memory)
+    return BlockCall(tuple(layers), choose(device, dtype).stages, block.memory)
 
 
 def _gradient_bytes(module: nn.Module) -> int:
@@ -244,7 +245,7 @@ def _replay(
     for index, stage in enumerate(stages):
         where = f"the forward of {stage.name}"
         if isinstance(stage.module, EfficientDenseBlock):
-            block = _block_plan(stage.module, dtype, device)
+            block = _block_call(stage.module, dtype, device)
             for row in kept_table(block, stage.image, dtype):
                 ledger.allocate(_renamed(row, stage.name, training), where)
             scratch = scratch_table(block, stage.image, dtype, backward=False)
@@ -293,7 +294,7 @@ def _replay(
         gradients["parameter gradients"] += _gradient_bytes(stage.module)
         if isinstance(stage.module, EfficientDenseBlock):
             # The arriving gradient is the block's gradient buffer; its first channels go on.
-            block = _block_plan(stage.module, dtype, device)
+            block = _block_call(stage.module, dtype, device)
             scratch = scratch_table(block, stage.image, dtype, backward=True)
             ledger.grow("scratch", arena.slab_bytes(scratch), where)
             ledger.mark(where, workspaces.block(block, stage.image, dtype, device, backward=True))

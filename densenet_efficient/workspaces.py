@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from . import general, ops
-from .block import BlockPlan, LayerPlan
+from .calls import BlockCall, LayerCall
 from .general import accumulation_dtype
 from .paths import choose
 
@@ -59,7 +59,7 @@ def _compiled(
 
 
 def _layer_calls(
-    layer: LayerPlan, image: tuple[int, ...], backward: bool, recompute: bool
+    layer: LayerCall, image: tuple[int, ...], backward: bool, recompute: bool
 ) -> Iterable[tuple[str, tuple[int, ...], int]]:
     """(operator, shape of x, output channels) of one layer's call."""
     way = "backward" if backward else "forward"
@@ -75,7 +75,7 @@ def _layer_calls(
 
 
 def block(
-    plan: BlockPlan,
+    call: BlockCall,
     image: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
@@ -84,8 +84,8 @@ def block(
     """The most bytes that one layer of a block holds beside its tables: the largest operator's
     workspace and, in low precision, the layer's weights in the activations' dtype."""
     worst = 0
-    recompute = plan.memory == "recompute"
-    for layer in plan.layers:
+    recompute = call.memory == "recompute"
+    for layer in call.layers:
         weights = layer.bottleneck * layer.in_channels + 9 * layer.bottleneck * layer.growth
         if not layer.bottleneck:
             weights = 9 * layer.in_channels * layer.growth
