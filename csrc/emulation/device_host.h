@@ -9,6 +9,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "emulator.h"
 
@@ -158,25 +159,11 @@ void cp_async_wait() {
 
 // ---- Tensor cores --------------------------------------------------------------------------------
 
-// Lanes 8i..8i+7 name the rows of matrix i; argument: the number of matrices, negative: transposed.
-inline void combine_ldmatrix(void* const* inputs, void* const* outputs, int argument) {
-  const int matrices = argument < 0 ? -argument : argument;
-  for (int matrix = 0; matrix < matrices; ++matrix) {
-    uint16_t rows[8][8];
-    for (int row = 0; row < 8; ++row)
-      std::memcpy(rows[row], *static_cast<const void* const*>(inputs[8 * matrix + row]), 16);
-    for (int lane = 0; lane < 32; ++lane) {
-      const int g = lane / 4, t = 2 * (lane % 4);
-      const uint16_t low = argument < 0 ? rows[t][g] : rows[g][t];
-      const uint16_t high = argument < 0 ? rows[t + 1][g] : rows[g][t + 1];
-      static_cast<uint32_t*>(outputs[lane])[matrix] = low | uint32_t(high) << 16;
-    }
-  }
-}
 inline void ldmatrix(uint32_t* r, const void* row, int argument, const Site& site) {
   const int named = 8 * std::abs(argument);
   if (lane_index() < named) emulation::note(Access::kSharedLoad, row, 16, site);
-  emulation::warp_rendezvous(WarpOp::kLdmatrix, &row, r, &combine_ldmatrix, argument, 0, site);
+  emulation::warp_rendezvous(WarpOp::kLdmatrix, &row, r, &emulation::combine_ldmatrix, argument, 0,
+                             site);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix(r, row, 4, site);
@@ -208,66 +195,19 @@ float2 unpack(uint32_t pair) {
                 static_cast<float>(T(static_cast<uint16_t>(pair >> 16), T::from_bits()))};
 }
 
-struct MmaOperands {
-  const uint32_t* a;  // 4 registers
-  const uint32_t* b;  // 2 registers
-};
-
-// Depth: 16 for two 16-bit values in a register, 8 for one TF32 value.
-template <typename T, int Depth>
-void combine_mma(void* const* inputs, void* const* outputs, int) {
-  float a[16][Depth], b[Depth][8];
-  for (int lane = 0; lane < 32; ++lane) {
-    const MmaOperands& operands = *static_cast<const MmaOperands*>(inputs[lane]);
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      const int row = g + 8 * (i & 1);
-      if constexpr (Depth == 16) {
-        const float2 pair = unpack<T>(operands.a[i]);
-        a[row][2 * t + 8 * (i >> 1)] = pair.x;
-        a[row][2 * t + 8 * (i >> 1) + 1] = pair.y;
-      } else {
-        a[row][t + 4 * (i >> 1)] = to_float_bits(operands.a[i]);
-      }
-    }
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (Depth == 16) {
-        const float2 pair = unpack<T>(operands.b[i]);
-        b[2 * t + 8 * i][g] = pair.x;
-        b[2 * t + 8 * i + 1][g] = pair.y;
-      } else {
-        b[t + 4 * i][g] = to_float_bits(operands.b[i]);
-      }
-    }
-  }
-  float d[16][8];
-  for (int row = 0; row < 16; ++row) {
-    for (int col = 0; col < 8; ++col) d[row][col] = 0.0f;
-    for (int depth = 0; depth < Depth; ++depth)
-      for (int col = 0; col < 8; ++col) d[row][col] += a[row][depth] * b[depth][col];
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    float* out = static_cast<float*>(outputs[lane]);
-    const int g = lane / 4, t = lane % 4;
-    out[0] += d[g][2 * t];
-    out[1] += d[g][2 * t + 1];
-    out[2] += d[g + 8][2 * t];
-    out[3] += d[g + 8][2 * t + 1];
-  }
-}
-
 template <typename T>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                  Site site = Site::current()) {
-  const MmaOperands operands{a, b};
-  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &combine_mma<T, 16>, 0, 2 * 16 * 8 * 16,
-                             site);
+  const emulation::MmaOperands operands{a, b};
+  constexpr auto combine =
+      std::is_same_v<T, BFloat16> ? &emulation::combine_mma_bfloat16 : &emulation::combine_mma_half;
+  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, combine, 0, 2 * 16 * 8 * 16, site);
 }
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             Site site = Site::current()) {
-  const MmaOperands operands{a, b};
-  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &combine_mma<float, 8>, 0, 2 * 16 * 8 * 8,
-                             site);
+  const emulation::MmaOperands operands{a, b};
+  emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &emulation::combine_mma_tf32, 0,
+                             2 * 16 * 8 * 8, site);
 }
 // Rounds to ten bits of fraction, ties away from zero.
 inline uint32_t to_tf32(float value) {

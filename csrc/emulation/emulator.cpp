@@ -129,6 +129,8 @@ struct Copy {
   void* shared;
   const void* global;
   int bytes, source_bytes;
+  int group;
+  Site site;  // where it was started
 };
 
 struct Thread {
@@ -138,7 +140,8 @@ struct Thread {
   bool done = false;
   const char* waits_for = nullptr;
   Site waits_at;
-  std::vector<std::vector<Copy>> copies;  // committed groups, oldest first; the last one is open
+  std::vector<Copy> copies;  // on their way, oldest first
+  int open_group = 0;
 };
 
 struct Machine {
@@ -172,7 +175,7 @@ Machine machine;
 // ---- Switching -----------------------------------------------------------------------------------
 
 void arrived_from(void* fake_stack) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DE_SANITIZE)
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(fake_stack, &bottom, &size);
@@ -192,7 +195,7 @@ void switch_to(int target, bool for_good = false) {
   Context& to = target == kNobody ? m.host : m.threads[target].context;
   void** fake = m.running == kNobody ? &m.host_fake_stack : &m.threads[m.running].fake_stack;
   m.running = target;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DE_SANITIZE)
   __sanitizer_start_switch_fiber(for_good ? nullptr : fake,
                                  target == kNobody ? m.host_bottom : m.stacks->stack(target),
                                  target == kNobody ? m.host_size : Stacks::size());
@@ -256,8 +259,7 @@ void thread_entry() {
   arrived_from(nullptr);
   (*m.body)();
   Thread& self = m.threads[m.running];
-  for (const auto& group : self.copies)
-    for (const Copy& copy : group) complete(copy);
+  for (const Copy& copy : self.copies) complete(copy);
   self.copies.clear();
   self.done = true;
   --m.left;
@@ -293,28 +295,28 @@ bool ordered(const Thread& self, int other, uint32_t other_warp_interval) {
   return other_warp_interval < machine.warps[self.position.warp].interval;
 }
 
-void check_shared(bool write, const void* pointer, int bytes, const char* place) {
+void check_shared(bool write, const void* pointer, int bytes, const Site& site) {
   Machine& m = machine;
   const Thread& self = m.threads[m.running];
   const Warp& warp = m.warps[self.position.warp];
   const int64_t offset = static_cast<const unsigned char*>(pointer) - m.shared;
   if (!m.shared || offset < 0 || offset + bytes > m.shared_bytes)
-    fatal("access outside of shared memory at " + std::string(place));
+    fatal("access outside of shared memory at " + where(site));
   for (int64_t i = offset; i < offset + bytes; ++i) {
     Shadow& byte = m.shadow[i];
     if (byte.copy_pending)
-      fatal("shared memory touched before its asynchronous copy was waited for, at " +
-            std::string(place));
+      fatal("shared memory touched before its asynchronous copy was waited for, at " + where(site));
     if (byte.write_interval == m.interval && !ordered(self, byte.writer, byte.write_warp_interval))
       fatal("race: shared byte " + std::to_string(i) + " was written by thread " +
             std::to_string(byte.writer) + " without a barrier before this " +
-            (write ? "write" : "read") + " at " + place);
+            (write ? "write" : "read") + " at " + where(site));
     const bool read_now = byte.read_interval == m.interval;
     if (write) {
       if (read_now && (byte.read_by_warps || !ordered(self, byte.reader, byte.read_warp_interval) ||
                        (byte.read_by_lanes && byte.read_warp_interval >= warp.interval)))
         fatal("race: shared byte " + std::to_string(i) + " was read by thread " +
-              std::to_string(byte.reader) + " without a barrier before this write at " + place);
+              std::to_string(byte.reader) + " without a barrier before this write at " +
+              where(site));
       byte.write_interval = m.interval;
       byte.write_warp_interval = warp.interval;
       byte.writer = static_cast<int16_t>(self.position.thread);
@@ -340,7 +342,7 @@ void complete(const Copy& copy) {
   std::memset(static_cast<char*>(copy.shared) + copy.source_bytes, 0,
               copy.bytes - copy.source_bytes);
   mark_pending(copy.shared, copy.bytes, false);
-  check_shared(true, copy.shared, copy.bytes, "the arrival of an asynchronous copy");
+  check_shared(true, copy.shared, copy.bytes, copy.site);
 }
 
 void log_access(Access access, const void* pointer, int bytes, const Site& site) {
@@ -412,7 +414,8 @@ void run_block(int block_x, int block_y) {
     thread.position = {t, block_x, block_y, launch.grid_x, launch.grid_y, t % kWarp, t / kWarp};
     thread.done = false;
     thread.waits_for = nullptr;
-    thread.copies.assign(1, {});
+    thread.copies.clear();
+    thread.open_group = 0;
     prepare(thread.context, m.stacks->stack(t), Stacks::size(), &thread_entry);
     m.runnable.push_back(t);
   }
@@ -478,7 +481,7 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
 void note(Access access, const void* pointer, int bytes, const Site& site) {
   check_aligned(pointer, bytes, site);
   if (access == Access::kSharedLoad || access == Access::kSharedStore)
-    check_shared(access == Access::kSharedStore, pointer, bytes, where(site).c_str());
+    check_shared(access == Access::kSharedStore, pointer, bytes, site);
   log_access(access, pointer, bytes, site);
 }
 
@@ -530,23 +533,24 @@ void async_copy(void* shared, const void* global, int bytes, int source_bytes, c
   check_aligned(global, bytes, site);
   if (source_bytes < 0 || source_bytes > bytes)
     fatal("cp_async of " + std::to_string(source_bytes) + " source bytes at " + where(site));
-  check_shared(true, shared, bytes, where(site).c_str());
+  check_shared(true, shared, bytes, site);
   log_access(Access::kSharedStore, shared, bytes, site);
   if (source_bytes) log_access(Access::kGlobalLoad, global, source_bytes, site);
-  const Copy copy{shared, global, bytes, source_bytes};
+  Thread& self = m.threads[m.running];
+  const Copy copy{shared, global, bytes, source_bytes, self.open_group, site};
   if (m.seed % 2) return complete(copy);
   mark_pending(shared, bytes, true);
-  m.threads[m.running].copies.back().push_back(copy);
+  self.copies.push_back(copy);
 }
 
-void async_commit() { machine.threads[machine.running].copies.emplace_back(); }
+void async_commit() { ++machine.threads[machine.running].open_group; }
 
 void async_wait(int pending) {
-  auto& copies = machine.threads[machine.running].copies;
-  const int finished = static_cast<int>(copies.size()) - 1 - pending;
-  for (int group = 0; group < finished; ++group)
-    for (const Copy& copy : copies[group]) complete(copy);
-  if (finished > 0) copies.erase(copies.begin(), copies.begin() + finished);
+  Thread& self = machine.threads[machine.running];
+  size_t finished = 0;
+  while (finished < self.copies.size() && self.copies[finished].group < self.open_group - pending)
+    complete(self.copies[finished++]);
+  self.copies.erase(self.copies.begin(), self.copies.begin() + finished);
 }
 
 }  // namespace densenet_efficient::emulation

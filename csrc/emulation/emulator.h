@@ -75,6 +75,22 @@ using Combine = void (*)(void* const* inputs, void* const* outputs, int argument
 void warp_rendezvous(WarpOp op, const void* input, void* output, Combine combine, int argument,
                      int flops, const Site& site);
 
+// ---- Combinations that tensor cores make (tensor_core.cpp) ---------------------------------------
+
+struct MmaOperands {
+  const uint32_t* a;  // 4 registers
+  const uint32_t* b;  // 2 registers
+};
+
+// Inputs: the address of a row; argument: the number of matrices, negative: transposed.
+void combine_ldmatrix(void* const* inputs, void* const* outputs, int argument);
+// Inputs: MmaOperands.
+void combine_mma_bfloat16(void* const* inputs, void* const* outputs, int argument);
+void combine_mma_half(void* const* inputs, void* const* outputs, int argument);
+void combine_mma_tf32(void* const* inputs, void* const* outputs, int argument);
+
+// ---- Asynchronous copies -------------------------------------------------------------------------
+
 void async_copy(void* shared, const void* global, int bytes, int source_bytes, const Site& site);
 void async_commit();
 void async_wait(int pending);

@@ -11,7 +11,7 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DE_SANITIZE)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -83,7 +83,7 @@ class Stacks {
 
   // Fibers that were left in the middle leave poisoned stack frames behind.
   void forget() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DE_SANITIZE)
     __asan_unpoison_memory_region(memory_, count_ * kSize);
 #endif
   }

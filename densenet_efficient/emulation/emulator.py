@@ -20,7 +20,7 @@ from .worker import receive, send
 
 WORKER = Path(__file__).with_name("worker.py")
 # Fresh heap memory is NaN; the interpreter itself leaks at exit.
-SANITIZER = "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255:exitcode=99"
+SANITIZER = "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255:malloc_context_size=4"
 
 
 class Emulator:

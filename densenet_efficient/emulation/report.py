@@ -109,5 +109,9 @@ def _kernel_name(signature: str) -> str:
         r"kernel = (.*?)(?:; |\])", signature
     )
     name = found.group(1) if found else signature
-    name = re.sub(r"\((?:&|anonymous namespace|.*?::\*?)\)?", "", name) if name.startswith("(") else name
+    name = (
+        re.sub(r"\((?:&|anonymous namespace|.*?::\*?)\)?", "", name)
+        if name.startswith("(")
+        else name
+    )
     return name.replace("densenet_efficient::{anonymous}::", "").replace("c10::", "")
