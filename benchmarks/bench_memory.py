@@ -166,6 +166,19 @@ def draw(parts: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def store(parts: dict[str, Any], options: argparse.Namespace, on_gpu: bool) -> Path:
+    """Figure and tables of the parts measured so far."""
+    suffix = "" if options.part == "all" else f"-{options.part}"
+    name = f"memory-{'cuda' if on_gpu else 'cpu'}{suffix}"
+    text = "\n\n".join(part["text"] for part in parts.values())
+    if "depth" in parts or "batch" in parts:
+        draw(parts, options.output / f"{name}.png")
+        text += f"\n\n![memory against depth and batch]({name}.png)"
+    figures = {key: {k: v for k, v in part.items() if k != "text"} for key, part in parts.items()}
+    title = "Memory of a training step"
+    return write_results(options.output, name, title, figures, text, options.device)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,7 +187,7 @@ def main() -> int:
     parser.add_argument("--part", choices=("all", "table", "depth", "batch"), default="all")
     parser.add_argument("--batch", type=int, help="of the table (16; on a GPU 128)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the table")
-    parser.add_argument("--quick", action="store_true", help="four depths, three batches")
+    parser.add_argument("--quick", action="store_true", help="three depths, three batches")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
@@ -185,21 +198,13 @@ def main() -> int:
             batch = options.batch or (128 if on_gpu else 16)
             parts[part] = table(options.device, batch, options.dtype)
         elif part == "depth":
-            depths = DEPTHS[::2] if options.quick else DEPTHS
+            depths = DEPTHS[::3] if options.quick else DEPTHS
             parts[part] = against_depth(options.device, (8, 16), depths)
         else:
             batches = (16, 64, 128) if options.quick else (8, 16, 32, 64, 96, 128)
             parts[part] = against_batch(options.device, batches)
         print(f"\n{parts[part]['text']}", flush=True)
-    suffix = "" if options.part == "all" else f"-{options.part}"
-    name = f"memory-{'cuda' if on_gpu else 'cpu'}{suffix}"
-    text = "\n\n".join(part.pop("text") for part in parts.values())
-    if "depth" in parts or "batch" in parts:
-        draw(parts, options.output / f"{name}.png")
-        text += f"\n\n![memory against depth and batch]({name}.png)"
-    path = write_results(
-        options.output, name, "Memory of a training step", parts, text, options.device
-    )
+        path = store(parts, options, on_gpu)  # after each part: a run that is stopped keeps them
     print(f"\nwritten: {path} and .json")
     return 0
 

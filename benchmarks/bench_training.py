@@ -37,18 +37,19 @@ def gpu_cases(device: str, quick: bool) -> list[tuple[Case, tuple[str, ...]]]:
     graphs = (*light, "store-graph", "recompute-graph")
     one_compile = ("eager", "checkpoint", "compile", "store", "recompute")
     d121, d264 = NetworkSpec("densenet121"), NetworkSpec("densenet264")
-    cases = [
-        (Case(d121, 512, 224, "bf16", device), one_compile if quick else GPU_PEERS),
-        (Case(d264, 256, 224, "bf16", device), light),
+    quick_cases = [
         (Case(BC_100_12, 64, 32, "bf16", device), graphs),
+        (Case(d264, 256, 224, "bf16", device), light),
+        (Case(d121, 512, 224, "bf16", device), one_compile),
     ]
-    if not quick:
-        cases[2:] = [
-            (Case(d121, 128, 224, "fp32", device), light),
-            (Case(BC_100_12, 64, 32, "bf16", device), (*graphs, "compile")),
-            (Case(BC_190_40, 64, 32, "bf16", device), graphs),
-        ]
-    return cases
+    all_cases = [
+        (Case(BC_100_12, 64, 32, "bf16", device), (*graphs, "compile")),
+        (Case(BC_190_40, 64, 32, "bf16", device), graphs),
+        (Case(d121, 128, 224, "fp32", device), light),
+        (Case(d264, 256, 224, "bf16", device), light),
+        (Case(d121, 512, 224, "bf16", device), GPU_PEERS),
+    ]
+    return quick_cases if quick else all_cases
 
 
 def parse() -> argparse.Namespace:
@@ -105,15 +106,14 @@ def main() -> int:
         figures.append({"case": case.describe(), "rounds": rounds, "peers": rows})
         texts.append(f"## {case.title}\n\n{comparison_table(rows)}")
         print(f"\n{texts[-1]}", flush=True)
-    name = f"training-{'cuda' if on_gpu else 'cpu'}"
-    path = write_results(
-        options.output,
-        name,
-        "Training steps side by side",
-        {"cases": figures},
-        "\n\n".join(texts),
-        options.device,
-    )
+        path = write_results(  # after each case: a run that is stopped has written the others
+            options.output,
+            f"training-{'cuda' if on_gpu else 'cpu'}",
+            "Training steps side by side",
+            {"cases": figures},
+            "\n\n".join(texts),
+            options.device,
+        )
     print(f"\nwritten: {path} and .json")
     return 0
 

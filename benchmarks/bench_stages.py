@@ -1,0 +1,140 @@
+"""Each stage alone: milliseconds, bandwidth, arithmetic rate, and the bare convolution beside it.
+
+    python benchmarks/bench_stages.py                       CUDA where there is one, else the CPU
+    python benchmarks/bench_stages.py --batch 64 --stages norm_relu_conv1x1_forward
+
+Shapes: the middle layer of each block of DenseNet-121 at 224 px, and of BC-100-12 at 32 px. x is a
+slice of its block's feature buffer, as in training. Bytes are the least a stage must move (each
+input read once, each output written once), FLOPs those of its products; they are set against a
+copy of 1 GB and a large matrix product measured in the same run. `bare` is the framework's own
+convolution, product or pooling of the same shape on packed tensors, without norm, ReLU, statistics
+or slices. Correctness comes first: on two images, no output may be further from float64 than twice
+the plain twin in the same dtype. Writes benchmarks/results/stages-DEVICE.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from stage_work import LAYER_STAGES, SHAPES, STEM, STEMS, TRANSITIONS, Inputs, Work
+
+from densenet_efficient.benchmarking import MeasurementError, quantiles, time_in_turns
+from densenet_efficient.reports import markdown_table, write_results
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDING = 1e-6  # what summation in another order may cost in fp32
+
+
+def check(name: str, build: Callable[[Inputs], Work], inputs: Inputs) -> None:
+    """MeasurementError where an output is further from float64 than twice the plain twin."""
+    work = build(inputs)
+    work.run()
+    exact, own = work.twin(torch.float64), work.twin(inputs.dtype)
+    for index, (got, e, o) in enumerate(zip(work.outputs, exact, own, strict=True)):
+        error, bound = ((t.double() - e).norm() / e.norm() for t in (got, o))
+        if not error <= 2 * bound + ROUNDING:
+            raise MeasurementError(
+                f"{name}, {inputs.shape.name}, output {index}: expected an error of at most twice "
+                f"the twin's {bound:.2e}, got {error:.2e}; nothing was timed"
+            )
+
+
+def measure(work: Work, rounds: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of ours and of the bare kernel, in turns."""
+    for _ in range(2):
+        work.run()
+        work.bare()
+    times = time_in_turns({"ours": work.run, "bare": work.bare}, rounds, device, inner=3)
+    return {name: quantiles(values)["median"] for name, values in times.items()}
+
+
+def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Bytes/s of a copy (read and written) and FLOP/s of a matrix product, on this device."""
+    big = device.type == "cuda"
+    source = torch.zeros(2**30 if big else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if big else 1536
+    a = torch.randn(side, side, device=device).to(dtype)
+    steps = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
+    for step in steps.values():
+        step()
+    times = time_in_turns(steps, 7, device)  # type: ignore[arg-type]
+    copy, product = (quantiles(times[name])["median"] * 1e-3 for name in ("copy", "product"))
+    return 2 * source.numel() / copy, 2 * side**3 / product
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="(bf16 on a GPU, fp32 on the CPU)")
+    parser.add_argument("--batch", type=int, help="images (256 on a GPU, 8 on the CPU)")
+    parser.add_argument("--stages", nargs="+", help="some only")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    torch.backends.cudnn.benchmark = True
+    dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
+    batch = options.batch or (256 if on_gpu else 8)
+    bandwidth, rate = ceilings(dtype, device)
+    rows: list[list[Any]] = []
+    figures = []
+    plan = [(name, f, shape) for shape in SHAPES for name, f in LAYER_STAGES.items()]
+    plan += [(name, f, shape) for shape in SHAPES[:3] for name, f in TRANSITIONS.items()]
+    plan += [(name, f, STEM) for name, f in STEMS.items()]
+    for name, build, shape in plan:
+        if options.stages and name not in options.stages:
+            continue
+        check(name, build, Inputs(shape, 2, dtype, device))
+        work = build(Inputs(shape, batch, dtype, device))
+        found = measure(work, options.rounds, device)
+        seconds = found["ours"] * 1e-3
+        moved, done = work.size / seconds, work.flops / seconds
+        figures.append({"stage": name, "shape": shape.name, **found, "bytes": work.size})
+        figures[-1].update(flops=work.flops, bandwidth=moved, rate=done)
+        rows.append(
+            [
+                f"{name}, {shape.name}",
+                f"{found['ours']:.3f}",
+                f"{moved / 1e12:.3f}",
+                f"{moved / bandwidth:.0%}",
+                f"{done / 1e12:.2f}",
+                f"{done / rate:.0%}",
+                f"{found['bare']:.3f}",
+                f"{found['ours'] / found['bare']:.2f}",
+            ]
+        )
+        print(f"{rows[-1][0]:50} {found['ours']:9.3f} ms  bare {found['bare']:9.3f} ms", flush=True)
+    columns = ["stage", "ms", "TB/s", "of copy", "TFLOP/s", "of product", "bare ms", "/ bare"]
+    text = (
+        f"batch {batch}, {dtype}; copy {bandwidth / 1e12:.3f} TB/s, product "
+        f"{rate / 1e12:.2f} TFLOP/s\n\n{markdown_table(columns, rows)}"
+    )
+    print(text)
+    path = write_results(
+        options.output,
+        f"stages-{device.type}",
+        "Stages",
+        {"batch": batch, "dtype": str(dtype), "copy": bandwidth, "product": rate, "rows": figures},
+        text,
+        options.device,
+    )
+    print(f"written: {path} and .json")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, MeasurementError) as error:
+        sys.exit(f"bench_stages: {error}")
