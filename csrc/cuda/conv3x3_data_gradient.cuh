@@ -77,7 +77,7 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsi
   const int lane = lane_index();
 #pragma unroll 1
   for (int dh = -1; dh <= 1; ++dh) {
-#pragma unroll
+#pragma unroll 1
     for (int dw = -1; dw <= 1; ++dw) {
       const int tap = 3 * dh + dw + 4;
       int offsets[4];
@@ -169,7 +169,8 @@ __device__ __forceinline__ void add_sums(const float* sums, float* partial, int6
 }
 
 template <typename T, bool kAccumulate>
-__global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) {
+__global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
+    kernel(DataGradient args, Images images) {
   const int output_panels = (args.outputs + kPanelChannels - 1) / kPanelChannels;
   const Layout layout{images.positions, images.groups, output_panels, kAccumulate};
   const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
@@ -223,18 +224,17 @@ __global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) 
 
   int stage_index = 0, sums_index = 0;
   int open_panel = -1;  // whose sums the warps have written, but nobody has added up
-  bool open_first = false;
-  const auto close_panel = [&] {
+  const auto close_panel = [&](bool first) {
     if (open_panel >= 0)
       add_sums(sums + (1 - sums_index) * images.groups * kDnormRows * kPanelChannels, partial,
-               args.pitch, open_panel * kPanelChannels, images.groups, open_first);
+               args.pitch, open_panel * kPanelChannels, images.groups, first);
     open_panel = -1;
   };
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const TileOrigin origin(images, tile);
     sync_threads();  // every warp is done with the tile before
     describe_tile(images, origin, pixels, threads);
-    load_gradient<T, 4>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
+    load_gradient<T, 2>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
                         origin, args.gradient, args.outputs, output_panels, threads);
     for (int panel = 0; panel < panels; ++panel) {
       float acc[4][4][4] = {};
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) 
         cp_async_wait<0>();
         sync_threads();
         load(1 - stage_index);
-        close_panel();
+        close_panel(panel > 0 ? tile == first_tile : tile == first_tile + 1);
         uint32_t own[4];
 #pragma unroll
         for (int m = 0; m < 4; ++m)
@@ -270,7 +270,6 @@ __global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) 
                           args.dx.vector);
           }
           open_panel = panel;
-          open_first = tile == first_tile;
           sums_index = 1 - sums_index;
         }
         stage_index = 1 - stage_index;
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(256) kernel(DataGradient args, Images images) 
     }
   }
   sync_threads();
-  close_panel();
+  close_panel(last_tile == first_tile + 1);
 }
 
 }  // namespace data_gradient

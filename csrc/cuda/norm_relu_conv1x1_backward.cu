@@ -132,9 +132,7 @@ struct WarpChannels {
         const int row = 16 * k + 2 * t + (i & 1) + 8 * (i >> 1);
         const int channel = channel0 + 4 * (g >> 1);
         const int left = row < args.outputs ? channels_left(channel, args.channels) : 0;
-        const uint4 chunk =
-            load_chunk(args.weight.at<T>(row, channel), left < 4 ? left : 4, args.weight.vector);
-        rows[i] = uint2{chunk.x, chunk.y};
+        rows[i] = load_half(args.weight.at<T>(row, channel), left, args.weight.vector);
       }
       const int shift = 16 * (g & 1);
 #pragma unroll
@@ -196,10 +194,8 @@ struct WarpChannels {
       }
       if (row >= valid_rows) continue;
       const int left = channels_left(first, args.channels);
-      if (left > 0)
-        store_chunk(args.dx.at<T>(row0 + row, first),
-                    uint4{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3]), 0, 0},
-                    left < 4 ? left : 4, args.dx.vector);
+      store_half(args.dx.at<T>(row0 + row, first),
+                 uint2{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}, left, args.dx.vector);
     }
   }
 

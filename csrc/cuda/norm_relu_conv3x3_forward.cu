@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
   const int lane = lane_index();
 #pragma unroll 1
   for (int dh = -1; dh <= 1; ++dh) {
-#pragma unroll
+#pragma unroll 1
     for (int dw = -1; dw <= 1; ++dw) {
       const int tap = 3 * dh + dw + 4;
       int offsets[4];

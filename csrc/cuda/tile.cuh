@@ -52,49 +52,70 @@ __device__ __forceinline__ int channels_left(int channel, int channels) {
 
 // ---- Global memory, a chunk at a time --------------------------------------------------------------
 
+// Rows aligned to 16 or 8 bytes are copied whole or in halves, any others channel by channel: slow, but
+// none of the networks' slices is like that.
+
 // Copies a chunk to shared memory; of its channels the first `valid` are read, the others are zero.
 template <typename T>
 __device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* global, int valid,
-                                           int vector) {
+                                           int vector DE_HERE) {
   if (vector == 8) {
-    cp_async<16>(shared, global, 2 * valid);
+    cp_async<16>(shared, global, 2 * valid DE_AT);
   } else if (vector == 4) {
     const int low = valid < 4 ? valid : 4;
-    cp_async<8>(shared, global, 2 * low);
-    cp_async<8>(shared + 8, global + 4, 2 * (valid - low));
-  } else if (vector == 2) {
-#pragma unroll 1
-    for (int c = 0; c < kChunk; c += 2) {
-      const int here = valid - c < 0 ? 0 : valid - c < 2 ? valid - c : 2;
-      cp_async<4>(shared + 2 * c, global + c, 2 * here);
-    }
+    cp_async<8>(shared, global, 2 * low DE_AT);
+    cp_async<8>(shared + 8, global + 4, 2 * (valid - low) DE_AT);
   } else {
 #pragma unroll 1
     for (int c = 0; c < kChunk; ++c)
-      shared_store<uint16_t>(shared + 2 * c,
-                             c < valid ? global_load<uint16_t>(global + c) : uint16_t(0));
+      shared_store<uint16_t>(
+          shared + 2 * c,
+          c < valid ? global_load<uint16_t>(global + c DE_AT) : uint16_t(0) DE_AT);
   }
+}
+
+// Four channels, of which the first `valid` are read; the others are zero.
+template <typename T>
+__device__ __forceinline__ uint2 load_half(const T* global, int valid, int vector DE_HERE) {
+  if (vector >= 4 && valid >= 4) return global_load<uint2>(global DE_AT);
+  uint64_t bits = 0;
+#pragma unroll 1
+  for (int c = 0; c < 4 && c < valid; ++c)
+    bits |= uint64_t(global_load<uint16_t>(global + c DE_AT)) << (16 * c);
+  return uint2{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 }
 
 // The first `valid` channels of a chunk in registers, zero behind them.
 template <typename T>
-__device__ __forceinline__ uint4 load_chunk(const T* global, int valid, int vector) {
-  if (vector == 8 && valid == kChunk) return global_load<uint4>(global);
-  uint32_t pairs[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (vector >= 4 && valid >= 4 * half + 4) {
-      const uint2 four = global_load<uint2>(global + 4 * half);
-      pairs[2 * half] = four.x;
-      pairs[2 * half + 1] = four.y;
-    } else {
-#pragma unroll
-      for (int c = 4 * half; c < 4 * half + 4; ++c)
-        if (c < valid)
-          pairs[c / 2] |= uint32_t(global_load<uint16_t>(global + c)) << (16 * (c & 1));
-    }
+__device__ __forceinline__ uint4 load_chunk(const T* global, int valid, int vector DE_HERE) {
+  if (vector == 8 && valid == kChunk) return global_load<uint4>(global DE_AT);
+  const uint2 low = load_half(global, valid, vector DE_AT);
+  const uint2 high = load_half(global + 4, valid - 4, vector DE_AT);
+  return uint4{low.x, low.y, high.x, high.y};
+}
+
+// Writes the first `valid` of four channels.
+template <typename T>
+__device__ __forceinline__ void store_half(T* global, uint2 half, int valid, int vector DE_HERE) {
+  if (vector >= 4 && valid >= 4) {
+    global_store(global, half DE_AT);
+    return;
   }
-  return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+  const uint64_t bits = half.x | uint64_t(half.y) << 32;
+#pragma unroll 1
+  for (int c = 0; c < 4 && c < valid; ++c)
+    global_store(global + c, static_cast<uint16_t>(bits >> (16 * c)) DE_AT);
+}
+
+// Writes the first `valid` channels of a chunk.
+template <typename T>
+__device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int valid, int vector DE_HERE) {
+  if (vector == 8 && valid == kChunk) {
+    global_store(global, chunk DE_AT);
+    return;
+  }
+  store_half(global, uint2{chunk.x, chunk.y}, valid, vector DE_AT);
+  store_half(global + 4, uint2{chunk.z, chunk.w}, valid - 4, vector DE_AT);
 }
 
 __device__ __forceinline__ void to_array(uint4 chunk, uint32_t (&pairs)[4]) {
@@ -102,27 +123,6 @@ __device__ __forceinline__ void to_array(uint4 chunk, uint32_t (&pairs)[4]) {
   pairs[1] = chunk.y;
   pairs[2] = chunk.z;
   pairs[3] = chunk.w;
-}
-
-// Writes the first `valid` channels of a chunk.
-template <typename T>
-__device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int valid, int vector) {
-  if (vector == 8 && valid == kChunk) {
-    global_store<uint4>(global, chunk);
-    return;
-  }
-  const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (vector >= 4 && valid >= 4 * half + 4) {
-      global_store<uint2>(global + 4 * half, uint2{pairs[2 * half], pairs[2 * half + 1]});
-    } else {
-#pragma unroll
-      for (int c = 4 * half; c < 4 * half + 4; ++c)
-        if (c < valid)
-          global_store<uint16_t>(global + c, static_cast<uint16_t>(pairs[c / 2] >> (16 * (c & 1))));
-    }
-  }
 }
 
 // ---- Norms -----------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ __device__ __forceinline__ uint32_t norm_relu_pair(uint32_t pair, float4 norm) {
   return pack_relu<T>(normalise(x.x, norm.x, norm.y), normalise(x.y, norm.z, norm.w));
 }
 
-// Scale and shift of a panel's channels in shared memory, a pair per channel; chunks are 16 bytes
-// further apart than they need to be, so that four threads at the heads of the four meet no bank twice.
-constexpr int kScaleShiftBytes = 384;
+// Scale and shift of a panel's channels in shared memory, a pair per channel; 16-byte pieces of the
+// last two chunks change places, so that four threads at the heads of the chunks meet no bank twice.
+constexpr int kScaleShiftBytes = 2 * kPanelChannels * 4;
 __device__ __forceinline__ int scale_shift_offset(int channel) {
-  return 8 * channel + 16 * (channel >> 3);
+  return (8 * channel) ^ (channel & 16);
 }
 
 // Channels past the end get zeros, which make zeros of whatever they meet.

@@ -69,7 +69,7 @@ struct Conv1x1Backward {
 // worked on in groups of 64. Its halo (one row above and below, and one column beside a strip) lies in
 // shared memory at `positions`, tile rows `pitch` apart.
 struct Tile3x3 {
-  static constexpr int kGroup = 64, kMaxGroups = 8;
+  static constexpr int kGroup = 64, kMaxGroups = 7;  // 448 pixels: whole rows of 56, 28, 14 and 7
   int groups = 0;  // 0: no tile fits the device's shared memory
   int tile_height = 0, tile_width = 0;
   int strips = 1, margin = 0, pitch = 0, positions = 0;
