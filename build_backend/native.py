@@ -219,6 +219,8 @@ class Build:
 
     def host_flags(self) -> list[object]:
         flags: list[object] = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # GCC 12 warns of its own vector headers, at length.
+        flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         flags += ["-O1", "-g"] if self.options.debug else ["-O3", "-DNDEBUG"]
         if self.options.sanitize:
             flags += [f"-fsanitize={self.options.sanitize}", "-fno-omit-frame-pointer", "-g"]

@@ -12,3 +12,10 @@ def workspace_bytes(
     element_bytes: int = 4,
     threads: int = 1,
 ) -> int: ...
+def cuda_workspace_bytes(
+    op: str,
+    shape: Sequence[int],
+    channels: int = 0,
+    element_bytes: int = 2,
+    multiprocessors: int = 132,
+) -> int: ...

@@ -231,3 +231,17 @@ def test_workspace_arguments_are_checked(arguments: list[object], message: str) 
 
     with pytest.raises(ValueError, match=message):
         workspace_bytes(*arguments)  # type: ignore[arg-type]
+
+
+def test_cuda_workspace_sizes_follow_the_device() -> None:
+    from densenet_efficient._module import cuda_workspace_bytes
+
+    call = ("norm_relu_conv1x1_backward", [401408, 256], 128)
+    small, large = (cuda_workspace_bytes(*call, multiprocessors=n) for n in (16, 132))
+    assert 0 < small < large < 401408 * 256 * 2 // 4
+    for op in ("norm_relu_conv3x3_forward", "transition_backward", "stem_forward"):
+        assert 0 < cuda_workspace_bytes(op, [8, 56, 56, 64], 32) < 64 << 20
+    with pytest.raises(ValueError, match="multiprocessors must be positive, got 0"):
+        cuda_workspace_bytes("channel_stats", [4, 2], multiprocessors=0)
+    with pytest.raises(ValueError, match="element_bytes must be 2, 4 or 8, got 1"):
+        cuda_workspace_bytes("channel_stats", [4, 2], element_bytes=1)
