@@ -1,5 +1,5 @@
-"""The work of each stage on one shape: ours, the plain twin and the bare kernel of the framework, on
-random tensors in the layout of training; bytes and FLOPs beside them. See bench_stages.py."""
+"""The work of each stage on one shape: ours, the plain twin and the bare kernel of the framework,
+on random tensors in the layout of training; bytes and FLOPs beside them. See bench_stages.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from densenet_efficient import ops, reference
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's volumes: side of the map, channels C_l read of `total` in the buffer, growth rate;
+    """One layer's volumes: side of the map, channels C_l read of `total` in the buffer, growth;
     the bottleneck has 4 * growth channels."""
 
     name: str

@@ -60,7 +60,7 @@ def compare(
             peer: TrainingStep(case, kind, warm_up=warm_up, graph=peer.endswith(GRAPH))
             for peer, kind in kinds.items()
         }
-        times = time_in_turns(dict(steps), rounds, device, inner)  # type: ignore[arg-type]
+        times = time_in_turns(dict(steps), rounds, device, inner)
         warm_up_seconds = {peer: step.warm_up_seconds for peer, step in steps.items()}
         plain = [peer for peer in peers if memory and not peer.endswith(GRAPH)]
         if device.type == "cuda":

@@ -6,6 +6,7 @@ no download. Whatever cannot be read ends in a `DataError` that names the file o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -113,8 +114,11 @@ def load_data(
         data = _torchvision(name, Path(root), size, augment, download)
     if limit is None:
         return data
-    parts = [Subset(d, range(min(limit, len(d)))) for d in (data.train, data.test)]  # type: ignore[arg-type]
-    return Data(name, *parts, data.num_classes, data.channels, size)
+    return dataclasses.replace(data, train=_first(data.train, limit), test=_first(data.test, limit))
+
+
+def _first(images: Dataset, count: int) -> Dataset:
+    return Subset(images, range(min(count, len(images))))  # type: ignore[arg-type]
 
 
 def _digits(size: int, augment: bool) -> Data:
@@ -192,7 +196,8 @@ def _torchvision(name: str, root: Path, size: int, augment: bool, download: bool
             raise DataError(
                 f"data {name}: expected its files, whole, in {root.resolve()}, got: {error}{hint}"
             ) from error
-    return Data(name, *parts, _CLASSES[name], len(_STATISTICS[name][0]), size)
+    train_images, test_images = parts
+    return Data(name, train_images, test_images, _CLASSES[name], len(_STATISTICS[name][0]), size)
 
 
 def _image_folder(path: Path, size: int, augment: bool) -> Data:

@@ -56,7 +56,7 @@ def run_demo(out: Path, *, seed: int = 0, epochs: int | None = None) -> int:
 
     print("\n2. Ours against the reference", flush=True)
     cases = [Case(DIGITS, 64, 16), Case(NetworkSpec("densenet121"), 8, 224)]
-    compared = []
+    compared: list[dict[str, Any]] = []
     for case in cases:
         print(f"   measuring {case.title}", flush=True)
         rows = compare(case, PEERS, rounds=5, warm_up=1)

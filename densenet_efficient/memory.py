@@ -106,7 +106,7 @@ def allocator_peak_bytes(step: Callable[[], object]) -> int:
         step()
     events = [
         (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in profile.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
     held = peak = 0

@@ -95,11 +95,17 @@ RECIPES = {
 
 
 def recipe_for(data: str, **overrides: Any) -> Recipe:
-    """The recipe of a data set, with the values that are given instead. ValueError for unknown data
-    or a value out of its range."""
+    """The recipe of a data set, with the values that are given instead (None: not given). The
+    warm-up, where it is not given, keeps its share of the epochs. ValueError for unknown data or
+    a value out of its range."""
     if data not in RECIPES:
         raise ValueError(f"data: expected one of {', '.join(RECIPES)}, got {data!r}")
-    return RECIPES[data].replaced(**overrides)
+    recipe = RECIPES[data]
+    epochs = overrides.get("epochs")
+    if isinstance(epochs, int) and overrides.get("warmup_epochs") is None:
+        share = recipe.warmup_epochs / recipe.epochs
+        overrides["warmup_epochs"] = share * max(epochs, 0)
+    return recipe.replaced(**overrides)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -121,7 +127,7 @@ def build_schedule(
     def factor(step: int) -> float:
         epoch = step / steps_per_epoch
         if epoch < recipe.warmup_epochs:
-            return (step + 1) / (recipe.warmup_epochs * steps_per_epoch + 1)
+            return (step + 1) / (math.ceil(recipe.warmup_epochs * steps_per_epoch) + 1)
         if recipe.schedule == "step":
             return 0.1 ** sum(epoch >= milestone * recipe.epochs for milestone in recipe.milestones)
         if recipe.schedule == "cosine":

@@ -110,6 +110,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     return "\n".join([line(columns), line(rule), *(line(row) for row in cells)])
 
 
+def _write_text(path: Path, text: str) -> None:
+    def write(temporary: str) -> None:
+        Path(temporary).write_text(text)
+
+    write_atomically(path, write)
+
+
 def write_results(
     folder: Path, name: str, title: str, figures: Mapping[str, Any], text: str, device: str
 ) -> Path:
@@ -119,8 +126,5 @@ def write_results(
     document = json.dumps({"title": title, "environment": where, **figures}, indent=1)
     lines = [f"# {title}", "", text, "", *(f"- {key}: {value}" for key, value in where.items())]
     for suffix, content in ((".json", document), (".md", "\n".join(lines))):
-        write_atomically(
-            folder / (name + suffix),
-            lambda path, content=content: Path(path).write_text(content + "\n") and None,
-        )
+        _write_text(folder / (name + suffix), content + "\n")
     return folder / (name + ".md")

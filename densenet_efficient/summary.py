@@ -115,7 +115,7 @@ def summarise(network: NetworkSpec, batch: int = 1, image_size: int | None = Non
 
         return hook
 
-    children: dict[str, nn.Module] = dict(model.features.named_children())  # type: ignore[union-attr, operator]
+    children: dict[str, nn.Module] = dict(model.features.named_children())  # type: ignore[union-attr]
     if network.num_classes:
         children["classifier"] = model.classifier  # type: ignore[assignment]
     for name, child in children.items():
