@@ -48,7 +48,7 @@ inline RowTiles row_tiles(int64_t rows, int64_t row_bytes) {
   int64_t tiles = std::max<int64_t>(1, ceil_div(rows, tallest));
   if (tiles < 16) tiles = std::max(tiles, std::min<int64_t>(16, rows / 28));
   if (tiles > 1) tiles = round_up(tiles, 2);
-  const int64_t tile_rows = round_up(std::max<int64_t>(1, ceil_div(rows, tiles)), 2);
+  const int64_t tile_rows = round_up(std::max<int64_t>(2, ceil_div(rows, tiles)), 2);
   return {rows, tile_rows, ceil_div(rows, tile_rows)};
 }
 
@@ -76,7 +76,7 @@ inline Bands bands(int64_t images, int64_t height, int64_t pixel_row_bytes) {
 
 // What one call allocates. `size` is the size of an arithmetic element (4, or 8 for float64), M rows,
 // C input channels, K output channels. Counts are elements, a piece ends on a boundary of 64 bytes.
-constexpr int64_t kMomentRows = 3;  // of one tile's moments, per thread
+constexpr int64_t kMomentRows = 2;  // of one tile's moments, per thread
 
 inline int64_t moments_bytes(int64_t groups, int64_t channels, int64_t size, int64_t threads) {
   return 8 * groups * (2 * channels + 1) + threads * kMomentRows * channels * size + 3 * 64;
@@ -113,31 +113,38 @@ struct ProductForward {
 };
 
 // norm_relu_conv1x1_backward, and transition_backward over pooled rows. A task is a group of row
-// tiles and a range of columns; each group has its own weight gradient.
+// tiles and a range of columns; each group has its own weight gradient, which few rows do not pay for.
 struct ProductBackward {
   RowTiles tiles;
   Groups groups;
+  int64_t depth, columns;                     // K, whole units; C, whole panels
   int64_t column_tasks;
-  int64_t depth, columns;                       // K, whole units; C, whole panels
-  int64_t weight, dy, dy_units, operand, dh;    // dy .. dh per thread
-  int64_t dweight;                              // per group
+  int64_t weight, dy, dy_units, operand, dh;  // dy .. dh per thread
+  int64_t dweight;                            // per group
   int64_t bytes;
 
   ProductBackward(int64_t M, int64_t C, int64_t K, int64_t size, int64_t threads)
       : tiles(row_tiles(M, (2 * K + 2 * std::min(C, kColumns)) * size)),
-        groups(groups_of(tiles.tiles, kPartialBytes / std::max<int64_t>(1, K * pad(C) * size))),
-        column_tasks(clamp(ceil_div(16, groups.groups), 1, std::max<int64_t>(1, ceil_div(C, kColumns)))),
+        groups(groups_of(tiles.tiles,
+                         std::min(M / 512, kPartialBytes / std::max<int64_t>(
+                                                               1, K * pad(C) * size)))),
         depth(round_up(K, 2)),
         columns(pad(C)),
+        column_tasks(clamp(ceil_div(16, groups.groups), 1, std::max<int64_t>(1, C / 128))),
         weight(columns * depth),
         dy(tiles.tile_rows * depth),
-        dy_units(tiles.tile_rows * K),
+        dy_units(tiles.tile_rows / 2 * K),
         operand(tiles.tile_rows * std::min(columns, kColumns)),
         dh(operand),
         dweight(K * columns),
-        bytes(size * (weight + threads * (dy + dy_units + operand + dh + 4 * kColumns) +
+        bytes(size * (weight + threads * (dy + dy_units + operand + dh + 2 * kColumns) +
                       groups.groups * dweight) +
-              8 * groups.groups * 2 * C + 10 * 64) {}
+              8 * groups.groups * 2 * C + 8 * 64) {}
+
+  // Columns are shared out evenly, in whole panels.
+  int64_t first_column(int64_t task) const {
+    return task * (columns / kPad) / column_tasks * kPad;
+  }
 };
 
 // What transition_backward needs beside ProductBackward: its correction and a row of zeros.
@@ -181,11 +188,11 @@ struct Conv3x3Backward {
         dy((bands.band_rows + 2) * (W + 2) * round_up(K, 2)),
         dy_units(round_up(bands.band_rows, 2) * W * K),
         operand((bands.band_rows + 2) * (W + 2) * std::min(columns, kColumns)),
-        dh(W * std::min(columns, kColumns)),
+        dh(std::max(C, W * std::min(columns, kColumns))),
         dweight(9 * K * columns),
-        bytes(size * (weight + threads * (dy + dy_units + operand + dh + 4 * kColumns) +
+        bytes(size * (weight + threads * (dy + dy_units + operand + dh + 2 * kColumns) +
                       groups.groups * dweight) +
-              8 * groups.groups * 2 * C + 10 * 64) {}
+              8 * groups.groups * 2 * C + 8 * 64) {}
 };
 
 // stem_forward and stem_backward: a tile is a row of windows.
@@ -198,7 +205,7 @@ struct Stem {
       : groups(groups_of(N * ceil_div(H, 2), kMaxGroups)),
         winners(2 * ceil_div(W, 2) * C),
         bytes(moments_bytes(groups.groups, C, size, threads) +
-              size * (threads * (5 * C + winners) + 4 * C) + 4 * 64) {}
+              size * (threads * (4 * C + winners) + 4 * C) + 4 * 64) {}
 };
 
 }  // namespace cpu

@@ -8,32 +8,35 @@
 namespace densenet_efficient::cpu {
 
 // Mean and M2 of `rows` rows of y. The second pass also sums the deviations: what they miss of zero is
-// the rounding error of the mean, which is put right in both. sum holds C elements.
+// the rounding error of the mean, which is put right in both.
 template <typename T>
-void tile_moments(Rows<const T> y, int64_t rows, int64_t channels, Arithmetic<T>* __restrict mean,
-                  Arithmetic<T>* __restrict m2, Arithmetic<T>* __restrict sum) {
+void tile_moments(Rows<const T> y, int64_t rows, int64_t channels, Arithmetic<T>* mean,
+                  Arithmetic<T>* m2) {
   using A = Arithmetic<T>;
-  std::fill_n(mean, channels, A(0));
-  std::fill_n(m2, channels, A(0));
-  std::fill_n(sum, channels, A(0));
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict row = y[r];
-    for (int64_t c = 0; c < channels; ++c) mean[c] += load(row[c]);
-  }
+  using V = Vector<A>;
+  constexpr int64_t kUnroll = 4;  // independent sums, to hide the latency of an addition
   const A share = A(1) / static_cast<A>(rows);
-  for (int64_t c = 0; c < channels; ++c) mean[c] *= share;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict row = y[r];
-    for (int64_t c = 0; c < channels; ++c) {
-      const A delta = load(row[c]) - mean[c];
-      sum[c] += delta;
-      m2[c] += delta * delta;
-    }
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    mean[c] += sum[c] * share;
-    m2[c] -= sum[c] * sum[c] * share;
-  }
+  for_vectors<A>(channels, [&](int64_t c, int64_t count) {
+    V sum[kUnroll] = {}, square[kUnroll] = {};
+    const auto each_row = [&](const auto& visit) {
+      int64_t r = 0;
+      for (; r + kUnroll <= rows; r += kUnroll)
+        for (int64_t i = 0; i < kUnroll; ++i) visit(i, load_vector(y[r + i] + c, count));
+      for (; r < rows; ++r) visit(0, load_vector(y[r] + c, count));
+    };
+    each_row([&](int64_t i, V value) { sum[i] += value; });
+    const V center = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * share;
+    for (V& s : sum) s = V{};
+    each_row([&](int64_t i, V value) {
+      const V delta = value - center;
+      sum[i] += delta;
+      square[i] += delta * delta;
+    });
+    const V missed = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const V total = (square[0] + square[1]) + (square[2] + square[3]);
+    store_vector(center + missed * share, mean + c, count);
+    store_vector(total - missed * missed * share, m2 + c, count);
+  });
 }
 
 // The running moments of each group, [groups][2][C] in double, and their counts.
@@ -51,7 +54,7 @@ class GroupMoments {
   template <typename T>
   void add(int64_t group, Rows<const T> y, int64_t rows, Arithmetic<T>* spare) {
     if (rows == 0) return;
-    tile_moments(y, rows, channels_, spare, spare + channels_, spare + 2 * channels_);
+    tile_moments(y, rows, channels_, spare, spare + channels_);
     merge_into(group, spare, spare + channels_, static_cast<double>(rows));
   }
 

@@ -4,8 +4,8 @@
 // Backward: product_backward.h; for each block of columns of a row tile
 //   dz = (dy @ weight) * [a * x + s > 0], dx += a * dz, sums of dz and dz * (x - mean)
 //   dweight += dy^T @ relu(a * x + s)
-// dy = a_y * dz_y - p - (y - mean) * q is made per tile from dz_y and y [M, K]. x is read twice, the
-// second time from the cache; dx is read and written once: M * (2 K + 3 C) elements.
+// dy = a_y * dz_y - p - (y - mean) * q is made per tile from dz_y and y [M, K]. x and dx are read
+// once, dx is written once: M * (2 K + 3 C) elements.
 #include "product_backward.h"
 #include "product_forward.h"
 
@@ -51,22 +51,6 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
               forward<T>(x, x_stride, norm, norm_stride, weight, y, y_stride, stats, stats_stride));
 }
 
-// dx += a * dz and the sums, for part of a row.
-template <typename T>
-inline void take_dz(const Arithmetic<T>* __restrict dh, const T* __restrict x,
-                    const Arithmetic<T>* __restrict scale, const Arithmetic<T>* __restrict shift,
-                    const Arithmetic<T>* __restrict mean, int64_t columns, T* __restrict dx,
-                    Arithmetic<T>* __restrict dgamma, Arithmetic<T>* __restrict dbeta) {
-  using A = Arithmetic<T>;
-  for (int64_t c = 0; c < columns; ++c) {
-    const A value = load(x[c]);
-    const A dz = relu_mask(dh[c], normalise(value, scale[c], shift[c]));
-    dgamma[c] += dz * (value - mean[c]);
-    dbeta[c] += dz;
-    dx[c] = store<T>(load(dx[c]) + scale[c] * dz);
-  }
-}
-
 template <typename T>
 struct Backward {
   Rows<const T> dz_y, y, x;
@@ -80,16 +64,12 @@ struct Backward {
     product_backward<T>(
         weight, M, out,
         [&](int64_t row, Element<T>* to) {
-          corrected_row<T>(dz_y[row], y[row], correction, K, padded, to);
+          dy_row<T>(dz_y[row], y[row], correction, K, padded, to);
         },
-        [&](int64_t row, int64_t column, int64_t columns, int64_t width, Element<T>* to) {
-          norm_relu_row<T>(x[row] + column, norm[kScale] + column, norm[kShift] + column, columns,
-                           width, to);
-        },
-        [&](int64_t row, int64_t column, int64_t columns, const A* dh, A* sums) {
-          take_dz<T>(dh, x[row] + column, norm[kScale] + column, norm[kShift] + column,
-                     norm[kMean] + column, columns, dx[row] + column, sums,
-                     sums + workspace::cpu::kColumns);
+        [&](const Part& part, const A* dh, A* sums, Unit<T>* h) {
+          take_dh<T, Take::kAdd>(dh, part.width, {x[part.first_row], x.stride}, norm, part.column,
+                                 part.columns, part.rows, {dx[part.first_row], dx.stride}, sums,
+                                 sums + workspace::cpu::kColumns, h);
         });
   }
 };

@@ -37,6 +37,23 @@ struct Source {
       norm_relu_row<T>(x[(image * H + row) * W + w] + column, norm[kScale] + column,
                        norm[kShift] + column, columns, width, out + (w + 1) * width);
   }
+
+  // The same as units of a reduction over pixels: `low` and, where a unit holds two, `high` are the
+  // image rows side by side.
+  void halo_row_units(int64_t image, int64_t low, int64_t high, int64_t column, int64_t columns,
+                      int64_t width, Unit<T>* out) const {
+    const int64_t rows[2] = {low, high};
+    std::fill_n(out, width, Unit<T>(0));
+    std::fill_n(out + (W + 1) * width, width, Unit<T>(0));
+    for (int64_t w = 0; w < W; ++w) {
+      const T* pixels[kGroup<T>];
+      for (int64_t i = 0; i < kGroup<T>; ++i)
+        pixels[i] = rows[i] < 0 || rows[i] >= H ? nullptr
+                                                : x[(image * H + rows[i]) * W + w] + column;
+      norm_relu_units<T>(pixels, norm[kScale] + column, norm[kShift] + column, columns, width,
+                         out + (w + 1) * width);
+    }
+  }
 };
 
 // Packs weight [K, C, 3, 3]: panels of columns, 9 taps of whole units in each. Forward: columns are
@@ -112,22 +129,6 @@ void forward(const Source<T>& source, const Tensor& weight, Rows<T> y,
   if (stats) moments.finish(*stats);
 }
 
-// dz for one pixel: sums, and dx := dz or dx += a * dz.
-template <typename T, bool Accumulate>
-inline void take_dz(const Arithmetic<T>* __restrict dh, const T* __restrict x,
-                    const Arithmetic<T>* __restrict scale, const Arithmetic<T>* __restrict shift,
-                    const Arithmetic<T>* __restrict mean, int64_t columns, T* __restrict dx,
-                    Arithmetic<T>* __restrict dgamma, Arithmetic<T>* __restrict dbeta) {
-  using A = Arithmetic<T>;
-  for (int64_t c = 0; c < columns; ++c) {
-    const A value = load(x[c]);
-    const A dz = relu_mask(dh[c], normalise(value, scale[c], shift[c]));
-    dgamma[c] += dz * (value - mean[c]);
-    dbeta[c] += dz;
-    dx[c] = Accumulate ? store<T>(load(dx[c]) + scale[c] * dz) : store<T>(dz);
-  }
-}
-
 template <typename T>
 struct Backward {
   using A = Arithmetic<T>;
@@ -153,7 +154,7 @@ struct Backward {
     U* dy_units = workspace.take<U>(slots * plan.dy_units / kGroupSize);
     U* operands = workspace.take<U>(slots * plan.operand);
     A* dhs = workspace.take<A>(slots * plan.dh);
-    A* spares = workspace.take<A>(slots * 4 * kColumns);
+    A* spares = workspace.take<A>(slots * 2 * kColumns);
     A* dweights = workspace.take<A>(groups * plan.dweight);
     double* sums = workspace.take_zeros<double>(groups * 2 * C);
     pack_taps<T>(weight, true, packed);
@@ -162,9 +163,8 @@ struct Backward {
       const int64_t slot = own_slot(slots);
       E* dy_halo = dys + slot * plan.dy;
       U* dy_unit = dy_units + slot * (plan.dy_units / kGroupSize);
-      A* tile_sums = spares + slot * 4 * kColumns;
+      A* tile_sums = spares + slot * 2 * kColumns;
       A* partial = dweights + group * plan.dweight;
-      if (dweight) std::fill_n(partial, plan.dweight, A(0));
       for (int64_t tile = plan.groups.first(group); tile < plan.groups.first(group + 1); ++tile) {
         const auto band = plan.bands.at(tile);
         for (int64_t r = 0; r < band.rows + 2; ++r)
@@ -179,22 +179,22 @@ struct Backward {
           add_to(tile_sums + kColumns, columns, sums + (2 * group + 1) * C + column);
           if (dweight)
             weight_gradient(band, column, columns, K, depth, dy_halo, dy_unit,
-                            operands + slot * plan.operand,
-                            reinterpret_cast<E*>(tile_sums + 2 * kColumns), plan.columns, partial);
+                            operands + slot * plan.operand, plan.columns, partial,
+                            tile > plan.groups.first(group));
         }
       }
     });
 
     finish_dnorm<A>(sums, groups, C, source.norm[kRstd], dnorm);
     if (!dweight) return;
+    if (plan.bands.tiles() == 0) return void(std::fill_n(dweight, K * C * 9, A(0)));
+    A* rows = dhs;  // dh is done with: a row of sums per thread
     parallel(K, [&](int64_t k) {
-      for (int64_t tap = 0; tap < 9; ++tap)
-        for (int64_t c = 0; c < C; ++c) {
-          A total = 0;
-          for (int64_t g = 0; g < groups; ++g)
-            total += dweights[g * plan.dweight + (tap * K + k) * plan.columns + c];
-          dweight[(k * C + c) * 9 + tap] = total;
-        }
+      A* row = rows + own_slot(slots) * C;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        sum_partials(dweights + (tap * K + k) * plan.columns, groups, plan.dweight, C, row);
+        for (int64_t c = 0; c < C; ++c) dweight[(k * C + c) * 9 + tap] = row[c];
+      }
     });
   }
 
@@ -210,10 +210,8 @@ struct Backward {
     std::fill_n(out + (W + 1) * depth, depth, E(0));
     for (int64_t w = 0; w < W; ++w) {
       const int64_t pixel = (image * source.H + row) * W + w;
-      if (y.data)
-        corrected_row<T>(dy[pixel], y[pixel], correction, K, depth, out + (w + 1) * depth);
-      else
-        element_row<T>(dy[pixel], K, depth, out + (w + 1) * depth);
+      dy_row<T>(dy[pixel], y.data ? y[pixel] : nullptr, correction, K, depth,
+                out + (w + 1) * depth);
     }
   }
 
@@ -232,34 +230,26 @@ struct Backward {
   void data_gradient(const Band& band, int64_t column, int64_t columns, int64_t steps,
                      const E* dy_halo, const U* packed, A* dh, A* sums) const {
     const int64_t W = source.W, width = workspace::cpu::pad(columns), pitch = (W + 2) * steps;
-    const auto& norm = source.norm;
     for (int64_t r = 0; r < band.rows; ++r) {
       product(row_product<T>(reinterpret_cast<const U*>(dy_halo) + r * pitch, W, steps, pitch,
                              packed + column * 9 * steps, columns, dh, width));
-      for (int64_t w = 0; w < W; ++w) {
-        const int64_t pixel = (band.image * source.H + band.first + r) * W + w;
-        const auto take = accumulate ? take_dz<T, true> : take_dz<T, false>;
-        take(dh + w * width, source.x[pixel] + column, norm[kScale] + column,
-             norm[kShift] + column, norm[kMean] + column, columns, dx[pixel] + column, sums,
-             sums + kColumns);
-      }
+      const int64_t pixel = (band.image * source.H + band.first + r) * W;
+      const auto take = accumulate ? take_dh<T, Take::kAdd> : take_dh<T, Take::kWrite>;
+      take(dh, width, {source.x[pixel], source.x.stride}, source.norm, column, columns, W,
+           {dx[pixel], dx.stride}, sums, sums + kColumns, nullptr);
     }
   }
 
   template <typename Band>
   void weight_gradient(const Band& band, int64_t column, int64_t columns, int64_t K, int64_t depth,
-                       const E* dy_halo, const U* dy_unit, U* h, E* spare, int64_t c_row,
-                       A* partial) const {
+                       const E* dy_halo, const U* dy_unit, U* h, int64_t c_row, A* partial,
+                       bool add) const {
     const int64_t W = source.W, width = workspace::cpu::pad(columns);
     const int64_t half = ceil_div(band.rows, kGroupSize), pitch = (W + 2) * width;
-    for (int64_t r = 0; r < half + 2; ++r) {
-      const int64_t row = band.first + r - 1;
-      if constexpr (kGroupSize == 1)
-        source.halo_row(band.image, row, column, columns, width, h + r * pitch);
-      else
-        unit_halo_row(band.image, row, r + half < band.rows + 2 ? row + half : -1, column, columns,
-                      width, spare, h + r * pitch);
-    }
+    for (int64_t r = 0; r < half + 2; ++r)
+      source.halo_row_units(band.image, band.first + r - 1,
+                            r + half < band.rows + 2 ? band.first + r - 1 + half : -1, column,
+                            columns, width, h + r * pitch);
     const bool by_rows = kGroupSize == 1;  // dy itself, read transposed
     const U* a = by_rows ? reinterpret_cast<const U*>(dy_halo + (W + 3) * depth) : dy_unit;
     for (int64_t tap = 0; tap < 9; ++tap)
@@ -269,28 +259,7 @@ struct Backward {
                          .b = h + (tap / 3 * (W + 2) + tap % 3) * width, .b_panel = kPanel<U>,
                          .b_step = width, .b_segment = pitch,
                          .c = partial + tap * K * c_row + column, .c_row = c_row,
-                         .accumulate = true});
-  }
-
-  // Two image rows of the operand side by side, each between zero pixels.
-  void unit_halo_row(int64_t image, int64_t low_row, int64_t high_row, int64_t column,
-                     int64_t columns, int64_t width, E* spare, U* out) const {
-    const int64_t H = source.H, W = source.W;
-    const auto fill = [&](int64_t row, int64_t w, E* to) {
-      if (row < 0 || row >= H)
-        std::fill_n(to, width, E(0));
-      else
-        norm_relu_row<T>(source.x[(image * H + row) * W + w] + column,
-                         source.norm[kScale] + column, source.norm[kShift] + column, columns, width,
-                         to);
-    };
-    std::fill_n(out, width, U(0));
-    std::fill_n(out + (W + 1) * width, width, U(0));
-    for (int64_t w = 0; w < W; ++w) {
-      fill(low_row, w, spare);
-      fill(high_row, w, spare + kColumns);
-      interleave<T>(spare, spare + kColumns, width, out + (w + 1) * width);
-    }
+                         .accumulate = add});
   }
 };
 

@@ -7,9 +7,7 @@
 #include <array>
 #include <utility>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace densenet_efficient::cpu {
 namespace {
@@ -19,20 +17,6 @@ constexpr int kMaxRows = 14;  // 32 vector registers
 #else
 constexpr int kMaxRows = 6;  // 16 vector registers
 #endif
-
-template <typename A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename A>
-using Vector = typename VectorOf<A>::type;
-
-template <typename V>
-inline V load_vector(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(V));
-  return v;
-}
 
 template <typename A>
 inline Vector<A> multiply_add(A a, Vector<A> b, Vector<A> c) {
@@ -53,10 +37,7 @@ template <typename U, int R, int V, bool Transposed>
 void block(const Product<U>& p, const U* a, const U* b, Accumulator<U>* c) {
   using A = Accumulator<U>;
   constexpr int64_t lanes = kVectorBytes / sizeof(A);
-  Vector<A> sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v)
-      sum[r][v] = p.accumulate ? load_vector<Vector<A>>(c + r * p.c_row + v * lanes) : Vector<A>{};
+  Vector<A> sum[R][V] = {};
   const int64_t a_row = Transposed ? 1 : p.a_row, a_step = Transposed ? p.a_step : 1;
   const int64_t b_step = p.b_step;
   for (int64_t g = 0; g < p.segments; ++g) {
@@ -64,7 +45,7 @@ void block(const Product<U>& p, const U* a, const U* b, Accumulator<U>* c) {
     const U* b_at = b + g * p.b_segment;
     for (int64_t k = 0; k < p.depth; ++k, a_at += a_step, b_at += b_step) {
       Vector<U> column[V];
-      for (int v = 0; v < V; ++v) column[v] = load_vector<Vector<U>>(b_at + v * lanes);
+      for (int v = 0; v < V; ++v) column[v] = read<Vector<U>>(b_at + v * lanes);
       for (int r = 0; r < R; ++r) {
         const U value = a_at[r * a_row];
         for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(value, column[v], sum[r][v]);
@@ -72,8 +53,11 @@ void block(const Product<U>& p, const U* a, const U* b, Accumulator<U>* c) {
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v)
-      std::memcpy(c + r * p.c_row + v * lanes, &sum[r][v], sizeof(Vector<A>));
+    for (int v = 0; v < V; ++v) {
+      A* to = c + r * p.c_row + v * lanes;
+      if (p.accumulate) sum[r][v] += read<Vector<A>>(to);
+      std::memcpy(to, &sum[r][v], sizeof(Vector<A>));
+    }
 }
 
 template <typename U>

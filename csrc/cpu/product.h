@@ -6,7 +6,8 @@
 // a is read one unit at a time and broadcast: row-major (a_step 1) or transposed (a_row 1). b is read
 // in vectors: panels of kPanel columns, packed from a weight, or a row-major tile (b_panel = kPanel).
 // A segment is a stretch of evenly spaced steps: 1 for a 1x1 convolution, the kernel rows of a 3x3.
-// All sums of one element of c run in the order of the segments and steps, whatever the blocking.
+// The steps of one product are summed from zero, in order, and added to c at the end: over many tiles
+// that loses less than one long chain of additions.
 #pragma once
 
 #include "numeric.h"

@@ -4,8 +4,7 @@
 #include <algorithm>
 
 #include "../checks.h"
-#include "../norm_relu.h"
-#include "numeric.h"
+#include "vector.h"
 
 namespace densenet_efficient::cpu {
 
@@ -29,12 +28,31 @@ Rows<T> output_rows(const Tensor& tensor, int64_t stride) {
 
 // One row as an operand: relu(scale * x + shift), zero up to `padded` columns.
 template <typename T>
-inline void norm_relu_row(const T* __restrict x, const Arithmetic<T>* __restrict scale,
-                          const Arithmetic<T>* __restrict shift, int64_t channels, int64_t padded,
-                          Element<T>* __restrict out) {
-  for (int64_t c = 0; c < channels; ++c)
-    out[c] = element<T>(norm_relu(load(x[c]), scale[c], shift[c]));
-  for (int64_t c = channels; c < padded; ++c) out[c] = Element<T>(0);
+inline void norm_relu_row(const T* x, const Arithmetic<T>* scale, const Arithmetic<T>* shift,
+                          int64_t channels, int64_t padded, Element<T>* out) {
+  for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t count) {
+    const int64_t left = channels - c;
+    const auto z = normalise(load_vector(x + c, left), load_vector(scale + c, left),
+                             load_vector(shift + c, left));
+    store_vector(relu_vector(z), out + c, count);
+  });
+}
+
+// The same as units of a reduction over rows: x holds the row, or two, that a unit holds, or null for
+// a row of zeros. `padded` is a multiple of the vector's length.
+template <typename T>
+inline void norm_relu_units(const T* const* x, const Arithmetic<T>* scale,
+                            const Arithmetic<T>* shift, int64_t channels, int64_t padded,
+                            Unit<T>* out) {
+  using V = Vector<Arithmetic<T>>;
+  for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t) {
+    const int64_t left = channels - c;
+    const V a = load_vector(scale + c, left), s = load_vector(shift + c, left);
+    V rows[kGroup<T>];
+    for (int64_t i = 0; i < kGroup<T>; ++i)
+      rows[i] = x[i] ? relu_vector(normalise(load_vector(x[i] + c, left), a, s)) : V{};
+    store_units<T>(rows, out + c);
+  });
 }
 
 // Units of a reduction over rows: element c of `low` and of `high` side by side (high null: zero).
@@ -51,30 +69,26 @@ inline void interleave(const Element<T>* __restrict low, const Element<T>* __res
   }
 }
 
-// One row of dy = a * dz - p - (y - mean) * q as an operand.
+// One row of dy = a * dz - p - (y - mean) * q as an operand; y null: dy = dz.
 template <typename T>
-inline void corrected_row(const T* __restrict dz, const T* __restrict y,
-                          const Rows<const Arithmetic<T>>& correction, int64_t channels,
-                          int64_t padded, Element<T>* __restrict out) {
-  const Arithmetic<T>* __restrict a = correction[kA];
-  const Arithmetic<T>* __restrict p = correction[kP];
-  const Arithmetic<T>* __restrict q = correction[kQ];
-  const Arithmetic<T>* __restrict mean = correction[kCenter];
-  for (int64_t c = 0; c < channels; ++c)
-    out[c] = element<T>(correct(load(dz[c]), load(y[c]), a[c], p[c], q[c], mean[c]));
-  for (int64_t c = channels; c < padded; ++c) out[c] = Element<T>(0);
+inline void dy_row(const T* dz, const T* y, const Rows<const Arithmetic<T>>& correction,
+                   int64_t channels, int64_t padded, Element<T>* out) {
+  for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t count) {
+    const int64_t left = channels - c;
+    auto dy = load_vector(dz + c, left);
+    if (y)
+      dy = correct(dy, load_vector(y + c, left), load_vector(correction[kA] + c, left),
+                   load_vector(correction[kP] + c, left), load_vector(correction[kQ] + c, left),
+                   load_vector(correction[kCenter] + c, left));
+    store_vector(dy, out + c, count);
+  });
 }
 
 template <typename T>
-inline void element_row(const T* __restrict from, int64_t channels, int64_t padded,
-                        Element<T>* __restrict out) {
-  for (int64_t c = 0; c < channels; ++c) out[c] = element<T>(load(from[c]));
-  for (int64_t c = channels; c < padded; ++c) out[c] = Element<T>(0);
-}
-
-template <typename T>
-inline void store_row(const Arithmetic<T>* __restrict from, int64_t channels, T* __restrict to) {
-  for (int64_t c = 0; c < channels; ++c) to[c] = store<T>(from[c]);
+inline void store_row(const Arithmetic<T>* from, int64_t channels, T* to) {
+  for_vectors<Arithmetic<T>>(channels, [&](int64_t c, int64_t count) {
+    store_vector(load_vector(from + c, count), to + c, count);
+  });
 }
 
 // Adds partial[0], partial[1], ... (each `count` elements, `pitch` apart), in this order.
@@ -120,21 +134,67 @@ inline void make_correction(Rows<const A> dnorm, Rows<const A> norm, int64_t cou
 
 // dx = a * dz - p - (x - mean) * q with dz = dh * [a * x + s > 0], for part of a row.
 template <typename T>
-inline void norm_backward_row(const Arithmetic<T>* __restrict dh, const T* __restrict x,
-                              Rows<const Arithmetic<T>> norm,
+inline void norm_backward_row(const Arithmetic<T>* dh, const T* x, Rows<const Arithmetic<T>> norm,
                               Rows<const Arithmetic<T>> correction, int64_t column,
-                              int64_t columns, T* __restrict dx) {
-  using A = Arithmetic<T>;
-  const A* __restrict scale = norm[kScale] + column;
-  const A* __restrict shift = norm[kShift] + column;
-  const A* __restrict p = correction[kP] + column;
-  const A* __restrict q = correction[kQ] + column;
-  const A* __restrict mean = correction[kCenter] + column;
-  for (int64_t c = 0; c < columns; ++c) {
-    const A value = load(x[c]);
-    const A dz = relu_mask(dh[c], normalise(value, scale[c], shift[c]));
-    dx[c] = store<T>(correct(dz, value, scale[c], p[c], q[c], mean[c]));
+                              int64_t columns, T* dx) {
+  for_vectors<Arithmetic<T>>(columns, [&](int64_t c, int64_t count) {
+    const auto table = [&](const auto& rows, int64_t row) {
+      return load_vector(rows[row] + column + c, count);
+    };
+    const auto value = load_vector(x + c, count), scale = table(norm, kScale);
+    const auto z = normalise(value, scale, table(norm, kShift));
+    const auto dz = relu_mask_vector(load_vector(dh + c, count), z);
+    store_vector(correct(dz, value, scale, table(correction, kP), table(correction, kQ),
+                         table(correction, kCenter)),
+                 dx + c, count);
+  });
+}
+
+// What becomes of dh behind the product, for a tile: `rows` neighbouring rows of x and dx, `columns`
+// columns of them, dh [rows][width].
+//   dz = dh * [a * x + s > 0];  dx := dz (kWrite) or dx += a * dz (kAdd)
+//   sums[0] += dz * (x - mean), sums[1] += dz;  h, where not null: relu(a * x + s) as units
+enum class Take { kWrite, kAdd };
+
+template <typename T, Take take>
+void take_dh(const Arithmetic<T>* dh, int64_t width, Rows<const T> x,
+             Rows<const Arithmetic<T>> norm, int64_t column, int64_t columns, int64_t rows,
+             Rows<T> dx, Arithmetic<T>* dgamma, Arithmetic<T>* dbeta, Unit<T>* h) {
+  using V = Vector<Arithmetic<T>>;
+  constexpr int64_t kBlock = 8;  // rows between two visits to the sums; they stream from memory
+  for (int64_t first = 0; first < rows; first += kBlock) {
+    const int64_t last = std::min(rows, first + kBlock);
+    for_vectors<Arithmetic<T>>(columns, [&](int64_t c, int64_t count) {
+      const int64_t at = column + c;
+      const V scale = load_vector(norm[kScale] + at, count);
+      const V shift = load_vector(norm[kShift] + at, count);
+      const V mean = load_vector(norm[kMean] + at, count);
+      V sum_dz_x = load_whole(dgamma + c), sum_dz = load_whole(dbeta + c);
+      for (int64_t r = first; r < last; r += kGroup<T>) {
+        V unit[kGroup<T>];
+        for (int64_t i = 0; i < kGroup<T>; ++i) {
+          unit[i] = V{};
+          if (r + i >= last) continue;
+          const V value = load_vector(x[r + i] + at, count);
+          const V z = normalise(value, scale, shift);
+          const V dz = relu_mask_vector(load_whole(dh + (r + i) * width + c), z);
+          sum_dz_x += dz * (value - mean);
+          sum_dz += dz;
+          T* to = dx[r + i] + at;
+          store_vector(take == Take::kAdd ? load_vector(to, count) + scale * dz : dz, to, count);
+          unit[i] = relu_vector(z);
+        }
+        if (h) store_units<T>(unit, h + r / kGroup<T> * width + c);
+      }
+      store_whole(sum_dz_x, dgamma + c);
+      store_whole(sum_dz, dbeta + c);
+    });
   }
+  // Columns up to the panel's width are operands too.
+  if (h && round_up(columns, kLanes<Arithmetic<T>>) < width)
+    for (int64_t r = 0; r < ceil_div(rows, kGroup<T>); ++r)
+      std::fill(h + r * width + round_up(columns, kLanes<Arithmetic<T>>), h + (r + 1) * width,
+                Unit<T>(0));
 }
 
 template <typename A>

@@ -15,7 +15,7 @@ namespace densenet_efficient::cpu {
 namespace {
 
 // Per-channel vectors of a task: the best value, what was chosen, sums or moments.
-constexpr int64_t kSpareRows = 5;
+constexpr int64_t kSpareRows = 4;
 
 template <typename T>
 struct Stem {

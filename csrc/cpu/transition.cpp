@@ -23,38 +23,21 @@ struct Pooling {
   }
 };
 
+// One pooled row as an operand, zero up to `padded` columns.
 template <typename T>
-inline void pooled_row(Rows<const T> x, int64_t corner, int64_t x_width, int64_t column,
-                       const Arithmetic<T>* __restrict scale,
-                       const Arithmetic<T>* __restrict shift, int64_t columns, int64_t padded,
-                       Element<T>* __restrict out) {
-  using A = Arithmetic<T>;
-  const T* __restrict x00 = x[corner] + column;
-  const T* __restrict x01 = x[corner + 1] + column;
-  const T* __restrict x10 = x[corner + x_width] + column;
-  const T* __restrict x11 = x[corner + x_width + 1] + column;
-  for (int64_t c = 0; c < columns; ++c) {
-    const A top = norm_relu(load(x00[c]), scale[c], shift[c]) +
-                  norm_relu(load(x01[c]), scale[c], shift[c]);
-    const A bottom = norm_relu(load(x10[c]), scale[c], shift[c]) +
-                     norm_relu(load(x11[c]), scale[c], shift[c]);
-    out[c] = element<T>((top + bottom) * A(0.25));
-  }
-  for (int64_t c = columns; c < padded; ++c) out[c] = Element<T>(0);
-}
-
-template <typename T>
-inline void add_dz(const Arithmetic<T>* __restrict dh, const T* __restrict x,
-                   const Arithmetic<T>* __restrict scale, const Arithmetic<T>* __restrict shift,
-                   const Arithmetic<T>* __restrict mean, int64_t columns,
-                   Arithmetic<T>* __restrict dgamma, Arithmetic<T>* __restrict dbeta) {
-  using A = Arithmetic<T>;
-  for (int64_t c = 0; c < columns; ++c) {
-    const A value = load(x[c]);
-    const A dz = relu_mask(dh[c], normalise(value, scale[c], shift[c]));
-    dgamma[c] += dz * (value - mean[c]);
-    dbeta[c] += dz;
-  }
+inline void pooled_row(Rows<const T> x, int64_t corner, int64_t x_width,
+                       Rows<const Arithmetic<T>> norm, int64_t channels, int64_t padded,
+                       Element<T>* out) {
+  for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t count) {
+    const int64_t left = channels - c;
+    const auto scale = load_vector(norm[kScale] + c, left);
+    const auto shift = load_vector(norm[kShift] + c, left);
+    const auto h = [&](int64_t row) {
+      return relu_vector(normalise(load_vector(x[row] + c, left), scale, shift));
+    };
+    const auto sum = (h(corner) + h(corner + 1)) + (h(corner + x_width) + h(corner + x_width + 1));
+    store_vector(sum * Arithmetic<T>(0.25), out + c, count);
+  });
 }
 
 Pooling pooling(const Tensor& x) {
@@ -74,8 +57,7 @@ void forward(const Tensor& x, int64_t x_stride, const Tensor& norm, int64_t norm
   if (stats) stats_rows = output_rows<A>(*stats, stats_stride);
   product_forward<T>(weight, x.size(0) * pool.height * pool.width, output_rows<T>(y, y_stride),
                      stats_rows, [=](int64_t row, Element<T>* out) {
-                       pooled_row<T>(source, pool.corner(row), pool.x_width, 0, table[kScale],
-                                     table[kShift], C, padded, out);
+                       pooled_row<T>(source, pool.corner(row), pool.x_width, table, C, padded, out);
                      });
 }
 
@@ -93,36 +75,24 @@ struct Backward {
     const int64_t K = weight.size(0), padded = round_up(K, kGroup<T>);
     const int64_t M = images * pool.height * pool.width;
     const auto load_dy = [&](int64_t row, Element<T>* to) {
-      element_row<T>(dy[row], K, padded, to);
+      dy_row<T>(dy[row], nullptr, {}, K, padded, to);
     };
-    const auto load_h = [&](int64_t row, int64_t column, int64_t columns, int64_t width,
-                            Element<T>* to) {
-      pooled_row<T>(x, pool.corner(row), pool.x_width, column, norm[kScale] + column,
-                    norm[kShift] + column, columns, width, to);
-    };
-    // Each of the four pixels takes a quarter of dpooled.
-    const auto quarter = [](A* dpooled, int64_t columns) {
-      for (int64_t c = 0; c < columns; ++c) dpooled[c] *= A(0.25);
-    };
-    product_backward<T>(weight, M, out, load_dy, load_h,
-                        [&](int64_t row, int64_t column, int64_t columns, A* dh, A* sums) {
-                          quarter(dh, columns);
-                          for (int64_t pixel = 0; pixel < 4; ++pixel)
-                            add_dz<T>(dh, x[neighbour(row, pixel)] + column, norm[kScale] + column,
-                                      norm[kShift] + column, norm[kMean] + column, columns, sums,
-                                      sums + workspace::cpu::kColumns);
+    product_backward<T>(weight, M, out, load_dy,
+                        [&](const Part& part, const A* dh, A* sums, Unit<T>* h) {
+                          take_sums(part, dh, sums, sums + workspace::cpu::kColumns, h);
                         });
 
     Workspace workspace(weight, workspace::cpu::transition_correction_bytes(channels, sizeof(A)));
     const Rows<A> correction{workspace.take<A>(kCorrectionRows * channels), channels};
     make_correction<A>({out.dnorm.data, out.dnorm.stride}, norm, count, channels, correction);
     const A* zeros = workspace.take_zeros<A>(channels);
-    product_backward<T>(weight, M, {}, load_dy, load_h,
-                        [&](int64_t row, int64_t column, int64_t columns, A* dh, A*) {
-                          quarter(dh, columns);
-                          for (int64_t pixel = 0; pixel < 4; ++pixel)
-                            write_dx(neighbour(row, pixel), column, columns, dh, correction);
-                        });
+    product_backward<T>(weight, M, {}, load_dy, [&](const Part& part, A* dh, A*, Unit<T>*) {
+      for (int64_t i = 0; i < part.rows * part.width; ++i) dh[i] *= A(0.25);
+      for (int64_t r = 0; r < part.rows; ++r)
+        for (int64_t pixel = 0; pixel < 4; ++pixel)
+          write_dx(neighbour(part.first_row + r, pixel), part.column, part.columns,
+                   dh + r * part.width, correction);
+    });
     // The edge that an odd height or width leaves out of the pooling.
     parallel(images * pool.x_height, [&](int64_t line) {
       const bool dropped = line % pool.x_height >= 2 * pool.height;
@@ -134,6 +104,38 @@ struct Backward {
  private:
   int64_t neighbour(int64_t row, int64_t pixel) const {
     return pool.corner(row) + pixel / 2 * pool.x_width + pixel % 2;
+  }
+
+  // Sums over the four pixels behind each row of dh, and the pooled rows as units.
+  void take_sums(const Part& part, const Arithmetic<T>* dh, Arithmetic<T>* dgamma,
+                 Arithmetic<T>* dbeta, Unit<T>* h) const {
+    using A = Arithmetic<T>;
+    using V = Vector<A>;
+    for (int64_t r = 0; r < part.rows; r += kGroup<T>)
+      for_vectors<A>(part.width, [&](int64_t c, int64_t) {
+        const int64_t at = part.column + c, left = part.columns - c;
+        const V scale = load_vector(norm[kScale] + at, left);
+        const V shift = load_vector(norm[kShift] + at, left);
+        const V mean = load_vector(norm[kMean] + at, left);
+        V sum_dz_x = load_whole(dgamma + c), sum_dz = load_whole(dbeta + c);
+        V pooled[kGroup<T>] = {};
+        for (int64_t i = 0; i < std::min(kGroup<T>, part.rows - r); ++i) {
+          const V quarter = load_whole(dh + (r + i) * part.width + c) * A(0.25);
+          V relu[4];
+          for (int64_t pixel = 0; pixel < 4; ++pixel) {
+            const V value = load_vector(x[neighbour(part.first_row + r + i, pixel)] + at, left);
+            const V z = normalise(value, scale, shift);
+            const V dz = relu_mask_vector(quarter, z);
+            sum_dz_x += dz * (value - mean);
+            sum_dz += dz;
+            relu[pixel] = relu_vector(z);
+          }
+          pooled[i] = ((relu[0] + relu[1]) + (relu[2] + relu[3])) * A(0.25);
+        }
+        store_whole(sum_dz_x, dgamma + c);
+        store_whole(sum_dz, dbeta + c);
+        if (h) store_units<T>(pooled, h + r / kGroup<T> * part.width + c);
+      });
   }
 
   void write_dx(int64_t row, int64_t column, int64_t columns, const Arithmetic<T>* dh,
