@@ -102,3 +102,40 @@ def test_gpu_check_says_what_it_needs() -> None:
         text=True,
     )
     assert done.returncode == 1 and "needs torch and pytest" in done.stderr
+
+
+def test_gpu_check_runs_every_step_and_fails_with_any(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    failing: set[str] = set()
+    environments: dict[str, dict[str, str]] = {}
+
+    def run(self: object, step: str, command: list[str], limit: float, **env: str) -> bool:
+        environments[step] = env
+        status = "failed" if step in failing else "passed"
+        self.record(gpu_check.Outcome(step, status, 1.0, " ".join(command), "a line"))  # type: ignore[attr-defined]
+        return step not in failing
+
+    monkeypatch.setattr(gpu_check.Runner, "run", run)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check, "library_gap", lambda: "there is none")
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_check.main() == 0
+    steps = list(environments)
+    assert steps[:3] == ["build for 9.0", "info", "tests"]
+    assert steps[3:6] == ["memcheck", "racecheck", "initcheck"]
+    assert steps[6:] == ["stages", "training", "memory"]
+    assert environments["build for 9.0"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    text = (tmp_path / "gpu-check.md").read_text()
+    assert "NVIDIA H200" in text and "| racecheck" in text
+    failing.add("racecheck")
+    assert gpu_check.main() == 1
+    failing.add("build for 9.0")
+    environments.clear()
+    assert gpu_check.main() == 1 and list(environments) == ["build for 9.0"]

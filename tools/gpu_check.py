@@ -194,7 +194,7 @@ def main() -> int:
         markdown_table(("step", "status", "seconds", "last line"), rows),
         "cuda",
     )
-    print(f"written: {path.relative_to(ROOT)}, .json and .log")
+    print(f"written: {path}, .json and .log")
     return int(any(o.status in (FAILED, NOT_RUN) for o in runner.outcomes))
 
 
