@@ -47,7 +47,7 @@ cuda: $(STAMP)
 	$(BIN)/python tools/ptxas_report.py build/native/cuda
 
 emulation: build
-	$(BIN)/python -m pytest -k emulation $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py
