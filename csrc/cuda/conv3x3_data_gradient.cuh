@@ -73,17 +73,19 @@ using Layout = DataGradientLayout;
 template <typename T>
 __device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsigned char* shared,
                                                int dy, int zeros, const unsigned char* weight,
-                                               const uint32_t (&pixels)[4], int pitch, int outputs) {
+                                               const uint32_t (&rows)[4], int pitch, int outputs) {
   const int lane = lane_index();
 #pragma unroll 1
   for (int dh = -1; dh <= 1; ++dh) {
 #pragma unroll 1
     for (int dw = -1; dw <= 1; ++dw) {
       const int tap = 3 * dh + dw + 4;
+      // The neighbour at (dh, dw) took this pixel through the opposite tap.
+      const int weight_offset = panel_offset(a_row(lane) * kTaps + 8 - tap, a_chunk(lane));
       int offsets[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m)
-        offsets[m] = tap_offset(pixels[m], tap, dh * pitch + dw, dy, zeros, a_chunk(lane));
+        offsets[m] = tap_offset(rows[m], tap, dh * pitch + dw, dy, zeros);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         if (16 * step >= outputs) break;
@@ -92,10 +94,9 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsi
         for (int m = 0; m < 4; ++m) ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)));
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
-          // The neighbour at (dh, dw) took this pixel through the opposite tap.
           uint32_t b[4];
-          ldmatrix_x4_trans(b, weight + panel_offset((16 * step + a_row(lane)) * kTaps + 8 - tap,
-                                                     j + a_chunk(lane)));
+          ldmatrix_x4_trans(b, weight + 16 * step * kTaps * kPanelRowBytes +
+                                   (weight_offset ^ (16 * j)));
           const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
@@ -247,8 +248,7 @@ __global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
         uint32_t own[4];
 #pragma unroll
         for (int m = 0; m < 4; ++m)
-          own[m] =
-              shared_load<uint2>(pixels + (warp_pixel + 16 * m + a_row(lane)) * kPixelBytes).y;
+          own[m] = operand_row(pixels, warp_pixel + 16 * m + a_row(lane), a_chunk(lane));
         const int dy = layout.dy_offset() + output * gradient_panel_bytes(images);
         multiply_panel<T>(acc, shared, dy, dy + images.positions * kPanelRowBytes, stage, own,
                           images.pitch, args.outputs - output * kPanelChannels);

@@ -64,16 +64,16 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
                                               const unsigned char* x, const unsigned char* pixels,
                                               int zeros, int dh, int pitch, int steps) {
   const int lane = lane_index();
+  const int x_offset = panel_offset(a_row(lane), a_chunk(lane));
   for (int step = 0; step < steps; ++step) {
     uint32_t b[2][4];
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      ldmatrix_x4_trans(b[j], x + panel_offset(16 * step + a_row(lane), 2 * j + a_chunk(lane)));
-    const uint32_t pixel = shared_load<uint2>(pixels + (16 * step + b_row(lane)) * kPixelBytes).y;
+      ldmatrix_x4_trans(b[j], x + step * 16 * kPanelRowBytes + (x_offset ^ (32 * j)));
+    const uint32_t row = operand_row(pixels, 16 * step + b_row(lane), b_chunk(lane));
 #pragma unroll
     for (int dw = -1; dw <= 1; ++dw) {
-      const int offset =
-          tap_offset(pixel, 3 * dh + dw + 4, dh * pitch + dw, dy, zeros, b_chunk(lane));
+      const int offset = tap_offset(row, 3 * dh + dw + 4, dh * pitch + dw, dy, zeros);
 #pragma unroll
       for (int m = 0; m < kDepths; ++m) {
         uint32_t a[4];

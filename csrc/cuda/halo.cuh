@@ -61,16 +61,17 @@ struct TileOrigin {
 };
 
 // A pixel of a tile: x is its distance from the tile's first pixel, in pixels of the images (negative
-// where there is no pixel); y its position and, from bit 16 on, which of its neighbours exist: bit
-// 3 (dh + 1) + dw + 1.
+// where there is no pixel); y its position in bytes of a panel and, from bit 16 on, which of its
+// neighbours exist: bit 3 (dh + 1) + dw + 1.
 __device__ __forceinline__ uint2 describe_pixel(const Images& images, const TileOrigin& origin,
                                                 int pixel) {
   const int row = pixel / images.tile_width, column = pixel % images.tile_width;
   const int64_t image_row = origin.image_row + row;
   const int w = origin.column + column;
-  const uint32_t position = (row + 1) * images.pitch + column + images.margin;
+  const uint32_t position =
+      ((row + 1) * images.pitch + column + images.margin) * kPanelRowBytes;
   if (row >= images.tile_height || image_row >= images.image_rows || w >= images.width)
-    return uint2{0xffffffffu, position & 7};
+    return uint2{0xffffffffu, position % kZeroBytes};
   const int h = static_cast<int>(image_row % images.height);
   const uint32_t columns = (w > 0 ? 1u : 0u) | 2u | (w + 1 < images.width ? 4u : 0u);
   const uint32_t mask =
@@ -158,13 +159,17 @@ __device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& 
   }
 }
 
-// The offset of a pixel's operand row for the tap `bit`, at `shift` positions from its own: in the
-// halo at `halo`, or among the zero rows at `zeros`. chunk: the lane's.
-__device__ __forceinline__ int tap_offset(uint32_t pixel, int bit, int shift, int halo, int zeros,
-                                          int chunk) {
-  const int position = static_cast<int>(pixel & 0xffffu) + shift;
-  const bool exists = (pixel >> (16 + bit)) & 1;
-  return (exists ? halo : zeros) + panel_offset(exists ? position : position & 7, chunk);
+// A lane's operand row of a pixel: the described y with the lane's chunk added.
+__device__ __forceinline__ uint32_t operand_row(const unsigned char* pixels, int pixel, int chunk) {
+  return shared_load<uint2>(pixels + pixel * kPixelBytes).y + chunk * 16;
+}
+
+// Its offset for the tap `bit`, at `shift` positions from its own: in the halo at `halo`, or among the
+// zero rows at `zeros`.
+__device__ __forceinline__ int tap_offset(uint32_t row, int bit, int shift, int halo, int zeros) {
+  const int offset = static_cast<int>(row & 0xffffu) + shift * kPanelRowBytes;
+  const bool exists = (row >> (16 + bit)) & 1;
+  return (exists ? halo : zeros) + permute_chunks(exists ? offset : offset & (kZeroBytes - 1));
 }
 
 }  // namespace device

@@ -66,7 +66,7 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
                                                const unsigned char* shared, int halo, int zeros,
                                                const unsigned char* weight,
-                                               const uint32_t (&pixels)[4], int pitch) {
+                                               const uint32_t (&rows)[4], int pitch) {
   using namespace device;
   const int lane = lane_index();
 #pragma unroll 1
@@ -74,10 +74,11 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
 #pragma unroll 1
     for (int dw = -1; dw <= 1; ++dw) {
       const int tap = 3 * dh + dw + 4;
+      const int weight_offset = panel_offset(b_row(lane) * kTaps + tap, b_chunk(lane));
       int offsets[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m)
-        offsets[m] = tap_offset(pixels[m], tap, dh * pitch + dw, halo, zeros, a_chunk(lane));
+        offsets[m] = tap_offset(rows[m], tap, dh * pitch + dw, halo, zeros);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         uint32_t a[4][4];
@@ -86,8 +87,7 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
           uint32_t b[4];
-          ldmatrix_x4(b, weight + panel_offset((8 * j + b_row(lane)) * kTaps + tap,
-                                               2 * step + b_chunk(lane)));
+          ldmatrix_x4(b, weight + 8 * j * kTaps * kPanelRowBytes + (weight_offset ^ (32 * step)));
           const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
       uint32_t own[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m)
-        own[m] = shared_load<uint2>(pixels + (warp * Tile::kGroup + 16 * m + a_row(lane)) *
-                                                 kPixelBytes).y;
+        own[m] =
+            operand_row(pixels, warp * Tile::kGroup + 16 * m + a_row(lane), a_chunk(lane));
       multiply_panel<T, kTiles>(acc, shared,
                                 stage_index * layout.stage_bytes() + layout.halo_offset(),
                                 layout.zero_offset(), stage, own, images.pitch);

@@ -5,7 +5,7 @@
 // order permuted by the row. Every way in which the kernels touch a panel meets each bank once:
 //   ldmatrix        one chunk of eight rows whose numbers differ modulo 8
 //   16-byte access  four chunks of each row, rows in pairs of an even and an odd one
-//   8-byte access   two neighbouring chunks of eight rows (a warp's 16 channels)
+//   8-byte access   two neighbouring chunks of rows 0, 1, 4, 5 or 2, 3, 6, 7 (modulo eight)
 //   4-byte access   an accumulator: one chunk of eight rows; or two whole rows
 #pragma once
 
@@ -40,8 +40,11 @@ struct Table {
   DE_HOST_DEVICE Table from_channel(int channel) const { return {data + channel, stride}; }
 };
 
+// For row * 64 + chunk * 16.
+__device__ __forceinline__ int permute_chunks(int offset) { return offset ^ ((offset >> 3) & 0x30); }
+
 __device__ __forceinline__ int panel_offset(int row, int chunk) {
-  return row * kPanelRowBytes + ((chunk ^ ((row & 2) | ((row >> 2) & 1))) << 4);
+  return permute_chunks(row * kPanelRowBytes + chunk * 16);
 }
 
 // How many of the eight channels from `channel` on exist.
