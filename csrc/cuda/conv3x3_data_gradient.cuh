@@ -1,15 +1,15 @@
-// The 3x3 convolution's data gradient: dz [M, C] = conv3x3^T(dy, weight) * [a * x + s > 0], written to
-// dx, or added to it times a; and the sums of dz and dz * x_hat.
+// The 3x3 convolution's data gradient: dz [M, C] = conv3x3^T(dy, weight) * [a * x + s > 0], written
+// to dx, or added to it times a; and the sums of dz and dz * x_hat.
 //
-// Tile: as in the forward pass, 64 pixels a warp. dy and its halo stay in shared memory for the whole
-// tile; for 32 channels of x at a time, their weight passes by and nine shifted products add up in
-// registers. The result goes through the place where x lay, from where it leaves in rows.
-// Who owns what: a block walks over a static range of tiles; (tile, 32 channels, 32 outputs) triples
-// form one sequence, of which cp.async loads the next while this one is multiplied.
-// Bytes: x once, dx once (accumulating: twice), dy and y times the halo's share, the weight once per
-// tile (2 * 9 K C, from the L2 cache).
-// Sums: fp32, a tile's in registers and over its warps in order, a block's tiles in order in its own
-// partial, blocks in a second pass.
+// Tile: as in the forward pass, 64 pixels a warp. dy and its halo stay in shared memory for the
+// whole tile; for 32 channels of x at a time, their weight passes by and nine shifted products add
+// up in registers. The result goes through the place where x lay, from where it leaves in rows.
+// Who owns what: a block walks over a static range of tiles; (tile, 32 channels, 32 outputs)
+// triples form one sequence, of which cp.async loads the next while this one is multiplied.
+// Bytes: x once, dx once (accumulating: twice), dy and y times the halo's share, the weight once
+// per tile (2 * 9 K C, from the L2 cache).
+// Sums: fp32, a tile's in registers and over its warps in order, a block's tiles in order in its
+// own partial, blocks in a second pass.
 #pragma once
 
 #include "conv3x3_gradients.cuh"
@@ -38,8 +38,8 @@ struct DataGradientLayout {
   int positions, groups, output_panels;
   bool accumulate;
 
-  // A stage: weight, norm [32][4], x and, if it is added to, dx. Behind the stages: the warps' sums,
-  // twice; dy; its correction; the tile's pixels.
+  // A stage: weight, norm [32][4], x and, if it is added to, dx. Behind the stages: the warps'
+  // sums, twice; dy; its correction; the tile's pixels.
   DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
   DE_HOST_DEVICE int x_offset() const { return norm_offset() + kNormBytes; }
   DE_HOST_DEVICE int x_bytes() const { return groups * kGroup * device::kPanelRowBytes; }
@@ -48,8 +48,7 @@ struct DataGradientLayout {
   DE_HOST_DEVICE int sums_offset() const { return kStages * stage_bytes(); }
   DE_HOST_DEVICE int dy_offset() const { return sums_offset() + 2 * groups * kWarpSumBytes; }
   DE_HOST_DEVICE int correction_offset() const {
-    return dy_offset() +
-           output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
+    return dy_offset() + output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
   }
   DE_HOST_DEVICE int pixels_offset() const {
     return correction_offset() + output_panels * device::kCorrectionBytes;
@@ -84,8 +83,7 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsi
       const int weight_offset = panel_offset(a_row(lane) * kTaps + 8 - tap, a_chunk(lane));
       int offsets[4];
 #pragma unroll
-      for (int m = 0; m < 4; ++m)
-        offsets[m] = tap_offset(rows[m], tap, dh * pitch + dw, dy, zeros);
+      for (int m = 0; m < 4; ++m) offsets[m] = tap_offset(rows[m], tap, dh * pitch + dw, dy, zeros);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         if (16 * step >= outputs) break;
@@ -95,8 +93,8 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsi
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
           uint32_t b[4];
-          ldmatrix_x4_trans(b, weight + 16 * step * kTaps * kPanelRowBytes +
-                                   (weight_offset ^ (16 * j)));
+          ldmatrix_x4_trans(
+              b, weight + 16 * step * kTaps * kPanelRowBytes + (weight_offset ^ (16 * j)));
           const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
           for (int m = 0; m < 4; ++m) {

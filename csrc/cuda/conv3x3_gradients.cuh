@@ -33,8 +33,8 @@ __device__ __forceinline__ void clear_zero_rows(unsigned char* halo, const Image
                  uint4{0, 0, 0, 0});
 }
 
-// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads of a
-// position read neighbours. Channels past the end get zeros.
+// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads
+// of a position read neighbours. Channels past the end get zeros.
 constexpr int kCorrectionBytes = kPanelChannels * kCorrectionRows * 4;  // of a panel
 
 __device__ __forceinline__ void load_correction(unsigned char* shared, const OutputGradient& from,
@@ -50,8 +50,8 @@ __device__ __forceinline__ void load_correction(unsigned char* shared, const Out
   }
 }
 
-// The corrected dy of a tile and its halo, channels past the end zero. kBatch positions a thread are
-// under way at a time.
+// The corrected dy of a tile and its halo, channels past the end zero. kBatch positions a thread
+// are under way at a time.
 template <typename T, int kBatch>
 __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigned char* correction,
                                               const Images& images, const TileOrigin& origin,

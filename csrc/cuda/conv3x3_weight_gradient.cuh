@@ -1,14 +1,14 @@
 // The 3x3 convolution's weight gradient: dweight [K, C, 3, 3] = sum over pixels of dy^T times
 // relu(a * x + s) at each of nine shifts.
 //
-// Tile: rows of pixels of the images (halo.cuh), 16, 32 or 48 outputs, 64 channels. It is dy that is
-// shifted, so that x needs no halo and each element of it is normalised once, in place.
+// Tile: rows of pixels of the images (halo.cuh), 16, 32 or 48 outputs, 64 channels. It is dy that
+// is shifted, so that x needs no halo and each element of it is normalised once, in place.
 // Who owns what: three warps for each 32 channels, one for each row of taps: 3 taps x outputs x
-// 32 channels of dweight in registers for the whole run. A block walks over a static range of tiles;
-// cp.async loads the next tile of x while this one is multiplied.
-// Bytes: x once, dy and y times the halo's share once for every 64 channels (from the L2 cache after
-// the first: blocks of the same rows are neighbours), partial sums 4 * 9 K C for each row block, twice.
-// Sums: fp32 in registers over the block's pixels in order; blocks in a second pass.
+// 32 channels of dweight in registers for the whole run. A block walks over a static range of
+// tiles; cp.async loads the next tile of x while this one is multiplied.
+// Bytes: x once, dy and y times the halo's share once for every 64 channels (from the L2 cache
+// after the first: blocks of the same rows are neighbours), partial sums 4 * 9 K C for each row
+// block, twice. Sums: fp32 in registers over the block's pixels in order; blocks in a second pass.
 #pragma once
 
 #include "conv3x3_gradients.cuh"
@@ -31,14 +31,14 @@ struct WeightGradientLayout {
   static constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
   int positions, groups, panels, output_panels;
 
-  // A stage: x and the norm of each panel. Behind the stages: dy, its correction, the tile's pixels.
+  // A stage: x and the norm of each panel. Behind the stages: dy, its correction, the tile's
+  // pixels.
   DE_HOST_DEVICE int x_bytes() const { return groups * kGroup * device::kPanelRowBytes; }
   DE_HOST_DEVICE int panel_bytes() const { return x_bytes() + device::kScaleShiftBytes; }
   DE_HOST_DEVICE int stage_bytes() const { return panels * panel_bytes(); }
   DE_HOST_DEVICE int dy_offset() const { return kStages * stage_bytes(); }
   DE_HOST_DEVICE int correction_offset() const {
-    return dy_offset() +
-           output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
+    return dy_offset() + output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
   }
   DE_HOST_DEVICE int pixels_offset() const {
     return correction_offset() + output_panels * device::kCorrectionBytes;
@@ -90,7 +90,8 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
 }
 
 template <typename T, int kDepths>
-__global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1) kernel(WeightGradient args, Images images) {
+__global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
+    kernel(WeightGradient args, Images images) {
   constexpr int kOutputs = 16 * kDepths, kOutputPanels = (kDepths + 1) / 2;
   const Layout layout{images.positions, images.groups, args.panels, kOutputPanels};
   const int threads = 96 * args.panels, warp = warp_index(), lane = lane_index();

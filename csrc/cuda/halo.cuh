@@ -1,10 +1,11 @@
-// Tiles of an image with their halo in shared memory, for the 3x3 convolution: where each pixel lies,
-// which of its nine neighbours exist, and how the threads of a block share the loading.
+// Tiles of an image with their halo in shared memory, for the 3x3 convolution: where each pixel
+// lies, which of its nine neighbours exist, and how the threads of a block share the loading.
 //
-// A shifted product reads the pixel's operand row from its position plus the shift. Where the neighbour
-// lies outside of the image it reads a row of zeros instead: the padding is zero behind the ReLU, and
-// image borders inside a tile need no space of their own. There are eight zero rows, so that the row
-// that replaces a position has its number modulo eight, and ldmatrix meets each bank once.
+// A shifted product reads the pixel's operand row from its position plus the shift. Where the
+// neighbour lies outside of the image it reads a row of zeros instead: the padding is zero behind
+// the ReLU, and image borders inside a tile need no space of their own. There are eight zero rows,
+// so that the row that replaces a position has its number modulo eight, and ldmatrix meets each
+// bank once.
 #pragma once
 
 #include "operands.h"
@@ -34,7 +35,8 @@ struct Images {
         groups(tile.groups) {}
 };
 
-// x: [N, H, W, C]. Wide images are cut into strips until a tile fits, so only very many outputs do not.
+// x: [N, H, W, C]. Wide images are cut into strips until a tile fits, so only very many outputs do
+// not.
 inline void check_fits(const Arg& x, const workspace::cuda::Tile3x3& tile) {
   if (tile.groups == 0 && x.tensor.size(0) * x.tensor.size(1) * x.tensor.size(2) > 0)
     fail(x, "of shape ", shape_text(x.tensor),
@@ -60,16 +62,15 @@ struct TileOrigin {
   }
 };
 
-// A pixel of a tile: x is its distance from the tile's first pixel, in pixels of the images (negative
-// where there is no pixel); y its position in bytes of a panel and, from bit 16 on, which of its
-// neighbours exist: bit 3 (dh + 1) + dw + 1.
+// A pixel of a tile: x is its distance from the tile's first pixel, in pixels of the images
+// (negative where there is no pixel); y its position in bytes of a panel and, from bit 16 on, which
+// of its neighbours exist: bit 3 (dh + 1) + dw + 1.
 __device__ __forceinline__ uint2 describe_pixel(const Images& images, const TileOrigin& origin,
                                                 int pixel) {
   const int row = pixel / images.tile_width, column = pixel % images.tile_width;
   const int64_t image_row = origin.image_row + row;
   const int w = origin.column + column;
-  const uint32_t position =
-      ((row + 1) * images.pitch + column + images.margin) * kPanelRowBytes;
+  const uint32_t position = ((row + 1) * images.pitch + column + images.margin) * kPanelRowBytes;
   if (row >= images.tile_height || image_row >= images.image_rows || w >= images.width)
     return uint2{0xffffffffu, position % kZeroBytes};
   const int h = static_cast<int>(image_row % images.height);
@@ -164,8 +165,8 @@ __device__ __forceinline__ uint32_t operand_row(const unsigned char* pixels, int
   return shared_load<uint2>(pixels + pixel * kPixelBytes).y + chunk * 16;
 }
 
-// Its offset for the tap `bit`, at `shift` positions from its own: in the halo at `halo`, or among the
-// zero rows at `zeros`.
+// Its offset for the tap `bit`, at `shift` positions from its own: in the halo at `halo`, or among
+// the zero rows at `zeros`.
 __device__ __forceinline__ int tap_offset(uint32_t row, int bit, int shift, int halo, int zeros) {
   const int offset = static_cast<int>(row & 0xffffu) + shift * kPanelRowBytes;
   const bool exists = (row >> (16 + bit)) & 1;

@@ -1,15 +1,16 @@
 // norm_relu_conv1x1, backward: from the masked gradient dz_y of the norm that follows y,
 //   dy = a_y * dz_y - p - (y - mean_y) * q                        [M, K], never written
 //   dz = (dy @ weight) * [a * x + s > 0]                          [M, C], never written
-//   dx += a * dz,  dweight = dy^T @ relu(a * x + s) [K, C],  dnorm = sums of dz * x_hat and dz [2, C].
+//   dx += a * dz,  dweight = dy^T @ relu(a * x + s) [K, C],  dnorm = sums of dz * x_hat and dz [2,
+//   C].
 //
-// Tile: 32 rows. Who owns what: a warp owns 16 channels: their columns of the weight (in registers as
-// tensor-core operands for the whole run), their dx, their sums, and their columns of dweight (K x 16
-// accumulators in registers). A block of up to four warps owns up to 64 channels and a static range of
-// row tiles; its warps share the tile of dy, which they form in place from dz_y. Nothing else passes
-// between warps, so one barrier a tile is enough; cp.async runs two tiles ahead.
-// Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 64 channels (2 * 2 M K, from the
-// L2 cache after the first: blocks of the same rows are neighbours), partial sums
+// Tile: 32 rows. Who owns what: a warp owns 16 channels: their columns of the weight (in registers
+// as tensor-core operands for the whole run), their dx, their sums, and their columns of dweight (K
+// x 16 accumulators in registers). A block of up to four warps owns up to 64 channels and a static
+// range of row tiles; its warps share the tile of dy, which they form in place from dz_y. Nothing
+// else passes between warps, so one barrier a tile is enough; cp.async runs two tiles ahead.
+// Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 64 channels (2 * 2 M K, from
+// the L2 cache after the first: blocks of the same rows are neighbours), partial sums
 // 4 (K + 2) C for each row block, twice.
 // Sums: fp32 in registers over the block's rows, in row order; blocks in a second pass.
 // Rows past the end get dy = 0; channels past the end get a = s = 0.
@@ -44,8 +45,8 @@ struct Backward {
 };
 
 // A stage: dz_y and y in K / 32 panels each, x and dx in a panel for every two warps. Behind the
-// stages the correction, [8][kOutputs / 8][4] (neighbouring threads own neighbouring chunks), and the
-// norm of the block's channels, [4][16 * warps].
+// stages the correction, [8][kOutputs / 8][4] (neighbouring threads own neighbouring chunks), and
+// the norm of the block's channels, [4][16 * warps].
 template <int kOutputs>
 struct BackwardLayout {
   static constexpr int kPanels = kOutputs / device::kPanelChannels;
@@ -94,22 +95,23 @@ __device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
       dy[i] = pack<T>(correct(d.x, v.x, low.x, low.y, low.z, low.w),
                       correct(d.y, v.y, high.x, high.y, high.z, high.w));
     }
-    shared_store(stage + offset, row < valid_rows ? uint4{dy[0], dy[1], dy[2], dy[3]}
-                                                  : uint4{0, 0, 0, 0});
+    shared_store(stage + offset,
+                 row < valid_rows ? uint4{dy[0], dy[1], dy[2], dy[3]} : uint4{0, 0, 0, 0});
   }
 }
 
 // The warp's 16 channels and what it keeps of them in registers. The data gradient's two 8-column
-// tiles are spread so that a lane holds four neighbouring channels, 4 t to 4 t + 3 of the warp's: tile
-// j, column 2 t + e is channel 4 t + 2 j + e. The weight gradient's tiles lie in channel order.
+// tiles are spread so that a lane holds four neighbouring channels, 4 t to 4 t + 3 of the warp's:
+// tile j, column 2 t + e is channel 4 t + 2 j + e. The weight gradient's tiles lie in channel
+// order.
 template <typename T, int kOutputs>
 struct WarpChannels {
   static constexpr int kDepth = kOutputs / 16;
-  const float* norm;              // in shared memory, at the warp's first channel
-  int norm_pitch;                 // between its rows
-  int channel0;                   // of the warp
+  const float* norm;  // in shared memory, at the warp's first channel
+  int norm_pitch;     // between its rows
+  int channel0;       // of the warp
   uint32_t weight[kDepth][2][2];
-  float dgamma[4], dbeta[4];      // of the lane's four channels
+  float dgamma[4], dbeta[4];  // of the lane's four channels
   float dweight[kDepth][2][4];
 
   __device__ __forceinline__ WarpChannels(const Backward& args, const float* norm, int channel0)
@@ -160,8 +162,8 @@ struct WarpChannels {
     values[3] = four.w;
   }
 
-  // The data gradient of 16 rows: product, mask, sums, dx. `x` and `dx` are the stage's panels at the
-  // warp's channels; global_dx is the row of the lane's first row.
+  // The data gradient of 16 rows: product, mask, sums, dx. `x` and `dx` are the stage's panels at
+  // the warp's channels; global_dx is the row of the lane's first row.
   __device__ __forceinline__ void data_gradient(const unsigned char* dy, const unsigned char* x,
                                                 const unsigned char* dx, int chunk0, int tile_row,
                                                 int valid_rows, const Backward& args,
@@ -268,7 +270,8 @@ struct WarpChannels {
 };
 
 template <typename T, int kOutputs>
-__global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2) backward_kernel(Backward args) {
+__global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
+    backward_kernel(Backward args) {
   using namespace device;
   const BackwardLayout<kOutputs> layout{args.warps};
   const int threads = 32 * args.warps, thread = thread_index(), warp = warp_index();
@@ -285,17 +288,18 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2) backward
   for (int i = thread; i < 4 * kOutputs; i += threads) {
     const int row = i % 4, chunk = i / 4 % (kOutputs / kChunk);
     const int column = chunk * kChunk + i / (4 * (kOutputs / kChunk));
-    shared_store(correction + 4 * i,
-                 column < args.outputs
-                     ? global_load<float>(args.correction.data + row * args.correction.stride + column)
-                     : 0.0f);
+    shared_store(correction + 4 * i, column < args.outputs
+                                         ? global_load<float>(args.correction.data +
+                                                              row * args.correction.stride + column)
+                                         : 0.0f);
   }
   float* norm = reinterpret_cast<float*>(shared + layout.norm_offset());
   for (int i = thread; i < kNormRows * 16 * args.warps; i += threads) {
     const int row = i / (16 * args.warps), channel = block_channel0 + i % (16 * args.warps);
-    shared_store(norm + i, channel < args.channels
-                               ? global_load<float>(args.norm.data + row * args.norm.stride + channel)
-                               : 0.0f);
+    shared_store(norm + i,
+                 channel < args.channels
+                     ? global_load<float>(args.norm.data + row * args.norm.stride + channel)
+                     : 0.0f);
   }
   WarpChannels<T, kOutputs> own(args, norm + 16 * warp, channel0);
 
@@ -362,7 +366,7 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2) backward
   own.write(args, args.partial + row_block * (args.outputs + 2) * args.pitch);
 }
 
-// ---- Launcher --------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kOutputs>
 void launch_backward(const Launcher& launcher, const Backward& args, int64_t blocks) {
@@ -375,8 +379,7 @@ void launch_backward(const Launcher& launcher, const Backward& args, int64_t blo
 // does not depend on them, so dx and dnorm accumulate.
 void backward(const Launcher& launcher, const Arg& x, Backward args, int first, float* dweight,
               float* dnorm, int64_t dnorm_stride) {
-  const Tiling tiling(args.rows, args.channels, args.outputs,
-                      launcher.device().multiprocessors);
+  const Tiling tiling(args.rows, args.channels, args.outputs, launcher.device().multiprocessors);
   const Workspace partial(x.tensor, tiling.bytes);
   args.partial = partial.data();
   args.pitch = tiling.pitch;
@@ -420,8 +423,8 @@ void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor
   const int64_t x_stride = check_rows({op, "x", x});
   const int64_t dz_y_stride = check_activation({op, "dz_y", dz_y}, {M, K}, x, "x");
   const int64_t y_stride = check_activation({op, "y", y}, {M, K}, x, "x");
-  const int64_t correction_stride = check_table({op, "correction", correction}, kCorrectionRows, K,
-                                                ScalarType::Float, x, "x");
+  const int64_t correction_stride =
+      check_table({op, "correction", correction}, kCorrectionRows, K, ScalarType::Float, x, "x");
   const int64_t norm_stride =
       check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
   const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");

@@ -1,15 +1,16 @@
-// norm_relu_conv1x1, forward: y [M, K] = relu(a * x + s) @ weight^T, and the moments of y as stored.
+// norm_relu_conv1x1, forward: y [M, K] = relu(a * x + s) @ weight^T, and the moments of y as
+// stored.
 //
 // Tile: 32 rows a warp, all K columns (in steps of 64, 128 or 192; more than 192 in several columns
 // of the grid), so that each element of x is normalised once, in the registers that feed the tensor
 // cores. For 192 columns two warps share their rows, and each normalises them.
-// Who owns what: a block walks over a static range of row tiles and, within a tile, over the channels
-// in panels of 32; (tile, panel) pairs form one sequence that cp.async runs ahead of, so that
-// the loads of the next tile are under way while this one is written. A warp rounds its rows into
-// 2 KB of its own, from where they leave in 16-byte stores and enter the warp's running moments.
-// Bytes: x once (2 M C), y once (2 M K), the weight once per tile (2 K C, from the L2 cache).
-// Sums: fp32 accumulators over C; moments exact two-pass over 16 rows, then merged in a fixed order:
-// rows of a warp, warps of a block, blocks (second pass, from 12 K bytes a block).
+// Who owns what: a block walks over a static range of row tiles and, within a tile, over the
+// channels in panels of 32; (tile, panel) pairs form one sequence that cp.async runs ahead of, so
+// that the loads of the next tile are under way while this one is written. A warp rounds its rows
+// into 2 KB of its own, from where they leave in 16-byte stores and enter the warp's running
+// moments. Bytes: x once (2 M C), y once (2 M K), the weight once per tile (2 K C, from the L2
+// cache). Sums: fp32 accumulators over C; moments exact two-pass over 16 rows, then merged in a
+// fixed order: rows of a warp, warps of a block, blocks (second pass, from 12 K bytes a block).
 // C tail: x and weight arrive as zeros, and so do scale and shift: relu(0 * 0 + 0) = 0.
 #include "operands.h"
 #include "partials.cuh"
@@ -61,10 +62,13 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
   const int lane = lane_index(), t = lane & 3;
   const float4 norm_low = shared_load<float4>(norm + scale_shift_offset(16 * step + 2 * t));
   const float4 norm_high = shared_load<float4>(norm + scale_shift_offset(16 * step + 8 + 2 * t));
+  // Eight rows further on, the order of the chunks is the same.
+  x += panel_offset(a_row(lane), a_chunk(lane)) ^ (32 * step);
+  weight += panel_offset(b_row(lane), b_chunk(lane)) ^ (32 * step);
   uint32_t a[2][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    ldmatrix_x4(a[m], x + panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
+    ldmatrix_x4(a[m], x + 16 * m * kPanelRowBytes);
     a[m][0] = norm_relu_pair<T>(a[m][0], norm_low);
     a[m][1] = norm_relu_pair<T>(a[m][1], norm_low);
     a[m][2] = norm_relu_pair<T>(a[m][2], norm_high);
@@ -73,7 +77,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     uint32_t b[4];
-    ldmatrix_x4(b, weight + panel_offset(8 * j + b_row(lane), 2 * step + b_chunk(lane)));
+    ldmatrix_x4(b, weight + 8 * j * kPanelRowBytes);
     const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -107,7 +111,8 @@ __device__ __forceinline__ void write_partial(const Forward& args, unsigned char
 }
 
 template <typename T, int kColumns, int kSplit>
-__global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward args) {
+__global__ void __launch_bounds__(32 * kMaxWarps, kColumns == 64 ? 2 : 1)
+    forward_kernel(Forward args) {
   using namespace device;
   constexpr int kTiles = kColumns / 8;
   const ForwardLayout<kColumns, kSplit> layout{args.warps};
@@ -115,9 +120,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward args) {
   const int warp = warp_index(), thread = thread_index();
   const int warp_row = warp / kSplit * kWarpRows, warp_column = warp % kSplit * kColumns;
   const int column0 = block_y() * kColumns * kSplit;
-  const int panels = args.channels > kPanelChannels
-                         ? (args.channels + kPanelChannels - 1) / kPanelChannels
-                         : 1;
+  const int panels =
+      args.channels > kPanelChannels ? (args.channels + kPanelChannels - 1) / kPanelChannels : 1;
   const int64_t tiles = (args.rows + tile_rows - 1) / tile_rows;
   const int64_t first_tile = tiles * block_x() / grid_x();
   const int64_t last_tile = tiles * (block_x() + 1) / grid_x();
@@ -170,19 +174,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward args) {
       const unsigned char* from = shared + stage * layout.stage_bytes();
 #pragma unroll
       for (int step = 0; step < 2; ++step)
-        multiply_step<T, kTiles>(
-            acc, from + warp_row * kPanelRowBytes,
-            from + layout.weight_offset() + warp_column * kPanelRowBytes,
-            from + layout.norm_offset(), step);
+        multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes,
+                                 from + layout.weight_offset() + warp_column * kPanelRowBytes,
+                                 from + layout.norm_offset(), step);
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     const int64_t row0 = tile * tile_rows + warp_row;
     const int column = column0 + warp_column;
     const int end = column + kColumns < args.outputs ? column + kColumns : args.outputs;
     write_rows<T, kTiles>(acc, shared + layout.staging_offset() + warp * kStagingBytes, args.y,
-                          column, end, args.partial != nullptr, moments, [&](int r) {
-                            return row0 + r < args.rows ? row0 + r : int64_t(-1);
-                          });
+                          column, end, args.partial != nullptr, moments,
+                          [&](int r) { return row0 + r < args.rows ? row0 + r : int64_t(-1); });
   }
   if (!args.partial) return;
   if (lane_index() == 0)
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward args) {
   write_partial<kColumns, kSplit>(args, shared, column0);
 }
 
-// ---- Launcher --------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kColumns, int kSplit>
 void launch_forward(const Launcher& launcher, const Forward& args, int64_t blocks) {

@@ -1,4 +1,5 @@
-// norm_relu_conv3x3, backward: two kernels, each described in its header, and the second pass of both.
+// norm_relu_conv3x3, backward: two kernels, each described in its header, and the second pass of
+// both.
 //   dy  = a_y * dy - p - (y - mean_y) * q where y is given           [N, H, W, K], never written
 //   dz  = conv3x3^T(dy, weight) * [a * x + s > 0]                    conv3x3_data_gradient.cuh
 //   dweight [K, C, 3, 3] of dy and relu(a * x + s)                   conv3x3_weight_gradient.cuh
@@ -99,9 +100,9 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
   OutputGradient gradient{row_tensor(dy, dy_stride), {nullptr, 0, 0}, {nullptr, 0}};
   if (y) {
     gradient.y = row_tensor(*y, check_activation({op, "y", *y}, {N, H, W, K}, x, "x"));
-    gradient.correction = float_table(
-        *correction, check_table({op, "correction", *correction}, kCorrectionRows, K,
-                                 ScalarType::Float, x, "x"));
+    gradient.correction =
+        float_table(*correction, check_table({op, "correction", *correction}, kCorrectionRows, K,
+                                             ScalarType::Float, x, "x"));
   }
   const int64_t norm_stride =
       check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");

@@ -1,17 +1,17 @@
-// norm_relu_conv3x3, forward: y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1, stride 1, and
-// the moments of y as stored.
+// norm_relu_conv3x3, forward: y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1, stride
+// 1, and the moments of y as stored.
 //
-// Tile: rows of pixels of the images, 64 pixels a warp (halo.cuh), all K columns (in steps of 16, 32
-// or 48; more than 48 in several columns of the grid). The halo of a tile is loaded for 32
+// Tile: rows of pixels of the images, 64 pixels a warp (halo.cuh), all K columns (in steps of 16,
+// 32 or 48; more than 48 in several columns of the grid). The halo of a tile is loaded for 32
 // channels at a time, normalised once in place, and multiplied nine times at shifted positions; the
 // accumulators stay in registers over all channels.
-// Who owns what: a block walks over a static range of tiles and, within a tile, over the panels of 32
-// channels; (tile, panel) pairs form one sequence, of which cp.async loads the next while this one is
-// multiplied. A warp writes its pixels and takes their moments as in the 1x1 convolution.
+// Who owns what: a block walks over a static range of tiles and, within a tile, over the panels of
+// 32 channels; (tile, panel) pairs form one sequence, of which cp.async loads the next while this
+// one is multiplied. A warp writes its pixels and takes their moments as in the 1x1 convolution.
 // Bytes: x times the halo's share (positions / pixels; from the L2 cache but once), y once (2 M K),
 // the weight once per tile (2 * 9 K C, from the L2 cache).
-// Sums: fp32 accumulators over taps and channels; moments exact per 16 pixels, merged in a fixed order.
-// C tail: x and weight arrive as zeros, and so do scale and shift.
+// Sums: fp32 accumulators over taps and channels; moments exact per 16 pixels, merged in a fixed
+// order. C tail: x and weight arrive as zeros, and so do scale and shift.
 #include "halo.cuh"
 #include "partials.cuh"
 #include "weight3x3.cuh"
@@ -129,9 +129,8 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
   const int lane = lane_index();
   const int column0 = block_y() * kColumns;
-  const int panels = args.channels > kPanelChannels
-                         ? (args.channels + kPanelChannels - 1) / kPanelChannels
-                         : 1;
+  const int panels =
+      args.channels > kPanelChannels ? (args.channels + kPanelChannels - 1) / kPanelChannels : 1;
   const int64_t first_tile = images.tiles * block_x() / grid_x();
   const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
   unsigned char* shared = shared_memory();
@@ -191,8 +190,7 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
       uint32_t own[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m)
-        own[m] =
-            operand_row(pixels, warp * Tile::kGroup + 16 * m + a_row(lane), a_chunk(lane));
+        own[m] = operand_row(pixels, warp * Tile::kGroup + 16 * m + a_row(lane), a_chunk(lane));
       multiply_panel<T, kTiles>(acc, shared,
                                 stage_index * layout.stage_bytes() + layout.halo_offset(),
                                 layout.zero_offset(), stage, own, images.pitch);
@@ -202,12 +200,12 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned char* rows = pixels + (warp * Tile::kGroup + 32 * half) * kPixelBytes;
-      write_rows<T, kTiles>(
-          acc + 2 * half, shared + layout.staging_offset() + warp * kStagingBytes, args.y, column0,
-          end, args.partial != nullptr, moments, [&](int r) {
-            const int offset = static_cast<int>(shared_load<uint2>(rows + r * kPixelBytes).x);
-            return offset < 0 ? int64_t(-1) : origin.pixel(images) + offset;
-          });
+      write_rows<T, kTiles>(acc + 2 * half, shared + layout.staging_offset() + warp * kStagingBytes,
+                            args.y, column0, end, args.partial != nullptr, moments, [&](int r) {
+                              const int offset =
+                                  static_cast<int>(shared_load<uint2>(rows + r * kPixelBytes).x);
+                              return offset < 0 ? int64_t(-1) : origin.pixel(images) + offset;
+                            });
     }
   }
   if (!args.partial) return;
@@ -216,7 +214,7 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   write_partial<kColumns>(args, all_moments, layout.moments_bytes(), images.groups, column0);
 }
 
-// ---- Launcher --------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kColumns>
 void launch_forward(const Launcher& launcher, Forward args, const Tensor& x,

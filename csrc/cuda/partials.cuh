@@ -1,8 +1,8 @@
-// The second pass of every reduction over blocks: partial results in a workspace, one per block of the
-// first pass, are combined in a fixed order, so that two runs give the same bits.
+// The second pass of every reduction over blocks: partial results in a workspace, one per block of
+// the first pass, are combined in a fixed order, so that two runs give the same bits.
 //
-// A block combines 32 columns: eight groups of threads take one eighth of the partials each, in order;
-// their eight results are then taken in order. Reads each partial once.
+// A block combines 32 columns: eight groups of threads take one eighth of the partials each, in
+// order; their eight results are then taken in order. Reads each partial once.
 #pragma once
 
 #include "device.cuh"
@@ -19,8 +19,8 @@ struct MomentPartials {
   int64_t stats_stride;
 };
 
-// partial [blocks, rows, taps, pitch], of which `columns` of each row are summed over the blocks, to
-// out [rows, columns, taps] with a stride between its rows.
+// partial [blocks, rows, taps, pitch], of which `columns` of each row are summed over the blocks,
+// to out [rows, columns, taps] with a stride between its rows.
 struct SumPartials {
   const float* partial = nullptr;
   int blocks = 0;
@@ -113,8 +113,8 @@ __device__ __forceinline__ void sum_block(const SumPartials& args) {
 
 // The sum of rows with kTaps taps and, by the blocks with block_y() == 1, of plain rows.
 template <int kTaps>
-__global__ void __launch_bounds__(kThreads) sum_partials_kernel(SumPartials taps,
-                                                                SumPartials plain) {
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(SumPartials taps, SumPartials plain) {
   if (device::block_y() == 0)
     sum_block<kTaps>(taps);
   else

@@ -27,9 +27,14 @@ struct RowTensor {
   DE_HOST_DEVICE T* at(int64_t row, int channel) const {
     return static_cast<T*>(data) + row * stride + channel;
   }
-  // The same rows from a later channel on, a multiple of eight; the same channels from a later row on.
-  DE_HOST_DEVICE RowTensor from_channel(int channel) const { return {at<uint16_t>(0, channel), stride, vector}; }
-  DE_HOST_DEVICE RowTensor from_row(int64_t row) const { return {at<uint16_t>(row, 0), stride, vector}; }
+  // The same rows from a later channel on, a multiple of eight; the same channels from a later row
+  // on.
+  DE_HOST_DEVICE RowTensor from_channel(int channel) const {
+    return {at<uint16_t>(0, channel), stride, vector};
+  }
+  DE_HOST_DEVICE RowTensor from_row(int64_t row) const {
+    return {at<uint16_t>(row, 0), stride, vector};
+  }
 };
 
 // A [rows, C] table of fp32 vectors: norm or correction.
@@ -41,7 +46,9 @@ struct Table {
 };
 
 // For row * 64 + chunk * 16.
-__device__ __forceinline__ int permute_chunks(int offset) { return offset ^ ((offset >> 3) & 0x30); }
+__device__ __forceinline__ int permute_chunks(int offset) {
+  return offset ^ ((offset >> 3) & 0x30);
+}
 
 __device__ __forceinline__ int panel_offset(int row, int chunk) {
   return permute_chunks(row * kPanelRowBytes + chunk * 16);
@@ -53,10 +60,10 @@ __device__ __forceinline__ int channels_left(int channel, int channels) {
   return left < 0 ? 0 : left > kChunk ? kChunk : left;
 }
 
-// ---- Global memory, a chunk at a time --------------------------------------------------------------
+// ---- Global memory, a chunk at a time -----------------------------------------------------------
 
-// Rows aligned to 16 or 8 bytes are copied whole or in halves, any others channel by channel: slow, but
-// none of the networks' slices is like that.
+// Rows aligned to 16 or 8 bytes are copied whole or in halves, any others channel by channel: slow,
+// but none of the networks' slices is like that.
 
 // Copies a chunk to shared memory; of its channels the first `valid` are read, the others are zero.
 template <typename T>
@@ -72,8 +79,7 @@ __device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* globa
 #pragma unroll 1
     for (int c = 0; c < kChunk; ++c)
       shared_store<uint16_t>(
-          shared + 2 * c,
-          c < valid ? global_load<uint16_t>(global + c DE_AT) : uint16_t(0) DE_AT);
+          shared + 2 * c, c < valid ? global_load<uint16_t>(global + c DE_AT) : uint16_t(0) DE_AT);
   }
 }
 
@@ -128,7 +134,7 @@ __device__ __forceinline__ void to_array(uint4 chunk, uint32_t (&pairs)[4]) {
   pairs[3] = chunk.w;
 }
 
-// ---- Norms -----------------------------------------------------------------------------------------
+// ---- Norms --------------------------------------------------------------------------------------
 
 // Two channels' scale and shift, as (a0, s0, a1, s1).
 template <typename T>
@@ -138,7 +144,8 @@ __device__ __forceinline__ uint32_t norm_relu_pair(uint32_t pair, float4 norm) {
 }
 
 // Scale and shift of a panel's channels in shared memory, a pair per channel; 16-byte pieces of the
-// last two chunks change places, so that four threads at the heads of the chunks meet no bank twice.
+// last two chunks change places, so that four threads at the heads of the chunks meet no bank
+// twice.
 constexpr int kScaleShiftBytes = 2 * kPanelChannels * 4;
 __device__ __forceinline__ int scale_shift_offset(int channel) {
   return (8 * channel) ^ (channel & 16);
@@ -188,7 +195,7 @@ __device__ __forceinline__ void normalise_panel(unsigned char* panel, const unsi
   }
 }
 
-// ---- Tensor-core operands from panels --------------------------------------------------------------
+// ---- Tensor-core operands from panels -----------------------------------------------------------
 
 // Where a lane points ldmatrix for a 16 x 16 operand whose rows are the panel's rows (A, not
 // transposed; B transposed has the same form with two 8-column tiles in a chunk pair).
@@ -200,9 +207,10 @@ __device__ __forceinline__ int b_chunk(int lane) { return (lane >> 3) & 1; }
 // Transposed: depth runs along the panel's rows. As A its rows are the panel's channels, and the
 // lanes point as for B above; as B its columns are the panel's channels, and they point as for A.
 
-// ---- Output ----------------------------------------------------------------------------------------
+// ---- Output -------------------------------------------------------------------------------------
 
-// Running moments of the columns that a warp writes, in shared memory: mean [columns], M2 [columns].
+// Running moments of the columns that a warp writes, in shared memory: mean [columns], M2
+// [columns].
 struct WarpMoments {
   float* mean;
   float* m2;
@@ -256,9 +264,9 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, uint
   shared_store(m2 + c, all.m2);
 }
 
-// Rounds 32 rows of a warp's accumulators, takes their moments (if asked) and writes them to y. `staging` is
-// 2 KB of the warp's own; row_of(r) is the global row of the warp's row r, negative where there is
-// none; columns [column, columns) of y and of the moments are the accumulators'.
+// Rounds 32 rows of a warp's accumulators, takes their moments (if asked) and writes them to y.
+// `staging` is 2 KB of the warp's own; row_of(r) is the global row of the warp's row r, negative
+// where there is none; columns [column, columns) of y and of the moments are the accumulators'.
 template <typename T, int kTiles, typename RowOf>
 __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned char* staging,
                                            const RowTensor& y, int column, int columns,

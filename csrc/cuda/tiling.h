@@ -11,7 +11,7 @@ namespace densenet_efficient::workspace::cuda {
 inline int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t a, int64_t b) { return parts(a, b) * b; }
 
-// ---- norm_relu_conv1x1, forward ---------------------------------------------------------------------
+// ---- norm_relu_conv1x1, forward -----------------------------------------------------------------
 
 struct Conv1x1Forward {
   int columns;  // of y per warp
@@ -35,7 +35,7 @@ struct Conv1x1Forward {
   int64_t tile_height() const { return 32 * (warps / split); }
 };
 
-// ---- norm_relu_conv1x1, backward --------------------------------------------------------------------
+// ---- norm_relu_conv1x1, backward ----------------------------------------------------------------
 
 // For at most 192 outputs; more are taken in several calls of the kernel.
 struct Conv1x1Backward {
@@ -62,15 +62,15 @@ struct Conv1x1Backward {
   }
 };
 
-// ---- norm_relu_conv3x3 ------------------------------------------------------------------------------
+// ---- norm_relu_conv3x3 --------------------------------------------------------------------------
 
-// A tile is tile_height rows of pixels, counted through all images, by tile_width columns: the whole
-// width, or a strip of it where images are wider than 64. Its pixels are numbered row by row and
-// worked on in groups of 64. Its halo (one row above and below, and one column beside a strip) lies in
-// shared memory at `positions`, tile rows `pitch` apart.
+// A tile is tile_height rows of pixels, counted through all images, by tile_width columns: the
+// whole width, or a strip of it where images are wider than 64. Its pixels are numbered row by row
+// and worked on in groups of 64. Its halo (one row above and below, and one column beside a strip)
+// lies in shared memory at `positions`, tile rows `pitch` apart.
 struct Tile3x3 {
   static constexpr int kGroup = 64, kMaxGroups = 7;  // 448 pixels: whole rows of 56, 28, 14 and 7
-  int groups = 0;  // 0: no tile fits the device's shared memory
+  int groups = 0;                                    // 0: no tile fits the device's shared memory
   int tile_height = 0, tile_width = 0;
   int strips = 1, margin = 0, pitch = 0, positions = 0;
   int64_t tiles = 0;
@@ -91,8 +91,8 @@ struct Tile3x3 {
         for (int candidate = kMaxGroups; candidate > 0; --candidate) {
           const Tile3x3 tile(images * height, width, static_cast<int>(pieces), candidate);
           const bool fills = tile.tiles >= 2 * multiprocessors || candidate == 1;
-          if (!fills || shared.fixed + tile.positions * shared.position +
-                                candidate * shared.group > limit)
+          if (!fills ||
+              shared.fixed + tile.positions * shared.position + candidate * shared.group > limit)
             continue;
           // Per pixel: a group's products, and loading and normalising a position, in clocks.
           const double cost = (7.0 * kGroup * candidate + 3.0 * tile.positions) /
@@ -127,13 +127,14 @@ inline int64_t conv3x3_weight_bytes(int64_t outputs, int64_t channels) {
   return outputs * 9 * padded(channels, 8) * 2;
 }
 
-// Blocks walk over static ranges of tiles: as many as are resident at once, two to a multiprocessor.
+// Blocks walk over static ranges of tiles: as many as are resident at once, two to a
+// multiprocessor.
 inline int64_t conv3x3_blocks(int64_t tiles, int multiprocessors) {
   return std::min<int64_t>(tiles, 2 * multiprocessors);
 }
 
-// The weight gradient's blocks: 64 channels (32 where there are no more), up to 48 outputs and a range
-// of tiles each.
+// The weight gradient's blocks: 64 channels (32 where there are no more), up to 48 outputs and a
+// range of tiles each.
 struct Conv3x3WeightGradient {
   int panels;  // of 32 channels, of a block
   int depths;  // of 16 outputs, of a block

@@ -28,9 +28,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(PackWeight args) {
   const int64_t output = row / 9, tap = row % 9;
   uint16_t value = 0;
   if (channel < args.channels)
-    value = global_load<uint16_t>(args.weight + output * args.stride[0] +
-                                  channel * args.stride[1] + tap / 3 * args.stride[2] +
-                                  tap % 3 * args.stride[3]);
+    value = global_load<uint16_t>(args.weight + output * args.stride[0] + channel * args.stride[1] +
+                                  tap / 3 * args.stride[2] + tap % 3 * args.stride[3]);
   global_store(args.packed + index, value);
 }
 
@@ -41,8 +40,9 @@ class WeightRows {
  public:
   WeightRows(const Launcher& launcher, const Tensor& weight)
       : channels_last_(is_channels_last(weight)),
-        copy_(weight, channels_last_ ? 0 : workspace::cuda::conv3x3_weight_bytes(
-                                               weight.size(0), weight.size(1))) {
+        copy_(weight, channels_last_
+                          ? 0
+                          : workspace::cuda::conv3x3_weight_bytes(weight.size(0), weight.size(1))) {
     const int64_t outputs = weight.size(0), channels = weight.size(1);
     if (channels_last_) {
       rows_ = row_tensor(weight, channels);
