@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from densenet_efficient import reference
 from densenet_efficient.models import EfficientDenseNet, densenet121, densenet_cifar
+from densenet_efficient.modules import EfficientDenseBlock
 
 MEMORY = pytest.mark.parametrize("memory", ["recompute", "store"])
 
@@ -111,35 +112,20 @@ def test_densenet121_in_eval_mode_is_torchvisions(
         assert torch.equal(model.get_buffer(name), value), name
 
 
-def settled(model: nn.Module) -> nn.Module:
-    """Norms that are nearly always on or nearly always off. An error of one rounding turns a ReLU
-    whose input is at zero; that is rare, far larger than every other error of float32, and as
-    likely in the framework, so it would decide the comparison by chance."""
-    with torch.no_grad():
-        for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.bias.copy_(torch.where(torch.rand_like(norm.bias) < 0.5, -3.0, 3.0))
-                norm.bias.add_(torch.rand_like(norm.bias), alpha=0.4)
-    return model
-
-
 @MEMORY
-@pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast", "bfloat16"])
-def test_densenet121_error_is_the_frameworks(
-    source: nn.Module, precision: str, memory: str
+@pytest.mark.parametrize("mixed", [True, False])
+def test_densenet121_in_bfloat16_errs_no_more_than_the_framework(
+    source: nn.Module, mixed: bool, memory: str
 ) -> None:
-    """Both in channels-last memory, the layout the blocks work in."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    autocast = {"dtype": torch.bfloat16} if "autocast" in precision else {}
-    theirs = copy.deepcopy(source).to(dtype, memory_format=torch.channels_last)
-    if precision == "float32":
-        settled(theirs)
+    """Autocast, and a pure bfloat16 model."""
+    dtype = torch.float32 if mixed else torch.bfloat16
+    autocast = {"dtype": torch.bfloat16} if mixed else {}
+    theirs = copy.deepcopy(source).to(dtype)
     exact = copy.deepcopy(theirs).double()
     model = ours(theirs, memory)
     runs: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
     for _ in range(3):
-        x = torch.randn(3, 3, 64, 64).to(dtype, memory_format=torch.channels_last)
-        target = torch.randint(10, (3,))
+        x, target = torch.randn(3, 3, 64, 64).to(dtype), torch.randint(10, (3,))
         runs[0].append(training_step(model, x, target, **autocast))
         runs[1].append(training_step(theirs, x, target, **autocast))
         runs[2].append(training_step(exact, x.double(), target))
@@ -148,22 +134,65 @@ def test_densenet121_error_is_the_frameworks(
     assert ratio.worst <= 2.0, ratio
 
 
+@MEMORY
+def test_densenet121s_blocks_in_float32_err_no_more_than_the_framework(
+    source: nn.Module, memory: str
+) -> None:
+    """Block by block: across a whole network a single ReLU whose input rounds to the other side of
+    zero outweighs all of float32's other errors a thousandfold, and decides by chance. Both in
+    channels-last memory, where both sum their products in the same order."""
+    runs: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
+    target = torch.tensor([3, 1, 2])
+    for _ in range(3):
+        for run in runs:
+            run.append({})
+        for i in range(1, 5):
+            theirs = copy.deepcopy(source.features.get_submodule(f"denseblock{i}"))
+            theirs = theirs.to(torch.float32, memory_format=torch.channels_last)
+            model = EfficientDenseBlock.from_layers(dict(theirs.items()), memory=memory)
+            exact = copy.deepcopy(theirs).double()
+            x = torch.relu(torch.randn(3, theirs.denselayer1.norm1.num_features, 2, 2))
+            x = x.contiguous(memory_format=torch.channels_last)
+            for run, block in zip(runs, (model, theirs, exact), strict=True):
+                x = x.to(next(block.parameters()).dtype)
+                for name, value in training_step(Pooled(block), x, target).items():
+                    run[-1][f"{i}.{name}"] = value.clone()
+    ratio = error_ratio(*runs)
+    assert ratio.together <= 1.2, ratio
+    assert ratio.worst <= 2.0, ratio
+
+
+class Pooled(nn.Module):
+    """A block under norm, ReLU and global pooling, as norm5 ends a DenseNet."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.batch_norm(self.block(x), None, None, training=True)
+        return torch.relu(y).mean((2, 3))
+
+
 def digits() -> tuple[Tensor, Tensor]:
     datasets = pytest.importorskip("sklearn.datasets")
     images, labels = datasets.load_digits(return_X_y=True)
     return torch.tensor(images).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
 
 
-def losses(model: nn.Module, dtype: torch.dtype, steps: int = 50) -> list[float]:
-    """A training run on the digits: SGD with Nesterov momentum, batches of 32."""
+def losses(
+    model: nn.Module, dtype: torch.dtype, lr: float, batch: int, steps: int = 50
+) -> list[float]:
+    """A training run on the digits: SGD with Nesterov momentum."""
     images, labels = digits()
     images = images.to(dtype)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(5))
+    shuffle = torch.Generator().manual_seed(5)
+    order = torch.cat([torch.randperm(len(images), generator=shuffle) for _ in range(4)])
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
     history = []
-    for indices in order[: 32 * steps].split(32):
+    for indices in order[: batch * steps].split(batch):
         optimiser.zero_grad()
         loss = nn.functional.cross_entropy(model(images[indices]), labels[indices])
         loss.backward()
@@ -173,22 +202,36 @@ def losses(model: nn.Module, dtype: torch.dtype, steps: int = 50) -> list[float]
     return history
 
 
-@MEMORY
-@pytest.mark.parametrize("bottleneck", [True, False])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-2)])
+@pytest.mark.parametrize(
+    ("bottleneck", "memory"), [(True, "recompute"), (True, "store"), (False, "recompute")]
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "lr", "batch", "trained"),
+    [
+        (torch.float64, 1e-8, 0.05, 32, 0.3),
+        # Slower: in float32 two runs of the framework itself, in NCHW and in channels-last memory,
+        # part by 10 % within 50 steps at the rate above, and by 0.5 % at this one.
+        (torch.float32, 1e-2, 0.01, 128, 0.9),
+    ],
+)
 def test_training_follows_the_reference(
-    bottleneck: bool, dtype: torch.dtype, tolerance: float, memory: str
+    bottleneck: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    lr: float,
+    batch: int,
+    trained: float,
+    memory: str,
 ) -> None:
-    model = densenet_cifar(
-        16 if bottleneck else 10, 8, bottleneck, in_channels=1, memory=memory
-    ).to(dtype)
+    depth = 16 if bottleneck else 10
+    model = densenet_cifar(depth, 8, bottleneck, in_channels=1, memory=memory).to(dtype)
     plain = reference.DenseNet(
         8, (2, 2, 2), 16, num_classes=10, small_inputs=True, in_channels=1,
         bottleneck=bottleneck, compression=0.5 if bottleneck else 1.0,
     ).to(dtype)  # fmt: skip
     plain.load_state_dict(model.state_dict())
-    expected = losses(plain, dtype)
-    actual = losses(model, dtype)
-    assert expected[-1] < 0.5 * expected[0], "the run does not train"
-    for step, (value, reference_value) in enumerate(zip(actual, expected, strict=True)):
-        assert abs(value - reference_value) <= tolerance * reference_value, step
+    expected = losses(plain, dtype, lr, batch)
+    actual = losses(model, dtype, lr, batch)
+    assert expected[-1] < trained * expected[0], "the run does not train"
+    for step, (value, expected_value) in enumerate(zip(actual, expected, strict=True)):
+        assert abs(value - expected_value) <= tolerance * expected_value, step
