@@ -251,6 +251,79 @@ def test_random_state_and_statistics_are_left_alone() -> None:
         assert torch.equal(buffer, buffers[name]), name
 
 
+# Surgery after the conversion: the original forward runs, and says so
+
+
+def with_inner_hook(model: nn.Module) -> None:
+    model.features.denseblock1.denselayer1.conv1.register_forward_hook(lambda *a: None)
+
+
+def with_inner_backward_hook(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    layer = model.features.denseblock1.denselayer2
+    layer.register_full_backward_hook(lambda module, grad_in, grad_out: None)
+
+
+def with_new_activation(model: nn.Module) -> None:
+    model.features.denseblock1.denselayer2.relu2 = nn.SiLU()
+
+
+def with_parametrised_weight(model: nn.Module) -> None:
+    convolution = model.features.denseblock1.denselayer1.conv2
+    nn.utils.parametrizations.weight_norm(convolution)
+
+
+def with_new_transition(model: nn.Module) -> None:
+    model.features.transition1.pool = nn.MaxPool2d(2)
+
+
+def with_new_layer(model: nn.Module) -> None:
+    block = model.features.denseblock1
+    block.denselayer2 = _DenseLayer(12, 4, 1, 0.0).double()
+
+
+@pytest.mark.parametrize(
+    "operate",
+    [
+        with_inner_hook,
+        with_inner_backward_hook,
+        with_new_activation,
+        with_parametrised_weight,
+        with_new_transition,
+        with_new_layer,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:dense block runs its original forward", "ignore:Full backward")
+def test_surgery_after_conversion_is_honoured(operate: Callable[[nn.Module], None]) -> None:
+    expected = network().double()
+    model = convert(copy.deepcopy(expected))
+    for target in (expected, model):
+        torch.manual_seed(7)
+        operate(target)
+    assert_same_step(model, expected)
+
+
+def test_moves_freezing_and_rewrapping_after_conversion() -> None:
+    expected = network().double()
+    model = convert(copy.deepcopy(expected).float()).double()
+    model.load_state_dict(expected.state_dict())
+    for target in (expected, model):
+        target.features.denseblock2.denselayer1.norm1.eval()
+        target.features.denseblock1.eval()
+        target.features.denseblock1.denselayer1.requires_grad_(False)
+    x, target = batch()
+    for net in (expected, model):
+        nn.functional.cross_entropy(net(x), target).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            assert relative_error(ours.grad, theirs.grad) < 1e-9, name
+    for name, value in expected.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), value, rtol=1e-9, atol=1e-12)
+
+
 # Refusals: by name, and nothing changes
 
 
