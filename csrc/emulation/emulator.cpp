@@ -53,8 +53,25 @@ SiteKey key_of(const Site& site, int kind) {
   return {site.file_name(), uint64_t(site.line()) << 24 | uint64_t(site.column()) << 4 | kind};
 }
 
+// Memory that belongs to one tensor, and which of its sectors a launch has touched.
+struct Range {
+  std::string name;
+  uintptr_t begin, end;
+  std::vector<bool> touched[2];  // by loads, by stores
+};
+std::vector<Range> ranges;
+
+// Whose memory this is: an index into a launch's tensors, of which the last is the workspace.
+size_t owner_of(uintptr_t address) {
+  size_t index = 0;
+  while (index < ranges.size() && (address < ranges[index].begin || address >= ranges[index].end))
+    ++index;
+  return index;
+}
+
 // Distinct sectors of 32 bytes that a request touches.
-void count_global(const Request& request, SiteCounters& site) {
+void count_global(const Request& request, SiteCounters& site,
+                  std::vector<TensorCounters>& tensors) {
   uintptr_t sectors[2 * kWarp], seen[kWarp];
   int num_sectors = 0, num_seen = 0;
   int64_t bytes = 0;
@@ -70,10 +87,27 @@ void count_global(const Request& request, SiteCounters& site) {
   }
   if (!num_sectors) return;
   std::sort(sectors, sectors + num_sectors);
+  num_sectors = static_cast<int>(std::unique(sectors, sectors + num_sectors) - sectors);
   site.requests += 1;
   site.bytes += bytes;
-  site.units += std::unique(sectors, sectors + num_sectors) - sectors;
+  site.units += num_sectors;
   site.ideal += (bytes + 31) / 32;
+
+  const bool store = site.access == Access::kGlobalStore;
+  const size_t owner = owner_of(seen[0]);
+  TrafficCounters& traffic = store ? tensors[owner].store : tensors[owner].load;
+  traffic.bytes += bytes;
+  traffic.sectors += num_sectors;
+  traffic.ideal += (bytes + 31) / 32;
+  if (owner == ranges.size()) return;
+  std::vector<bool>& touched = ranges[owner].touched[store];
+  for (int i = 0; i < num_sectors; ++i) {
+    const size_t sector = sectors[i] - ranges[owner].begin / 32;
+    if (sector < touched.size() && !touched[sector]) {
+      touched[sector] = true;
+      ++traffic.distinct;
+    }
+  }
 }
 
 // Wavefronts of 32 banks x 4 bytes: lanes go together 32, 16 or 8 at a time (accesses of up to 4, 8
@@ -276,7 +310,7 @@ void flush(Warp& warp) {
     SiteCounters& site = m.counters->sites[index];
     for (const Request& request : log.requests) {
       if (site.access == Access::kGlobalLoad || site.access == Access::kGlobalStore)
-        count_global(request, site);
+        count_global(request, site, m.counters->tensors);
       else
         count_shared(request, reinterpret_cast<uintptr_t>(m.shared), site);
     }
@@ -432,6 +466,13 @@ void run_block(int block_x, int block_y) {
 void set_seed(uint64_t seed) { machine.seed = seed; }
 const std::vector<Counters>& launches() { return machine.launches; }
 void clear_launches() { machine.launches.clear(); }
+
+void name_range(const char* name, const void* begin, int64_t bytes) {
+  if (!name) return ranges.clear();
+  const uintptr_t first = reinterpret_cast<uintptr_t>(begin);
+  if (bytes > 0) ranges.push_back({name, first, first + bytes, {}});
+}
+
 const ThreadPosition& position() { return machine.threads[machine.running].position; }
 unsigned char* shared_block() { return machine.shared; }
 
@@ -451,6 +492,12 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
   m.counters->grid_y = grid_y;
   m.counters->block = block;
   m.counters->shared_bytes = shared_bytes;
+  for (Range& range : ranges) {
+    m.counters->tensors.push_back({range.name, {}, {}});
+    for (std::vector<bool>& touched : range.touched)
+      touched.assign((range.end - 1) / 32 - range.begin / 32 + 1, false);
+  }
+  m.counters->tensors.push_back({"workspace", {}, {}});
   m.sites.clear();
   m.body = &body;
   m.error.clear();

@@ -32,6 +32,20 @@ struct SiteCounters {
   int64_t ideal = 0;     // what the same bytes cost at best
 };
 
+// Global traffic of one tensor in one direction, by the warps' requests.
+struct TrafficCounters {
+  int64_t bytes = 0;
+  int64_t sectors = 0;   // of 32 bytes
+  int64_t ideal = 0;     // what the same bytes cost at best
+  int64_t distinct = 0;  // sectors touched at all: what must come from or go to memory
+};
+
+// Of one tensor, which the caller has named (name_range); all others are the workspace.
+struct TensorCounters {
+  std::string name;
+  TrafficCounters load, store;
+};
+
 // Of one kernel launch.
 struct Counters {
   std::string op, kernel;
@@ -43,6 +57,7 @@ struct Counters {
   int64_t shuffles = 0;   // warp-wide
   int64_t barriers = 0;   // block-wide
   std::vector<SiteCounters> sites;
+  std::vector<TensorCounters> tensors;
 };
 
 // The run's order: 0 runs threads in ascending order, 1 in descending, others shuffle. Even seeds
@@ -50,6 +65,8 @@ struct Counters {
 void set_seed(uint64_t seed);
 const std::vector<Counters>& launches();
 void clear_launches();
+// Accesses within these bytes are counted under this name; a null name forgets all ranges.
+void name_range(const char* name, const void* begin, int64_t bytes);
 
 // Runs body once for every thread of the grid. Throws std::runtime_error on a broken rule.
 void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,

@@ -23,6 +23,11 @@ std::string quoted(const std::string& text) {
   return result + "\"";
 }
 
+void write(std::ostringstream& out, const TrafficCounters& traffic) {
+  out << "{\"bytes\":" << traffic.bytes << ",\"sectors\":" << traffic.sectors
+      << ",\"ideal\":" << traffic.ideal << ",\"distinct\":" << traffic.distinct << "}";
+}
+
 void write(std::ostringstream& out, const Counters& launch) {
   out << "{\"op\":" << quoted(launch.op) << ",\"kernel\":" << quoted(launch.kernel)
       << ",\"grid_x\":" << launch.grid_x << ",\"grid_y\":" << launch.grid_y
@@ -38,6 +43,16 @@ void write(std::ostringstream& out, const Counters& launch) {
         << ",\"units\":" << site.units << ",\"ideal\":" << site.ideal << "}";
     separator = ",";
   }
+  out << "],\"tensors\":[";
+  separator = "";
+  for (const TensorCounters& tensor : launch.tensors) {
+    out << separator << "{\"name\":" << quoted(tensor.name) << ",\"load\":";
+    write(out, tensor.load);
+    out << ",\"store\":";
+    write(out, tensor.store);
+    out << "}";
+    separator = ",";
+  }
   out << "]}";
 }
 
@@ -46,6 +61,10 @@ void write(std::ostringstream& out, const Counters& launch) {
 
 DE_EXPORT void de_emulation_set_seed(unsigned long long seed) {
   densenet_efficient::emulation::set_seed(seed);
+}
+
+DE_EXPORT void de_emulation_name_range(const char* name, const void* begin, long long bytes) {
+  densenet_efficient::emulation::name_range(name, begin, bytes);
 }
 
 // Valid until the next call.

@@ -1,15 +1,15 @@
 """Runs the CUDA kernels' own sources on the host, checked and counted.
 
-A thread block becomes a set of fibers, warp primitives and barriers become rendezvous, shared memory
-an exactly sized heap block filled with NaN, all of it under the address sanitizer (csrc/emulation).
-Needs a source checkout and g++; no GPU.
+A thread block becomes a set of fibers, warp primitives and barriers become rendezvous, shared
+memory an exactly sized heap block filled with NaN, all of it under the address sanitizer
+(csrc/emulation). Needs a source checkout and g++; no GPU.
 
-    python -m densenet_efficient.emulation STAGE SHAPE...    prints what a profiler would count
+    python -m densenet_efficient.emulation OPERATOR SIZES...    prints what a profiler would count
 """
 
 from .build import EmulationError, Mutation, build
 from .emulator import Emulator
-from .report import Launch, Site, Traffic, traffic
+from .report import Launch, Site, TensorTraffic, Traffic, tensor_table, tensor_traffic
 
 __all__ = [
     "EmulationError",
@@ -17,7 +17,9 @@ __all__ = [
     "Launch",
     "Mutation",
     "Site",
+    "TensorTraffic",
     "Traffic",
     "build",
-    "traffic",
+    "tensor_table",
+    "tensor_traffic",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -58,18 +59,18 @@ def build(
         raise EmulationError("the emulation needs g++ (or the compiler that CXX names)")
     if not (SOURCES / "ops.cpp").is_file():
         raise EmulationError(f"the emulation needs a source checkout; {SOURCES} holds none")
-    sources = _mutated_tree(mutations) if mutations else SOURCES
-    files = [sources / "ops.cpp", *sorted((sources / "emulation").glob("*.cpp"))]
-    files += [sources / "cuda" / f"{name}.cu" for name in names]
+    kernels = _mutated_tree(mutations) if mutations else SOURCES
+    files = [SOURCES / "ops.cpp", *sorted((SOURCES / "emulation").glob("*.cpp"))]
+    files += [kernels / "cuda" / f"{name}.cu" for name in names]
     flags = _flags(sanitize)
     # The emulator itself knows what it does, and is where the time goes: fast and not instrumented.
     own_flags = [*_flags(False), "-O3", *(["-DDE_SANITIZE"] if sanitize else [])]
-    headers = _digest(*sorted(path for path in sources.rglob("*.*h") if path.is_file()))
     BUILD.mkdir(parents=True, exist_ok=True)
 
     def compile_one(path: Path) -> Path:
         used = own_flags if path.parent.name == "emulation" else flags
-        name = _digest(path, text=f"{compiler} {used} {headers} {torch.__version__}")
+        sources = sorted(_with_includes(path))
+        name = _digest(*sources, text=f"{compiler} {used} {torch.__version__}")
         target = BUILD / f"{path.stem}-{name}.o"
         if not target.is_file():
             _run([compiler, *used, "-x", "c++", "-c", str(path)], target)
@@ -128,9 +129,19 @@ def _digest(*paths: Path, text: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
+def _with_includes(path: Path, seen: frozenset[Path] = frozenset()) -> set[Path]:
+    """The file and every file of ours that it includes, directly or not."""
+    found = {path}
+    for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+        header = (path.parent / name).resolve()
+        if header.is_file() and header not in seen | found:
+            found |= _with_includes(header, seen | found)
+    return found
+
+
 def _mutated_tree(mutations: Sequence[Mutation]) -> Path:
-    """A copy of the sources with the faults planted. It bears the faults' hash, so that equal faults
-    share a folder and different ones never meet."""
+    """A copy of the sources with the faults planted. It bears the faults' hash, so that equal
+    faults share a folder and different ones never meet."""
     inputs = sorted(path for path in SOURCES.rglob("*.*") if path.is_file())
     tree = BUILD / f"mutated-{_digest(*inputs, text=repr(mutations))}"
     if tree.is_dir():

@@ -20,7 +20,9 @@ from .worker import receive, send
 
 WORKER = Path(__file__).with_name("worker.py")
 # Fresh heap memory is NaN; the interpreter itself leaks at exit.
-SANITIZER = "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255:malloc_context_size=4"
+SANITIZER = (
+    "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255:malloc_context_size=4"
+)
 
 
 class Emulator:
@@ -43,7 +45,7 @@ class Emulator:
         self.library = build(stages, mutations=mutations, sanitize=sanitize)
         self.sanitize = sanitize
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the emulator)
 
     def call(self, op: str, *arguments: Any, seed: int = 0) -> list[Launch]:
         """Calls torch.ops.densenet_efficient.`op`; tensors are written as the operator writes them.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+SECTOR = 32  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,34 @@ class Site:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Global traffic of one or more launches in one direction."""
+    """Global traffic in one direction, by the warps' requests (not what the caches let through):
+    bytes and sectors asked for, the fewest sectors for those bytes, distinct sectors touched."""
 
-    bytes: int
-    sectors: int
-    ideal_sectors: int
+    bytes: int = 0
+    sectors: int = 0
+    ideal: int = 0
+    distinct: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.bytes + other.bytes,
+            self.sectors + other.sectors,
+            self.ideal + other.ideal,
+            self.distinct + other.distinct,
+        )
 
     @property
     def efficiency(self) -> float:
         """Sectors needed over sectors requested."""
-        return self.ideal_sectors / self.sectors if self.sectors else 1.0
+        return self.ideal / self.sectors if self.sectors else 1.0
+
+
+@dataclass(frozen=True)
+class TensorTraffic:
+    """What a launch, or several, loaded from and stored to one argument, or "workspace"."""
+
+    load: Traffic
+    store: Traffic
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,26 @@ class Launch:
     shuffles: int
     barriers: int
     sites: tuple[Site, ...]
+    tensors: dict[str, TensorTraffic]
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Launch:
         row = dict(row)
-        grid = (row.pop("grid_x"), row.pop("grid_y"))
-        sites = tuple(Site(**site) for site in row.pop("sites"))
-        return cls(grid=grid, sites=sites, **row | {"kernel": _kernel_name(row["kernel"])})
+        row["kernel"] = _kernel_name(row["kernel"])
+        row["grid"] = (row.pop("grid_x"), row.pop("grid_y"))
+        row["sites"] = tuple(Site(**site) for site in row["sites"])
+        row["tensors"] = {
+            tensor["name"]: TensorTraffic(Traffic(**tensor["load"]), Traffic(**tensor["store"]))
+            for tensor in row["tensors"]
+        }
+        return cls(**row)
+
+    @property
+    def conflict_factor(self) -> float:
+        """Shared-memory wavefronts over the fewest possible."""
+        shared = [site for site in self.sites if site.access.startswith("shared")]
+        ideal = sum(site.ideal for site in shared)
+        return sum(site.units for site in shared) / ideal if ideal else 1.0
 
     def table(self) -> str:
         """The counters, one line for each place that accesses memory."""
@@ -75,43 +108,54 @@ class Launch:
             f"shared {self.shared_bytes} bytes",
             f"  tensor-core instructions {self.mma} ({self.mma_flops / 1e6:.2f} MFLOP), "
             f"ldmatrix {self.ldmatrix}, shuffles {self.shuffles}, barriers {self.barriers}",
-            f"  {'access':14}{'where':32}{'requests':>10}{'bytes':>12}{'cost':>10}{'best':>10}"
+            f"  {'access':14}{'where':34}{'requests':>10}{'bytes':>12}{'cost':>10}{'best':>10}"
             f"{'factor':>8}",
         ]
-        for site in sorted(self.sites, key=lambda site: (site.access, site.line)):
+        for site in sorted(self.sites, key=lambda site: (site.access, site.file, site.line)):
             lines.append(
-                f"  {site.access:14}{f'{site.file}:{site.line}':32}{site.requests:10}"
+                f"  {site.access:14}{f'{site.file}:{site.line}':34}{site.requests:10}"
                 f"{site.bytes:12}{site.units:10}{site.ideal:10}{site.factor:8.3f}"
             )
         return "\n".join(lines)
 
 
-def traffic(launches: Iterable[Launch], access: str) -> Traffic:
-    """Sums the sites of one kind of access: "global load" or "global store"."""
-    sites = [site for launch in launches for site in launch.sites if site.access == access]
-    return Traffic(_sum(sites, "bytes"), _sum(sites, "units"), _sum(sites, "ideal"))
+def tensor_traffic(launches: Iterable[Launch]) -> dict[str, TensorTraffic]:
+    """By argument, summed over launches: of several launches that load the same tensor, each counts
+    its distinct sectors anew."""
+    total: dict[str, TensorTraffic] = {}
+    for launch in launches:
+        for name, traffic in launch.tensors.items():
+            before = total.get(name, TensorTraffic(Traffic(), Traffic()))
+            total[name] = TensorTraffic(before.load + traffic.load, before.store + traffic.store)
+    return total
 
 
-def conflict_factor(launches: Iterable[Launch]) -> float:
-    """Wavefronts of all shared-memory accesses over the fewest possible."""
-    sites = [s for launch in launches for s in launch.sites if s.access.startswith("shared")]
-    ideal = _sum(sites, "ideal")
-    return _sum(sites, "units") / ideal if ideal else 1.0
+def tensor_table(launches: Iterable[Launch], sizes: dict[str, int]) -> str:
+    """Traffic by argument; sizes: the arguments' own bytes, so that multiples of them show."""
+    lines = [
+        f"{'tensor':14}{'bytes':>12}{'loaded':>12}{'times':>8}{'memory':>8}{'sectors':>9}"
+        f"{'stored':>12}{'times':>8}{'sectors':>9}"
+    ]
+    for name, traffic in tensor_traffic(launches).items():
+        load, store, size = traffic.load, traffic.store, sizes.get(name, 0)
+        if not load.bytes and not store.bytes:
+            continue
 
+        def times(amount: int, size: int = size) -> str:
+            return f"{amount / size:.3f}" if size else "-"
 
-def _sum(sites: Sequence[Site], field: str) -> int:
-    return sum(getattr(site, field) for site in sites)
+        lines.append(
+            f"{name:14}{size or '-':>12}{load.bytes:12}{times(load.bytes):>8}"
+            f"{times(load.distinct * SECTOR):>8}{load.efficiency:9.3f}"
+            f"{store.bytes:12}{times(store.bytes):>8}{store.efficiency:9.3f}"
+        )
+    return "\n".join(lines)
 
 
 def _kernel_name(signature: str) -> str:
-    """The kernel and its template arguments, out of the compiler's name of the launching function."""
-    found = re.search(r"auto kernel = (.*?); Args", signature) or re.search(
-        r"kernel = (.*?)(?:; |\])", signature
-    )
+    """The kernel and its template arguments, from the compiler's name of the launching function."""
+    found = re.search(r"auto kernel = (.*?)(?:; Args|\])", signature)
     name = found.group(1) if found else signature
-    name = (
-        re.sub(r"\((?:&|anonymous namespace|.*?::\*?)\)?", "", name)
-        if name.startswith("(")
-        else name
-    )
-    return name.replace("densenet_efficient::{anonymous}::", "").replace("c10::", "")
+    for noise in ("densenet_efficient::", "{anonymous}::", "partials::", "c10::"):
+        name = name.replace(noise, "")
+    return name

@@ -12,17 +12,17 @@ import io
 import os
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 if __name__ == "__main__":
     del sys.path[0]  # this file's folder: its modules must hide nobody else's
 
-import torch  # noqa: E402
+import torch
 
 HEADER = struct.Struct("<q")
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
@@ -30,7 +30,7 @@ def receive(stream: BinaryIO) -> Any:
     return torch.load(io.BytesIO(body), weights_only=False)
 
 
-def send(stream: BinaryIO, message: Any) -> None:
+def send(stream: IO[bytes], message: Any) -> None:
     buffer = io.BytesIO()
     torch.save(message, buffer)
     stream.write(HEADER.pack(buffer.tell()))
@@ -39,8 +39,8 @@ def send(stream: BinaryIO, message: Any) -> None:
 
 
 def on_exact_heap(arguments: list[Any]) -> list[Any]:
-    """The tensors on storages of their own, exactly as large as they were: views of one storage stay
-    views of one storage, and the sanitizer sees every byte behind its end."""
+    """The tensors on storages of their own, exactly as large as they were: views of one storage
+    stay views of one storage, and the sanitizer sees every byte behind its end."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def move(value: Any) -> Any:
@@ -53,6 +53,21 @@ def on_exact_heap(arguments: list[Any]) -> list[Any]:
         )
 
     return [move(value) for value in arguments]
+
+
+def call(library: ctypes.CDLL, op: str, arguments: list[Any]) -> None:
+    """Calls the operator, its tensors' memory known to the counters by the schema's names."""
+    function = getattr(torch.ops.densenet_efficient, op).default
+    library.de_emulation_name_range(None, None, ctypes.c_longlong(0))
+    for parameter, value in zip(function._schema.arguments, arguments, strict=True):
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            library.de_emulation_name_range(
+                parameter.name.encode(),
+                ctypes.c_void_p(storage.data_ptr()),
+                ctypes.c_longlong(storage.nbytes()),
+            )
+    function(*arguments)
 
 
 def main() -> None:
@@ -69,7 +84,7 @@ def main() -> None:
         library.de_emulation_set_seed(ctypes.c_ulonglong(seed))
         error = None
         try:
-            getattr(torch.ops.densenet_efficient, op)(*arguments)
+            call(library, op, arguments)
         except RuntimeError as failure:
             error = str(failure)
         send(replies, (arguments, library.de_emulation_report().decode(), error))

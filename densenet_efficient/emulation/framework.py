@@ -1,0 +1,147 @@
+"""Each operator as PyTorch's own layers compute it, rounding what they round: the measure that the
+kernels' errors are held to. One function per operator, by the names of its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+
+EPS = 1e-5
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)
+
+
+def _pool(y: Tensor) -> Tensor:
+    """avg_pool2d, which refuses images without a single window."""
+    height, width = y.shape[2] // 2, y.shape[3] // 2
+    return F.avg_pool2d(y, 2) if height and width else y[:, :, :height, :width]
+
+
+class _Norm:
+    """nn.BatchNorm's parameters and statistics out of a `norm` table; gradients of the former."""
+
+    def __init__(self, norm: Tensor) -> None:
+        scale, shift, self.mean, rstd = norm
+        self.var = rstd.double().square().reciprocal().sub(EPS).to(norm.dtype)
+        self.gamma = (scale / rstd).requires_grad_()
+        self.beta = (shift + self.mean * scale).requires_grad_()
+
+    def __call__(self, x: Tensor, training: bool = False) -> Tensor:
+        buffers = self.mean.clone(), self.var.clone()
+        return F.batch_norm(x, *buffers, self.gamma, self.beta, training=training, eps=EPS)
+
+
+def channel_stats(x: Tensor, **_: Any) -> dict[str, Tensor]:
+    wide = x.to(reference.wide_dtype(x.dtype))
+    return {"stats": torch.stack([wide.mean(0), wide.var(0, unbiased=False)])}
+
+
+def norm_fold(
+    stats: Tensor, gamma: Tensor, beta: Tensor, eps: float, **_: Any
+) -> dict[str, Tensor]:
+    return {"norm": reference.norm_fold(stats, gamma, beta, eps)}
+
+
+def norm_correction(dnorm: Tensor, norm: Tensor, count: int, **_: Any) -> dict[str, Tensor]:
+    return {"correction": reference.norm_correction(dnorm, norm, count)}
+
+
+def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> dict[str, Tensor]:
+    return {"dx": reference.norm_correction_apply(dx, x, correction)}
+
+
+def _with_stats(y: Tensor) -> dict[str, Tensor]:
+    return {"y": y, "stats": channel_stats(y.flatten(0, -2))["stats"]}
+
+
+def norm_relu_conv1x1_forward(
+    x: Tensor, norm: Tensor, weight: Tensor, **_: Any
+) -> dict[str, Tensor]:
+    return _with_stats(F.linear(F.relu(_Norm(norm)(x)), weight).detach())
+
+
+def norm_relu_conv1x1_backward(
+    dz_y: Tensor,
+    y: Tensor,
+    correction: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    **_: Any,
+) -> dict[str, Tensor]:
+    dy = reference.norm_correction_apply(dz_y, y, correction)
+    layer, x, weight = _Norm(norm), x.requires_grad_(), weight.requires_grad_()
+    output = F.linear(F.relu(layer(x)), weight)
+    wanted = (x, weight, layer.gamma, layer.beta)
+    own, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, dy)
+    return {"dx": dx + own, "dweight": dweight, "dnorm": torch.stack([dgamma, dbeta])}
+
+
+def norm_relu_conv3x3_forward(
+    x: Tensor, norm: Tensor, weight: Tensor, **_: Any
+) -> dict[str, Tensor]:
+    h = F.relu(_Norm(norm)(_nchw(x)))
+    return _with_stats(_nhwc(F.conv2d(h, weight, padding=1)).detach())
+
+
+def norm_relu_conv3x3_backward(
+    dy: Tensor,
+    y: Tensor | None,
+    correction: Tensor | None,
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    accumulate: bool,
+    dx: Tensor,
+    **_: Any,
+) -> dict[str, Tensor]:
+    if y is not None and correction is not None:
+        dy = reference.norm_correction_apply(dy, y, correction)
+    layer, x, weight = _Norm(norm), _nchw(x).requires_grad_(), weight.requires_grad_()
+    z = layer(x)
+    output = F.conv2d(F.relu(z), weight, padding=1)
+    wanted = (x, z, weight, layer.gamma, layer.beta)
+    own, dz, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
+    result = dx + _nhwc(own) if accumulate else _nhwc(dz)
+    return {"dx": result, "dweight": dweight, "dnorm": torch.stack([dgamma, dbeta])}
+
+
+def transition_forward(x: Tensor, norm: Tensor, weight: Tensor, **_: Any) -> dict[str, Tensor]:
+    h = F.relu(_Norm(norm)(_nchw(x)))
+    return _with_stats(_nhwc(_pool(F.conv2d(h, weight[:, :, None, None]))).detach())
+
+
+def transition_backward(
+    dy: Tensor, x: Tensor, norm: Tensor, weight: Tensor, count: int, **_: Any
+) -> dict[str, Tensor]:
+    layer, x, weight = _Norm(norm), _nchw(x).requires_grad_(), weight.requires_grad_()
+    h = F.relu(layer(x, training=count > 0))
+    output = _pool(F.conv2d(h, weight[:, :, None, None]))
+    wanted = (x, weight, layer.gamma, layer.beta)
+    dx, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
+    return {"dx": _nhwc(dx), "dweight": dweight, "dnorm": torch.stack([dgamma, dbeta])}
+
+
+def stem_forward(x: Tensor, norm: Tensor, **_: Any) -> dict[str, Tensor]:
+    h = F.relu(_Norm(norm)(_nchw(x)))
+    return _with_stats(_nhwc(F.max_pool2d(h, 3, 2, 1)).detach())
+
+
+def stem_backward(dy: Tensor, x: Tensor, norm: Tensor, count: int, **_: Any) -> dict[str, Tensor]:
+    layer, x = _Norm(norm), _nchw(x).requires_grad_()
+    output = F.max_pool2d(F.relu(layer(x, training=count > 0)), 3, 2, 1)
+    wanted = (x, layer.gamma, layer.beta)
+    dx, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
+    return {"dx": _nhwc(dx), "dnorm": torch.stack([dgamma, dbeta])}

@@ -1,0 +1,225 @@
+"""Every CUDA kernel, run on the host under the address sanitizer: right to the framework's own
+error, the same bits whatever the order of threads and blocks, no byte written beside its outputs.
+
+Shapes are chosen for a reason each, which stands beside them. Features that are not written yet
+hold NaN, and so do fresh outputs, workspaces and shared memory: what is read too early or too far
+shows. Seeds 0 and 1 run threads in ascending and descending order, others shuffle them; even ones
+let asynchronous copies arrive as late as they may.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import relative_error
+from emulators import emulator_of
+from torch import Tensor
+
+from densenet_efficient import reference
+from densenet_efficient.emulation import Emulator
+from densenet_efficient.emulation.cases import (
+    Case,
+    exact,
+    framework_outputs,
+    make,
+    stage_of,
+)
+
+SEEDS = (0, 1, 2, 5)
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# (operator, sizes, dtype, channels in front of each slice, reason)
+Shape = tuple[str, tuple[int, ...], torch.dtype, int, str]
+SHAPES: list[Shape] = [
+    ("channel_stats", (784, 64), BF16, 0, "block 1 of DenseNet-121"),
+    (
+        "channel_stats",
+        (100, 12),
+        BF16,
+        36,
+        "a slice of growth rate 12: 24-byte rows, 8-byte vectors",
+    ),
+    ("channel_stats", (333, 40), FP16, 48, "growth rate 40, a tail of rows"),
+    ("channel_stats", (50, 7), BF16, 3, "odd channels at an odd address: two-byte accesses"),
+    ("channel_stats", (1, 3), FP32, 0, "one row: variance zero"),
+    ("channel_stats", (70, 600), FP32, 8, "several groups of columns"),
+    ("channel_stats", (45, 10), FP64, 0, "float64"),
+    ("norm_fold", (1,), FP32, 0, "one channel"),
+    ("norm_fold", (300,), FP32, 0, "several blocks, a tail"),
+    ("norm_fold", (65,), FP64, 0, "float64"),
+    ("norm_correction", (300,), FP32, 0, "several blocks, a tail"),
+    ("norm_correction", (65,), FP64, 0, "float64"),
+    ("norm_correction_apply", (500, 32), BF16, 64, "the produced slice of DenseNet-121"),
+    ("norm_correction_apply", (130, 12), FP16, 24, "growth rate 12"),
+    ("norm_correction_apply", (37, 48), BF16, 0, "growth rate 48, a tail of rows"),
+    ("norm_correction_apply", (1, 5), FP32, 1, "one pixel, odd channels"),
+    ("norm_correction_apply", (33, 520), FP64, 0, "float64, several groups of columns"),
+    ("stem_forward", (2, 16, 20, 64), BF16, 0, "DenseNet-121's channels, even sizes"),
+    ("stem_forward", (1, 15, 70, 96), FP16, 0, "odd height; wider than one tile"),
+    ("stem_forward", (3, 1, 1, 8), BF16, 0, "one pixel: a window with one input"),
+    ("stem_forward", (1, 9, 5, 7), BF16, 1, "odd everything: two-byte accesses"),
+    ("stem_forward", (1, 2, 3, 24), FP32, 0, "smaller than a window"),
+    ("stem_forward", (1, 8, 8, 6), FP64, 0, "float64"),
+    ("stem_backward", (2, 16, 20, 64), BF16, 0, "DenseNet-121's channels, even sizes"),
+    ("stem_backward", (1, 15, 70, 96), FP16, 0, "odd height; columns shared between tiles"),
+    ("stem_backward", (3, 1, 1, 8), BF16, 0, "one pixel"),
+    ("stem_backward", (1, 9, 5, 7), BF16, 1, "odd everything"),
+    ("stem_backward", (1, 40, 6, 32), FP32, 0, "several bands: rows shared between blocks"),
+    ("stem_backward", (1, 8, 9, 6), FP64, 0, "float64"),
+    ("transition_forward", (2, 12, 12, 256, 128), BF16, 0, "transition 1 of DenseNet-121"),
+    ("transition_forward", (3, 7, 9, 216, 108), BF16, 0, "BC-100-12: tails of channels, odd edges"),
+    ("transition_forward", (1, 8, 6, 48, 150), FP16, 12, "two warps side by side; shifted slice"),
+    ("transition_forward", (1, 4, 4, 40, 300), BF16, 0, "several columns of the grid"),
+    ("transition_forward", (1, 2, 2, 5, 3), FP16, 3, "one window, odd everything"),
+    ("transition_forward", (2, 1, 5, 16, 8), BF16, 0, "no window at all"),
+    ("transition_backward", (2, 12, 12, 256, 128), BF16, 0, "transition 1 of DenseNet-121"),
+    ("transition_backward", (3, 7, 9, 216, 108), BF16, 0, "BC-100-12: tails, odd edges"),
+    ("transition_backward", (1, 8, 6, 48, 150), FP16, 12, "more than 128 outputs; shifted slice"),
+    ("transition_backward", (1, 2, 2, 5, 3), FP16, 3, "one window, odd everything"),
+    ("transition_backward", (2, 1, 5, 16, 8), BF16, 0, "no window: dx is zero"),
+    ("norm_relu_conv1x1_forward", (200, 96, 128), BF16, 0, "block 1 of DenseNet-121"),
+    ("norm_relu_conv1x1_forward", (77, 36, 48), BF16, 0, "BC-100-12: tails of channels and rows"),
+    ("norm_relu_conv1x1_forward", (40, 24, 192), FP16, 4, "growth rate 48: two warps side by side"),
+    ("norm_relu_conv1x1_forward", (33, 20, 200), BF16, 0, "several columns of the grid"),
+    ("norm_relu_conv1x1_forward", (1, 3, 5), FP16, 1, "one pixel, odd everything"),
+    ("norm_relu_conv1x1_backward", (200, 96, 128), BF16, 0, "block 1 of DenseNet-121"),
+    ("norm_relu_conv1x1_backward", (77, 36, 48), BF16, 0, "BC-100-12: tails of channels and rows"),
+    ("norm_relu_conv1x1_backward", (70, 24, 160), FP16, 4, "growth rate 40"),
+    ("norm_relu_conv1x1_backward", (40, 24, 192), BF16, 0, "growth rate 48"),
+    ("norm_relu_conv1x1_backward", (33, 20, 200), FP16, 0, "more outputs than one call takes"),
+    ("norm_relu_conv1x1_backward", (1, 3, 5), BF16, 1, "one pixel, odd everything"),
+    ("norm_relu_conv3x3_forward", (2, 8, 8, 128, 32), BF16, 0, "DenseNet-121's bottleneck"),
+    ("norm_relu_conv3x3_forward", (1, 9, 7, 48, 12), FP16, 12, "BC-100-12; odd sizes"),
+    ("norm_relu_conv3x3_forward", (1, 5, 70, 24, 12), BF16, 0, "wider than a tile: strips"),
+    ("norm_relu_conv3x3_forward", (2, 6, 5, 20, 40), BF16, 0, "growth rate 40, a plain layer"),
+    ("norm_relu_conv3x3_forward", (1, 1, 1, 3, 5), FP16, 1, "one pixel, odd everything"),
+    ("norm_relu_conv3x3_backward", (2, 8, 8, 128, 32), BF16, 0, "DenseNet-121's bottleneck"),
+    ("norm_relu_conv3x3_backward", (1, 9, 7, 48, 12), FP16, 12, "BC-100-12; odd sizes"),
+    ("norm_relu_conv3x3_backward", (1, 5, 70, 24, 12), BF16, 0, "wider than a tile: strips"),
+    ("norm_relu_conv3x3_backward", (2, 6, 5, 20, 48), BF16, 0, "growth rate 48"),
+    ("norm_relu_conv3x3_backward", (1, 1, 1, 3, 5), FP16, 1, "one pixel, odd everything"),
+]
+
+# Optional arguments and modes: (operator, sizes, dtype, changes)
+VARIANTS: list[tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]] = [
+    ("norm_fold", (33,), FP32, {"gamma": None, "beta": None}),
+    ("norm_correction", (33,), FP32, {"count": 0}),
+    ("stem_forward", (1, 8, 8, 16), BF16, {"stats": None}),
+    ("stem_backward", (1, 8, 8, 16), BF16, {"count": 0}),
+    ("transition_forward", (1, 6, 6, 32, 16), BF16, {"stats": None}),
+    ("transition_backward", (1, 6, 6, 32, 16), BF16, {"count": 0, "dweight": None}),
+    ("norm_relu_conv1x1_forward", (40, 32, 16), BF16, {"stats": None}),
+    ("norm_relu_conv1x1_backward", (40, 32, 16), BF16, {"dweight": None}),
+    ("norm_relu_conv3x3_forward", (1, 6, 6, 32, 16), BF16, {"stats": None}),
+    ("norm_relu_conv3x3_backward", (1, 6, 6, 32, 16), BF16, {"y": None, "correction": None}),
+    ("norm_relu_conv3x3_backward", (1, 6, 6, 32, 16), FP16, {"accumulate": True, "dweight": None}),
+]
+
+
+def run(emulator: Emulator, case: Case, seed: int) -> dict[str, Tensor]:
+    """One call; the case's tensors are put back as they were."""
+    saved = [whole.clone() for whole, _ in case.buffers]
+    emulator.call(case.op, *case.arguments.values(), seed=seed)
+    case.check_outside()
+    results = {name: value.clone() for name, value in case.outputs.items()}
+    for (whole, _), before in zip(case.buffers, saved, strict=True):
+        whole.copy_(before)
+    return results
+
+
+def floor(value: Tensor) -> float:
+    """An error that is nobody's fault: one rounding of what is stored, or, in float32 and float64,
+    the order of a sum."""
+    eps = torch.finfo(value.dtype).eps
+    return eps / 4 if value.element_size() == 2 else 4 * eps
+
+
+def check(emulator: Emulator, case: Case) -> None:
+    inputs = case.inputs()
+    results = [run(emulator, case, seed) for seed in SEEDS]
+    for seed, result in zip(SEEDS, results, strict=True):
+        for name, value in result.items():
+            assert torch.equal(value, results[0][name]), f"{name} depends on the order, seed {seed}"
+    ours, truth = results[0], exact(case.op, inputs)
+    if "stats" in ours and "y" in ours:  # of the values as stored
+        truth["stats"] = reference.channel_stats(ours["y"].double().flatten(0, -2))
+    theirs = framework_outputs(case.op, case.inputs())
+    if "stats" in ours and "y" in ours:
+        stats = reference.channel_stats(theirs["y"].double().flatten(0, -2))
+        theirs["stats"] = theirs["stats"].double() - stats + truth["stats"]
+    own, peer = [], []
+    for name, value in ours.items():
+        assert value.isfinite().all(), f"{name} is not finite"
+        own.append(relative_error(value, truth[name]))
+        peer.append(max(relative_error(theirs[name], truth[name]), floor(value)))
+        assert own[-1] <= 2 * peer[-1], f"{name}: error {own[-1]:.2e}, framework {peer[-1]:.2e}"
+    assert math.hypot(*own) <= 1.2 * math.hypot(*peer)
+
+
+def identifier(value: object) -> str | None:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, dict):
+        return ",".join(f"{name}={change}" for name, change in value.items())
+    return None
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "dtype", "before"), [shape[:4] for shape in SHAPES], ids=identifier
+)
+def test_kernel(
+    op: str,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    before: int,
+) -> None:
+    check(emulator_of(stage_of(op)), make(op, sizes, dtype, before=before))
+
+
+@pytest.mark.parametrize(("op", "sizes", "dtype", "changes"), VARIANTS, ids=identifier)
+def test_variant(
+    op: str,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+) -> None:
+    check(emulator_of(stage_of(op)), make(op, sizes, dtype, **changes))
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [
+        ("channel_stats", (0, 12)),
+        ("norm_correction_apply", (0, 12)),
+        ("stem_forward", (0, 4, 4, 8)),
+        ("stem_backward", (0, 4, 4, 8)),
+        ("transition_forward", (0, 4, 4, 8, 4)),
+        ("transition_backward", (0, 4, 4, 8, 4)),
+        ("norm_relu_conv1x1_forward", (0, 8, 4)),
+        ("norm_relu_conv1x1_backward", (0, 8, 4)),
+        ("norm_relu_conv3x3_forward", (0, 4, 4, 8, 4)),
+        ("norm_relu_conv3x3_backward", (0, 4, 4, 8, 4)),
+    ],
+    ids=identifier,
+)
+def test_empty_input_gives_zero_sums(op: str, sizes: tuple[int, ...]) -> None:
+    case = make(op, sizes, BF16)
+    emulator_of(stage_of(op)).call(op, *case.arguments.values())
+    for name, value in case.outputs.items():
+        assert not value.numel() or (value == 0).all(), name
+
+
+def test_shared_correction_accumulates() -> None:
+    case = make("norm_correction", (20,), FP32, accumulate=True)
+    shared = torch.randn(4, 32)
+    case.arguments["correction"] = shared
+    before = shared.clone()
+    emulator_of("norm_correction").call(case.op, *case.arguments.values())
+    added = reference.norm_correction(case.arguments["dnorm"], case.arguments["norm"], 49, True)
+    torch.testing.assert_close(shared[:, :20], before[:, :20] + added)
+    assert torch.equal(shared[:, 20:], before[:, 20:])
