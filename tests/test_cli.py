@@ -1,0 +1,142 @@
+"""The command line: every command end to end, and what a wrong one says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from densenet_efficient.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4"]
+TRAIN = ["train", *SMALL, "--image-size", "8", "--limit", "64", "--batch", "32", "--device", "cpu"]
+
+
+def test_train_stop_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert main([*TRAIN, *out, "--epochs", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "epoch   1  loss" in text and "held-out accuracy" in text and "images/s" in text
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"checkpoint.pt", "log.csv", "model.safetensors"}
+    # Another number of epochs is another schedule.
+    assert main([*TRAIN, *out, "--epochs", "2", "--resume"]) == 2
+    assert "epochs: expected 2, got 1" in capsys.readouterr().err
+    assert main([*TRAIN, *out, "--epochs", "1", "--resume"]) == 0
+    assert main([*TRAIN, *out, "--epochs", "1"]) == 2
+    assert "out: expected a folder without a run" in capsys.readouterr().err
+    assert main([*TRAIN, *out, "--epochs", "1", "--overwrite", "--reference", "--quiet"]) == 0
+
+
+def test_train_on_a_folder_of_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for index, name in enumerate(("cat", "dog")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(2):
+                image = Image.new("RGB", (20, 20), (90 * index, 30 * number, 0))
+                image.save(tmp_path / "images" / split / name / f"{number}.png")
+    data = ["--data", "imagefolder", str(tmp_path / "images"), "--epochs", "1"]
+    assert main([*TRAIN, *data, "--out", str(tmp_path / "run"), "--memory", "store"]) == 0
+
+
+def test_an_interrupt_ends_a_run_cleanly(tmp_path: Path) -> None:
+    """A real SIGINT, after the first epoch has been reported."""
+    command = [sys.executable, "-m", "densenet_efficient", *TRAIN]
+    process = subprocess.Popen(
+        [*command, "--epochs", "10000", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("epoch   1")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    finished = 1 + output.count("epoch ")
+    # One more may have been finished than was printed.
+    assert any(f"epochs finished: {count};" in errors for count in (finished, finished + 1))
+    assert "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv"}
+
+
+def test_plan_says_what_a_step_will_take(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, "--batch", "2", "--budget-gb", "0.01"]) == 0
+    text = capsys.readouterr().out
+    assert "predicted peak" in text and "largest batch within 0.01 GB: " in text
+    assert int(text.rsplit(" ", 1)[1]) > 2
+
+
+def test_summary_explain_and_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", *SMALL]) == 0
+    assert "dense block, 1 layers" in capsys.readouterr().out
+    assert main(["explain", *SMALL]) == 0
+    assert "denseblock1" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and "path" in text
+
+
+def test_bench_compares_ours_with_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", *SMALL, "--batch", "2", "--rounds", "2", "--peers", "eager", "recompute"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "time / eager" in text and "memory / eager" in text and "| recompute |" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--epochs", "0"], "epochs: expected a positive integer, got 0"),
+        (["train", "--batch", "-1"], "batch_size: expected a positive integer, got -1"),
+        (["train", "--depth", "41"], "depth must be 6 * N + 4"),
+        (["train", "--growth-rate", "0"], "growth_rate must be an integer of at least 1, got 0"),
+        (["train", "--drop-rate", "2"], "drop_rate must be a probability"),
+        (["train", "--data", "imagefolder"], "expected one name, or imagefolder and its PATH"),
+        (["train", "--data", "cifar10"], "data cifar10: expected its files"),
+        (["train", "--data", "mnist"], "data: expected one of digits"),
+        (["train", "--resume", "nowhere.pt"], "checkpoint nowhere.pt: expected a file"),
+        (["train", "--reference", "--memory", "store"], "memory: expected without --reference"),
+        (["train", "--device", "cuda:77"], "device: expected one of"),
+        (["plan", "--batch", "0"], "batch: expected a positive integer, got 0"),
+        (["plan", "--budget-gb", "nan"], "budget must be"),
+        (["summary", "--depth", "40"], "depth: expected only with model densenet_cifar"),
+        (["summary", "--image-size", "8"], "input must be at least 29 pixels"),
+        (["bench", "--rounds", "0"], "rounds: expected a positive integer, got 0"),
+        (["bench", "--peers", "fast"], "peers: expected some of eager"),
+    ],
+)
+def test_wrong_commands_say_what_was_expected(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err and len(output.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_without_the_library_training_says_so_and_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "densenet_efficient", *TRAIN, "--epochs", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DENSENET_EFFICIENT_DISABLE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "general path" in done.stderr and "DENSENET_EFFICIENT_DISABLE" in done.stderr

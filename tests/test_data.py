@@ -1,0 +1,161 @@
+"""Data sets: real files of each format where they are small, splits, and clear errors."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from densenet_efficient.data import DataError, TensorImages, load_data, loader
+
+
+def test_the_digits_are_split_once_and_evenly() -> None:
+    data = load_data("digits", image_size=8, augment=False)
+    assert (len(data.train), len(data.test)) == (1347, 450)
+    held_out = {image.numpy().tobytes() for image, _ in data.test}
+    assert not any(image.numpy().tobytes() in held_out for image, _ in data.train)
+    counts = torch.bincount(torch.tensor([label for _, label in data.test]))
+    assert len(counts) == 10 and counts.min() >= 43 and counts.max() <= 46
+    pixels = torch.stack([image for image, _ in data.train])
+    assert abs(float(pixels.mean())) < 1e-5 and abs(float(pixels.std()) - 1) < 1e-4
+
+
+def test_digits_are_augmented_in_training_only() -> None:
+    data = load_data("digits")
+    assert data.train[0][0].shape == (1, 16, 16) == (data.channels, data.image_size, 16)
+    assert not torch.equal(data.train[0][0], data.train[0][0])
+    assert torch.equal(data.test[0][0], data.test[0][0])
+
+
+def write_fashion_mnist(root: Path, count: int = 6) -> None:
+    """The four files of Fashion-MNIST, in its idx format."""
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = bytes(range(256)) * 4 * count
+        header = struct.pack(">iiii", 2051, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images[: count * 784])
+        labels = struct.pack(">ii", 2049, count) + bytes(i % 10 for i in range(count))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_fashion_mnist_is_read_from_its_own_files(tmp_path: Path, size: int | None) -> None:
+    write_fashion_mnist(tmp_path)
+    data = load_data("fashion-mnist", root=tmp_path, image_size=size)
+    image, label = data.test[3]
+    assert image.shape == (1, size or 28, size or 28) and label == 3
+    assert image.dtype == torch.float32 and data.num_classes == 10 and len(data.train) == 6
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
+def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"data {name}: expected its files, whole, in {tmp_path}"):
+        load_data(name, root=tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path)
+    images = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:300])
+    with pytest.raises(DataError, match="data fashion-mnist: expected its files, whole"):
+        load_data("fashion-mnist", root=tmp_path)
+
+
+def write_images(root: Path, classes: dict[str, list[str]]) -> None:
+    for split, names in classes.items():
+        for index, name in enumerate(names):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for shade in (0, 200):
+                colour = (shade, 40 * index, 10)
+                Image.new("RGB", (50, 40), colour).save(folder / f"{shade}.png")
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": ["cat", "dog"], "val": ["cat", "dog"]})
+    data = load_data("imagefolder", path=tmp_path, image_size=32)
+    assert data.num_classes == 2 and len(data.train) == 4
+    image, label = data.test[3]
+    assert image.shape == (3, 32, 32) and label == 1
+    # Red 200 and blue 10 of 255, normalised with ImageNet's statistics.
+    expected = [(200 / 255 - 0.485) / 0.229, (10 / 255 - 0.406) / 0.225]
+    assert image[[0, 2], 16, 16].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": ["cat"], "val": ["cat"]})
+    bad = tmp_path / "val" / "cat" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    data = load_data("imagefolder", path=tmp_path, image_size=32)
+    for workers in (0, 1):
+        batches = loader(data.test, 2, shuffle=False, seed=0, workers=workers, pin=False)
+        with pytest.raises(DataError, match=r"val/cat/0\.png: expected an image"):
+            list(batches)
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        ({"train": ["cat"]}, r"expected images in .*/val/CLASS/"),
+        ({"val": ["cat"]}, r"expected images in .*/train/CLASS/"),
+        ({"train": ["cat", "dog"], "val": ["cat"]}, r"got 2 and 1, differing in \['dog'\]"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path: Path, classes: Any, message: str) -> None:
+    write_images(tmp_path, classes)
+    with pytest.raises(DataError, match=message):
+        load_data("imagefolder", path=tmp_path)
+
+
+def test_synthetic_data_has_the_shape_asked_for() -> None:
+    data = load_data("synthetic", image_size=24, limit=5, shape=(1, 7))
+    image, label = data.train[4]
+    assert image.shape == (1, 24, 24) and 0 <= label < 7 and len(data.train) == 5
+    again = load_data("synthetic", image_size=24, limit=5, shape=(1, 7))
+    assert torch.equal(image, again.train[4][0])
+
+
+def test_the_order_follows_from_the_seed_alone() -> None:
+    data = TensorImages(torch.arange(10.0).view(10, 1, 1, 1), torch.zeros(10))
+
+    def order(seed: int) -> list[float]:
+        batches = loader(data, 4, shuffle=True, seed=seed, workers=0, pin=False)
+        return torch.cat([images.flatten() for images, _ in batches]).tolist()
+
+    first = order(3)
+    torch.rand(5)
+    assert first == order(3) != order(4) and sorted(first) == list(range(10))
+
+
+def test_a_last_batch_of_one_image_is_left_out_of_training() -> None:
+    data = TensorImages(torch.zeros(9, 1, 1, 1), torch.zeros(9))
+    sizes = {
+        shuffle: [len(labels) for _, labels in loader(data, 4, shuffle=shuffle, **FIXED)]
+        for shuffle in (True, False)
+    }
+    assert sizes == {True: [4, 4], False: [4, 4, 1]}
+    with pytest.raises(DataError, match="expected at least one image"):
+        loader(TensorImages(torch.zeros(0, 1, 1, 1), torch.zeros(0)), 4, shuffle=True, **FIXED)
+
+
+FIXED: dict[str, Any] = {"seed": 0, "workers": 0, "pin": False}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"name": "mnist"}, "data: expected one of digits"),
+        ({"name": "digits", "image_size": 0}, "image_size: expected a positive integer, got 0"),
+        ({"name": "digits", "limit": -1}, "limit: expected a positive integer, got -1"),
+        ({"name": "imagefolder"}, "path: expected with data imagefolder only, got None"),
+        ({"name": "digits", "path": "x"}, "path: expected with data imagefolder only, got 'x'"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_data(**arguments)
