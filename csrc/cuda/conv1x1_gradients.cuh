@@ -1,0 +1,259 @@
+// The 1x1 convolution's backward, from the side of one warp: the 16 channels that it owns, with their
+// columns of the weight, of dx, of the sums and of dweight. The stage is described in
+// norm_relu_conv1x1_backward.cu.
+#pragma once
+
+#include "operands.h"
+#include "tiling.h"
+
+namespace densenet_efficient::conv1x1_backward {
+
+using Tiling = workspace::cuda::Conv1x1Backward;
+
+constexpr int kStages = 3;
+constexpr int kTileRows = Tiling::kTileRows;
+constexpr int kPanelBytes = kTileRows * device::kPanelRowBytes;
+constexpr int kMaxThreads = 128;
+
+struct Backward {
+  device::RowTensor dz_y, y;  // [M, K]
+  device::Table correction;   // [4, K]
+  device::RowTensor x;        // [M, C]
+  device::Table norm;         // [4, C]
+  device::RowTensor weight;   // [K, C]
+  device::RowTensor dx;       // [M, C]
+  float* partial;             // [row blocks, K + 2, pitch]: dweight, dgamma, dbeta
+  int64_t pitch;              // channels of a partial row
+  int64_t rows;               // M
+  int channels, outputs;      // C, K
+  int warps;                  // of a block
+  int channel_blocks;         // blocks that share a range of rows
+  bool weight_gradient;
+};
+
+// A stage: dz_y and y in K / 32 panels each, x and dx in a panel for every two warps. Behind the
+// stages the correction, [8][kOutputs / 8][4] (neighbouring threads own neighbouring chunks), and
+// the norm of the block's channels, [4][16 * warps].
+template <int kOutputs>
+struct BackwardLayout {
+  static constexpr int kPanels = kOutputs / device::kPanelChannels;
+  int warps;
+  DE_HOST_DEVICE int y_offset() const { return kPanels * kPanelBytes; }
+  DE_HOST_DEVICE int x_offset() const { return 2 * kPanels * kPanelBytes; }
+  DE_HOST_DEVICE int dx_offset() const { return x_offset() + (warps + 1) / 2 * kPanelBytes; }
+  DE_HOST_DEVICE int stage_bytes() const { return dx_offset() + (warps + 1) / 2 * kPanelBytes; }
+  DE_HOST_DEVICE int correction_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int norm_offset() const { return correction_offset() + kOutputs * 16; }
+  DE_HOST_DEVICE int shared_bytes() const { return norm_offset() + 16 * warps * 16; }
+};
+
+// Four fp32 values of two packed pairs.
+template <typename T>
+__device__ __forceinline__ void unpack_four(uint2 packed, float (&values)[4]) {
+  const float2 low = device::unpack<T>(packed.x), high = device::unpack<T>(packed.y);
+  values[0] = low.x;
+  values[1] = low.y;
+  values[2] = high.x;
+  values[3] = high.y;
+}
+
+// dy over dz_y, in place: each thread works on the chunks that it copied itself, all of them of the
+// same eight columns.
+template <typename T, int kOutputs>
+__device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
+                                        const unsigned char* correction, int row_step, int row,
+                                        int column_chunk, int valid_rows) {
+  using namespace device;
+  const int panel = column_chunk / 4 * kPanelBytes, chunk = column_chunk % 4;
+  float4 c[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    c[i] = shared_load<float4>(correction + (i * (kOutputs / kChunk) + column_chunk) * 16);
+  for (; row < kTileRows; row += row_step) {
+    const int offset = panel + panel_offset(row, chunk);
+    const uint4 dz = shared_load<uint4>(stage + offset);
+    const uint4 y = shared_load<uint4>(stage + y_offset + offset);
+    const uint32_t dz_pairs[4] = {dz.x, dz.y, dz.z, dz.w}, y_pairs[4] = {y.x, y.y, y.z, y.w};
+    uint32_t dy[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 d = unpack<T>(dz_pairs[i]), v = unpack<T>(y_pairs[i]);
+      const float4 low = c[2 * i], high = c[2 * i + 1];
+      dy[i] = pack<T>(correct(d.x, v.x, low.x, low.y, low.z, low.w),
+                      correct(d.y, v.y, high.x, high.y, high.z, high.w));
+    }
+    shared_store(stage + offset,
+                 row < valid_rows ? uint4{dy[0], dy[1], dy[2], dy[3]} : uint4{0, 0, 0, 0});
+  }
+}
+
+// The warp's 16 channels and what it keeps of them in registers. The data gradient's two 8-column
+// tiles are spread so that a lane holds four neighbouring channels, 4 t to 4 t + 3 of the warp's:
+// tile j, column 2 t + e is channel 4 t + 2 j + e. The weight gradient's tiles lie in channel
+// order.
+template <typename T, int kOutputs>
+struct WarpChannels {
+  static constexpr int kDepth = kOutputs / 16;
+  const float* norm;  // in shared memory, at the warp's first channel
+  int norm_pitch;     // between its rows
+  int channel0;       // of the warp
+  uint32_t weight[kDepth][2][2];
+  float dgamma[4], dbeta[4];  // of the lane's four channels
+  float dweight[kDepth][2][4];
+
+  __device__ __forceinline__ WarpChannels(const Backward& args, const float* norm, int channel0)
+      : norm(norm), norm_pitch(16 * args.warps), channel0(channel0) {
+    using namespace device;
+    const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dgamma[i] = dbeta[i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dweight[k][j][i] = 0.0f;
+      }
+      // Column g of tile j is channel 4 (g / 2) + 2 j + g % 2: both tiles come with one chunk half.
+      uint2 rows[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * k + 2 * t + (i & 1) + 8 * (i >> 1);
+        const int channel = channel0 + 4 * (g >> 1);
+        const int left = row < args.outputs ? channels_left(channel, args.channels) : 0;
+        rows[i] = load_half(args.weight.at<T>(row, channel), left, args.weight.vector);
+      }
+      const int shift = 16 * (g & 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint2 even = rows[2 * half], odd = rows[2 * half + 1];
+        weight[k][0][half] = ((even.x >> shift) & 0xffffu) | ((odd.x >> shift) & 0xffffu) << 16;
+        weight[k][1][half] = ((even.y >> shift) & 0xffffu) | ((odd.y >> shift) & 0xffffu) << 16;
+      }
+    }
+  }
+
+  // The tile's row that the data gradient's product takes as its row r: bits 1 and 2 change places,
+  // so that the rows of lanes 0 to 15 do not share banks when x and dx are read 8 bytes at a time.
+  __device__ __forceinline__ static int spread(int r) {
+    return (r & 9) | ((r & 2) << 1) | ((r & 4) >> 1);
+  }
+
+  // Four neighbouring channels of one row of the norm.
+  __device__ __forceinline__ void load_norm(NormRow row, float (&values)[4]) const {
+    const float4 four =
+        device::shared_load<float4>(norm + row * norm_pitch + 4 * (device::lane_index() & 3));
+    values[0] = four.x;
+    values[1] = four.y;
+    values[2] = four.z;
+    values[3] = four.w;
+  }
+
+  // The data gradient of 16 rows: product, mask, sums, dx. `x` and `dx` are the stage's panels at
+  // the warp's channels; global_dx is the row of the lane's first row.
+  __device__ __forceinline__ void data_gradient(const unsigned char* dy, const unsigned char* x,
+                                                const unsigned char* dx, int chunk0, int tile_row,
+                                                int valid_rows, const Backward& args,
+                                                int64_t row0) {
+    using namespace device;
+    const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+    const int a_offset = panel_offset(tile_row + spread(a_row(lane)), a_chunk(lane));
+    float acc[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      uint32_t left[4];
+      ldmatrix_x4(left, dy + k / 2 * kPanelBytes + (a_offset ^ (32 * (k % 2))));
+      mma_16x8x16<T>(acc[0], left, weight[k][0]);
+      mma_16x8x16<T>(acc[1], left, weight[k][1]);
+    }
+    float a[4], s[4], mean[4];
+    load_norm(kScale, a);
+    load_norm(kShift, s);
+    load_norm(kMean, mean);
+    const int first = channel0 + 4 * t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile_row + spread(g) + 8 * half;
+      const int offset = panel_offset(row, chunk0 + (t >> 1)) + 8 * (t & 1);
+      float values[4], sum[4];
+      unpack_four<T>(shared_load<uint2>(x + offset), values);
+      unpack_four<T>(shared_load<uint2>(dx + offset), sum);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // Lane t holds channel 4 t + i in tile i / 2, column 2 t + i % 2.
+        const float dz =
+            relu_mask(acc[i >> 1][2 * half + (i & 1)], normalise(values[i], a[i], s[i]));
+        dgamma[i] += dz * (values[i] - mean[i]);
+        dbeta[i] += dz;
+        sum[i] += a[i] * dz;
+      }
+      if (row >= valid_rows) continue;
+      const int left = channels_left(first, args.channels);
+      store_half(args.dx.at<T>(row0 + row, first),
+                 uint2{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}, left, args.dx.vector);
+    }
+  }
+
+  // dweight += dy^T @ relu(a * x + s) over 16 rows.
+  __device__ __forceinline__ void weight_gradient(const unsigned char* dy, const unsigned char* x,
+                                                  int chunk0, int tile_row) {
+    using namespace device;
+    const int lane = lane_index();
+    uint32_t h[4];
+    ldmatrix_x4_trans(h, x + panel_offset(tile_row + a_row(lane), chunk0 + a_chunk(lane)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* of_channel = norm + 8 * (i >> 1) + (lane >> 2);
+      const float scale = shared_load<float>(of_channel + kScale * norm_pitch);
+      const float shift = shared_load<float>(of_channel + kShift * norm_pitch);
+      h[i] = norm_relu_pair<T>(h[i], float4{scale, shift, scale, shift});
+    }
+    const uint32_t left[2] = {h[0], h[1]}, right[2] = {h[2], h[3]};
+    const int dy_offset = panel_offset(tile_row + b_row(lane), b_chunk(lane));
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      uint32_t outputs[4];
+      ldmatrix_x4_trans(outputs, dy + k / 2 * kPanelBytes + (dy_offset ^ (32 * (k % 2))));
+      mma_16x8x16<T>(dweight[k][0], outputs, left);
+      mma_16x8x16<T>(dweight[k][1], outputs, right);
+    }
+  }
+
+  // To the block's partial [K + 2, pitch] at the warp's channels.
+  __device__ __forceinline__ void write(const Backward& args, float* partial) {
+    using namespace device;
+    const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        dgamma[i] += shuffle_xor(dgamma[i], mask);
+        dbeta[i] += shuffle_xor(dbeta[i], mask);
+      }
+    }
+    if (g == 0) {
+      float rstd[4];
+      load_norm(kRstd, rstd);
+      float* sums = partial + args.outputs * args.pitch + channel0 + 4 * t;
+      global_store(sums, float4{dgamma[0] * rstd[0], dgamma[1] * rstd[1], dgamma[2] * rstd[2],
+                                dgamma[3] * rstd[3]});
+      global_store(sums + args.pitch, float4{dbeta[0], dbeta[1], dbeta[2], dbeta[3]});
+    }
+    if (!args.weight_gradient) return;
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * k + 8 * half + g;
+          if (row < args.outputs)
+            global_store(partial + row * args.pitch + channel0 + 8 * j + 2 * t,
+                         float2{dweight[k][j][2 * half], dweight[k][j][2 * half + 1]});
+        }
+      }
+    }
+  }
+};
+
+}  // namespace densenet_efficient::conv1x1_backward
