@@ -1,0 +1,250 @@
+"""Blocks and whole models on a GPU: exactness beside the framework, repeatable bits, streams,
+threads, CUDA graphs. Run by `make gpu-check`; every test skips where torch sees no CUDA device."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torchvision
+from conftest import error_ratio, training_step
+from torch import Tensor, nn
+
+import densenet_efficient as de
+from densenet_efficient import arena, reference
+from densenet_efficient.models import EfficientDenseNet, densenet264, densenet_cifar
+
+pytestmark = pytest.mark.gpu
+
+MEMORY = pytest.mark.parametrize("memory", ["recompute", "store"])
+
+
+def cuda_block(memory: str = "recompute", dtype: torch.dtype = torch.bfloat16, **options):
+    """A block on the GPU and the reference with the same parameters."""
+    torch.manual_seed(3)
+    block = reference.DenseBlock(4, 48, 4, 32, 0.0, **options).cuda().to(dtype)
+    ours = de.EfficientDenseBlock(4, 48, 4, 32, 0.0, memory=memory, **options).cuda().to(dtype)
+    ours.load_state_dict(block.state_dict())
+    return block, ours
+
+
+def images(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    x = torch.randn(*shape, device="cuda", dtype=torch.float32)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def block_step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    block.zero_grad(set_to_none=True)
+    y = block(x)
+    y.backward(dy)
+    grads = {name: p.grad for name, p in block.named_parameters()}
+    return {"output": y.detach(), "input.grad": x.grad, **grads}
+
+
+@MEMORY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_block_error_is_the_frameworks(memory: str, dtype: torch.dtype) -> None:
+    block, ours = cuda_block(memory, dtype)
+    exact = copy.deepcopy(block).double()
+    runs: tuple[list, list, list] = ([], [], [])
+    for _ in range(5):
+        x = images(4, 48, 27, 30, dtype=dtype)
+        dy = images(4, 176, 27, 30, dtype=dtype)
+        assert ours.path(x).kind == "kernels", ours.path(x).reason
+        runs[0].append(block_step(ours, x, dy))
+        runs[1].append(block_step(block, x, dy))
+        runs[2].append(block_step(exact, x.double(), dy.double()))
+    ratio = error_ratio(*runs)
+    assert ratio.together <= 1.2, ratio
+    assert ratio.worst <= 2.0, ratio
+
+
+@MEMORY
+@pytest.mark.parametrize("precision", ["bfloat16 autocast", "float16 autocast", "bfloat16"])
+def test_densenet121_error_is_the_frameworks(precision: str, memory: str) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    autocast = {"dtype": getattr(torch, precision.split()[0])} if "autocast" in precision else {}
+    theirs = torchvision.models.densenet121(weights=None, num_classes=10).cuda()
+    for norm in (m for m in theirs.modules() if isinstance(m, nn.BatchNorm2d)):
+        # Away from the initial values, at which the gradient of norm0's weight is exactly zero.
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.5)
+    theirs = theirs.to(dtype, memory_format=torch.channels_last)
+    exact = copy.deepcopy(theirs).double()
+    ours = de.convert(copy.deepcopy(theirs), memory=memory)
+    runs: tuple[list, list, list] = ([], [], [])
+    for _ in range(3):
+        x = images(8, 3, 96, 96, dtype=dtype)
+        target = torch.randint(10, (8,), device="cuda")
+        runs[0].append(training_step(ours, x, target, **autocast))
+        runs[1].append(training_step(theirs, x, target, **autocast))
+        runs[2].append(training_step(exact, x.double(), target))
+    ratio = error_ratio(*runs)
+    assert ratio.together <= 1.2, ratio
+    assert ratio.worst <= 2.0, ratio
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_wide_dtypes_take_the_general_path(dtype: torch.dtype) -> None:
+    block, ours = cuda_block(dtype=dtype)
+    x, dy = images(2, 48, 9, 7, dtype=dtype), images(2, 176, 9, 7, dtype=dtype)
+    assert ours.path(x).kind == "general" and "bfloat16" in ours.path(x).reason
+    expected = block_step(copy.deepcopy(block).double(), x.double(), dy.double())
+    for name, value in block_step(ours, x, dy).items():
+        error = (value.double() - expected[name]).norm() / expected[name].norm()
+        assert error < (1e-10 if dtype == torch.float64 else 5e-3), name  # TF32 in the framework
+
+
+@MEMORY
+def test_two_runs_give_the_same_bits(memory: str) -> None:
+    _, ours = cuda_block(memory)
+    x, dy = images(8, 48, 28, 28), images(8, 176, 28, 28)
+    first, second = block_step(ours, x, dy), block_step(ours, x, dy)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_side_streams_do_not_share_scratch() -> None:
+    _, ours = cuda_block()
+    x, dy = images(8, 48, 28, 28), images(8, 176, 28, 28)
+    expected = block_step(ours, x, dy)
+    blocks = [copy.deepcopy(ours) for _ in range(3)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in blocks]
+    results = []
+    for block, stream in zip(blocks, streams, strict=True):
+        with torch.cuda.stream(stream):
+            results.append(block_step(block, x, dy))
+    torch.cuda.synchronize()
+    for result in results:
+        for name, value in expected.items():
+            assert torch.equal(result[name], value), name
+
+
+def test_threads() -> None:
+    _, ours = cuda_block()
+    x, dy = images(4, 48, 28, 28), images(4, 176, 28, 28)
+    expected = block_step(ours, x, dy)["input.grad"]
+    blocks = [copy.deepcopy(ours) for _ in range(4)]
+    results: list[Tensor | None] = [None] * len(blocks)
+
+    def work(i: int) -> None:
+        results[i] = block_step(blocks[i], x, dy)["input.grad"]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(blocks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert result is not None and torch.equal(result, expected)
+
+
+@MEMORY
+def test_a_step_can_be_captured_in_a_graph(memory: str) -> None:
+    torch.manual_seed(0)
+    model = densenet_cifar(40, 12, memory=memory).cuda()
+    x = images(16, 3, 32, 32, dtype=torch.float32)
+    target = torch.randint(10, (16,), device="cuda")
+
+    def step() -> Tensor:
+        for p in model.parameters():
+            p.grad = None
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    expected = step().item()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    captured = [p.grad for p in model.parameters()]
+    arena.release()  # the graph must not depend on slabs it does not own
+    torch.cuda.empty_cache()
+    noise = torch.full((1 << 26,), 7.0, device="cuda")
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert noise.min() == 7
+    assert loss.item() == expected
+    for mine, theirs in zip(captured, gradients, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_peak_memory_is_what_the_plan_says() -> None:
+    model = de.convert(torchvision.models.densenet121(weights=None).cuda())
+    x = images(32, 3, 224, 224, dtype=torch.float32)
+    target = torch.randint(1000, (32,), device="cuda")
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    de.release()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    measured = torch.cuda.max_memory_allocated() - before
+    planned = de.plan(model, (32, 3, 224, 224), torch.bfloat16).peak_bytes
+    # cuDNN's workspace for the stem's convolution and autocast's weight cache are not planned.
+    assert planned == pytest.approx(measured, rel=0.10)
+
+
+def test_densenet264_trains_a_step_at_batch_256() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 20 << 30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    model = densenet264().cuda()
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    x = images(256, 3, 224, 224, dtype=torch.float32)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(x), torch.randint(1000, (256,), device="cuda"))
+    loss.backward()
+    optimiser.step()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    torch.manual_seed(0)
+    ours = de.EfficientDenseBlock(2, 64, 4, 32, 0.0).cuda().bfloat16().eval()
+    x = images(80, 64, 512, 512)  # 80 * 512 * 512 * 128 channels = 2.7e9 elements
+    with torch.no_grad():
+        y = ours(x)
+        assert y.numel() > 2**31
+        torch.testing.assert_close(y[-1:], ours(x[-1:]), rtol=0, atol=0)
+
+
+@pytest.mark.sanitize
+@MEMORY
+def test_small_block_under_the_sanitizer(memory: str) -> None:
+    _, ours = cuda_block(memory)
+    result = block_step(ours, images(2, 48, 5, 7), images(2, 176, 5, 7))
+    assert all(torch.isfinite(value).all() for value in result.values())
+
+
+@pytest.mark.sanitize
+def test_small_network_under_the_sanitizer() -> None:
+    model = EfficientDenseNet(12, (2, 2), 24, num_classes=3).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(images(2, 3, 36, 44, dtype=torch.float32)).square().mean()
+    loss.backward()
+    assert torch.isfinite(loss)
