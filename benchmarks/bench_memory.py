@@ -4,7 +4,7 @@
     python benchmarks/bench_memory.py --part table       DenseNet-121 only
     python benchmarks/bench_memory.py --device cuda --quick
 
-table  DenseNet-121, 224 px, fp32: peak and kept bytes of each peer, and what plan() said.
+table  DenseNet-121, 224 px: peak and kept bytes of each peer, and what plan() said.
 depth  DenseNet-BC, k = 12, 32 px, in the manner of Pleiss et al. (arXiv 1707.06990, figure 4):
        activation memory per image is the slope of the peak between two batches, which is free of
        what does not grow with the batch; a parabola through it tells how straight a line it is.
@@ -82,14 +82,16 @@ def planned_bytes(case: Case, execution: str) -> int:
     return densenet_efficient.plan(case.build(execution), shape, dtype).peak_bytes
 
 
-def against_depth(device: str, batches: tuple[int, int], depths: tuple[int, ...]) -> dict[str, Any]:
+def against_depth(
+    device: str, dtype: str, batches: tuple[int, int], depths: tuple[int, ...]
+) -> dict[str, Any]:
     """Activation bytes per image of each peer at each depth, and the parabola through them."""
     small, large = batches
     per_image: dict[str, list[float]] = {peer: [] for peer in PEERS}
     for depth in depths:
         for peer in PEERS:
             peaks = [
-                measure_memory(Case(bc(depth), batch, 32, "fp32", device), peer)["peak"]
+                measure_memory(Case(bc(depth), batch, 32, dtype, device), peer)["peak"]
                 for batch in (small, large)
             ]
             per_image[peer].append((peaks[1] - peaks[0]) / (large - small))
@@ -110,7 +112,9 @@ def against_depth(device: str, batches: tuple[int, int], depths: tuple[int, ...]
         ]
     )
     text = markdown_table(["depth", *(f"{LABELS[peer]}, MB/image" for peer in PEERS)], rows)
-    title = f"## Activation memory against depth: BC, k = 12, 32 px, fp32, batches {small}, {large}"
+    title = (
+        f"## Activation memory against depth: BC, k = 12, 32 px, {dtype}, batches {small}, {large}"
+    )
     return {
         "depths": depths,
         "bytes_per_image": per_image,
@@ -119,11 +123,11 @@ def against_depth(device: str, batches: tuple[int, int], depths: tuple[int, ...]
     }
 
 
-def against_batch(device: str, batches: tuple[int, ...]) -> dict[str, Any]:
+def against_batch(device: str, dtype: str, batches: tuple[int, ...]) -> dict[str, Any]:
     """Peak bytes of DenseNet-BC-100-12 at 32 px."""
     peaks = {
         peer: [
-            measure_memory(Case(bc(100), batch, 32, "fp32", device), peer)["peak"]
+            measure_memory(Case(bc(100), batch, 32, dtype, device), peer)["peak"]
             for batch in batches
         ]
         for peer in PEERS
@@ -132,7 +136,7 @@ def against_batch(device: str, batches: tuple[int, ...]) -> dict[str, Any]:
         [batch, *(megabytes(peaks[peer][i]) for peer in PEERS)] for i, batch in enumerate(batches)
     ]
     text = markdown_table(["batch", *(f"{LABELS[peer]}, MB" for peer in PEERS)], rows)
-    title = "## Peak memory against the batch: BC-100-12, 32 px, fp32"
+    title = f"## Peak memory against the batch: BC-100-12, 32 px, {dtype}"
     return {"batches": batches, "peaks": peaks, "text": f"{title}\n\n{text}"}
 
 
@@ -186,23 +190,24 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--part", choices=("all", "table", "depth", "batch"), default="all")
     parser.add_argument("--batch", type=int, help="of the table (16; on a GPU 128)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the table")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="fp32; on a GPU bf16")
     parser.add_argument("--quick", action="store_true", help="three depths, three batches")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
     wanted = ("table", "depth", "batch") if options.part == "all" else (options.part,)
+    dtype = options.dtype or ("bf16" if on_gpu else "fp32")
     parts: dict[str, Any] = {}
     for part in wanted:
         if part == "table":
             batch = options.batch or (128 if on_gpu else 16)
-            parts[part] = table(options.device, batch, options.dtype)
+            parts[part] = table(options.device, batch, dtype)
         elif part == "depth":
             depths = DEPTHS[::3] if options.quick else DEPTHS
-            parts[part] = against_depth(options.device, (8, 16), depths)
+            parts[part] = against_depth(options.device, dtype, (8, 16), depths)
         else:
             batches = (16, 64, 128) if options.quick else (8, 16, 32, 64, 96, 128)
-            parts[part] = against_batch(options.device, batches)
+            parts[part] = against_batch(options.device, dtype, batches)
         print(f"\n{parts[part]['text']}", flush=True)
         path = store(parts, options, on_gpu)  # after each part: a run that is stopped keeps them
     print(f"\nwritten: {path} and .json")

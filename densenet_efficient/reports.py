@@ -29,8 +29,10 @@ def _command_line() -> str:
     program, arguments = Path(sys.argv[0]), sys.argv[1:]
     if program.name == "__main__.py":
         words = ["python", "-m", program.parent.name]
-    else:
+    elif program.suffix == ".py":
         words = ["python", "/".join(program.parts[-2:])]
+    else:
+        words = [program.name]
     return shlex.join([*words, *arguments])
 
 
