@@ -27,6 +27,7 @@ void forward(const Tensor& x, int64_t x_stride, const Tensor& norm, int64_t norm
   const int64_t padded = round_up(C, kGroup<T>);
   product_forward<T>(weight, x.size(0), output_rows<T>(y, y_stride), stats_rows,
                      [=](int64_t row, Element<T>* out) {
+                       prefetch_row(source[row + 8], C);
                        norm_relu_row<T>(source[row], scale, shift, C, padded, out);
                      });
 }
