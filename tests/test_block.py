@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import densenet_efficient as de
 from densenet_efficient import arena, functions, ops, ownership, reference
+from densenet_efficient.models import EfficientDenseNet
 
 MEMORY = ["recompute", "store"]
 
@@ -125,8 +126,8 @@ def test_convolution_bias_and_kernel_size():
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("bottleneck", [True, False])
 def test_gradcheck(memory, bottleneck):
-    _, ours = pair(memory, layers=2, channels=3, growth=2, bottleneck=bottleneck)
-    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    _, ours = pair(memory, layers=2, channels=2, growth=1, bottleneck=bottleneck)
+    x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     parameters = list(ours.parameters())
 
     def run(x, *parameters):
@@ -284,6 +285,9 @@ def test_bad_input_is_refused_before_anything_changes(x, error, text):
         ({"num_layers": 0}, "num_layers"),
         ({"memory": "least"}, "memory"),
         ({"dims": 4}, "dims"),
+        ({"eps": float("nan")}, "eps"),
+        ({"eps": 0.0}, "eps"),
+        ({"momentum": float("inf")}, "momentum"),
     ],
 )
 def test_bad_options(options, text):
@@ -457,6 +461,22 @@ def test_transition_matches_reference(training, image):
     assert_same(step(module.train(training), x), step(ours.train(training), x))
 
 
+def test_gradcheck_of_transition_and_stem():
+    """In one chain: stem convolution, norm + ReLU + max-pooling, block, transition, last norm."""
+    torch.manual_seed(0)
+    model = EfficientDenseNet(2, (1, 1), 3, 2, num_classes=2).double()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.5)
+    x = torch.randn(2, 3, 14, 11, dtype=torch.float64, requires_grad=True)
+    parameters = [p for n, p in model.named_parameters() if "norm" in n or "transition" in n]
+
+    def run(x, *parameters):
+        return model.features(x)
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
 def test_transition_children_can_be_called_one_by_one():
     torch.manual_seed(0)
     ours = de.EfficientTransition(10, 5).double().eval()
@@ -482,8 +502,6 @@ def test_operators_pass_opcheck(memory, monkeypatch):
             return real(*args)
 
         monkeypatch.setattr(ops, name, record)
-    from densenet_efficient.models import EfficientDenseNet
-
     model = EfficientDenseNet(4, (2, 2), 6, 2, num_classes=3, memory=memory).double()
     model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
     calls.setdefault("norm_correction_apply", None)

@@ -8,6 +8,7 @@ step).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..architecture import DenseNetBase, check_count, check_drop_rate
+from ..architecture import DenseNetBase, check_count, check_drop_rate, check_number
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -43,6 +44,9 @@ class DenseLayer(nn.Module):
         check_count("growth_rate", growth_rate)
         check_count("bn_size", bn_size)
         check_count("dilation", dilation)
+        check_number("eps", eps, "finite and above 0", math.nextafter(0.0, 1.0), math.inf)
+        if momentum is not None:
+            check_number("momentum", momentum, "between 0 and 1, or None", 0.0, 1.0)
         if dims not in _CONVOLUTIONS:
             raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
         super().__init__()
