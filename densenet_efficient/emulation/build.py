@@ -86,12 +86,14 @@ def build(
 
 
 def sanitizer_runtime() -> str:
-    """The address sanitizer's runtime, which the worker's interpreter loads first."""
+    """What the worker's interpreter loads first, for LD_PRELOAD: the address sanitizer, and the C++
+    runtime whose exceptions it watches."""
     compiler = os.environ.get("CXX", "g++")
-    result = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
-    return result.stdout.strip()
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = [compiler, f"-print-file-name={name}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return ":".join(path.strip() for path in paths)
 
 
 def _flags(sanitize: bool) -> list[str]:

@@ -43,6 +43,8 @@ class _Norm:
 
 
 def channel_stats(x: Tensor, **_: Any) -> dict[str, Tensor]:
+    if not x.shape[0]:
+        return {"stats": reference.channel_stats(x)}
     wide = x.to(reference.wide_dtype(x.dtype))
     return {"stats": torch.stack([wide.mean(0), wide.var(0, unbiased=False)])}
 

@@ -1,0 +1,178 @@
+"""Faults planted in the kernels' sources, one at a time, and what the emulation says to each.
+
+A fault is a change of one place of the text; should that place change, the test says so. Each is of
+a kind that a GPU would often forgive: it runs, and is wrong now and then.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from densenet_efficient import reference
+from densenet_efficient.emulation import EmulationError, Emulator, Mutation
+from densenet_efficient.emulation.cases import make
+
+SEEDS = range(4)
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    stage: str
+    sizes: tuple[int, ...]
+    mutation: Mutation
+    message: str  # of the error
+    before: int = 0  # channels in front of the slice
+
+
+FAULTS = [
+    Fault(
+        "missing block barrier",
+        "channel_stats",
+        (300, 16),
+        Mutation(
+            "cuda/reduce.cuh",
+            "    sync_threads();\n    if (half == 0) break;",
+            "    if (half == 0) break;",
+        ),
+        "race: shared byte",
+    ),
+    Fault(
+        "barrier that some threads skip",
+        "channel_stats",
+        (300, 16),
+        Mutation(
+            "cuda/reduce.cuh",
+            "    sync_threads();\n    if (half == 0) break;",
+            "    if (at.lane < plan.lanes / 2) sync_threads();\n    if (half == 0) break;",
+        ),
+        "divergent barrier|not all threads reached a barrier",
+    ),
+    Fault(
+        "tail longer by one row",
+        "channel_stats",
+        (300, 16),
+        Mutation("cuda/channel_stats.cu", "if (row < end) {", "if (row <= end) {"),
+        "heap-buffer-overflow",
+    ),
+    Fault(
+        "shared memory too small by one plane",
+        "channel_stats",
+        (300, 16),
+        Mutation("cuda/reduce.cuh", "(2 * V + 1) * kPlanePitch", "(2 * V) * kPlanePitch"),
+        "access outside of shared memory",
+    ),
+    Fault(
+        "vectors wider than the alignment",
+        "channel_stats",
+        (300, 12),
+        Mutation("cuda/columns.h", "  while (width > 1) {", "  while (width > 8) {"),
+        "misaligned access of 16 bytes",
+        before=12,
+    ),
+    Fault(
+        "asynchronous copy not waited for",
+        "transition_forward",
+        (1, 8, 8, 64, 32),
+        Mutation("cuda/transition_forward.cu", "cp_async_wait<0>();", "cp_async_wait<1>();"),
+        "before its asynchronous copy was waited for",
+    ),
+    Fault(
+        "stage overwritten while others still read it",
+        "transition_forward",
+        (1, 8, 8, 64, 32),
+        Mutation(
+            "cuda/transition_forward.cu",
+            "      cp_async_wait<0>();\n      sync_threads();\n",
+            "      cp_async_wait<0>();\n      sync_warp();\n",
+        ),
+        "race: shared byte",
+    ),
+    Fault(
+        "warp primitive that some lanes skip",
+        "transition_forward",
+        (1, 8, 8, 64, 32),
+        Mutation(
+            "cuda/transition_forward.cu",
+            "  for (int c = lane_index(); c < 2 * kColumns; c += 32) "
+            "shared_store(moments_data + c, 0.0f);\n  sync_warp();",
+            "  for (int c = lane_index(); c < 2 * kColumns; c += 32) "
+            "shared_store(moments_data + c, 0.0f);\n  if (lane_index() < 31) sync_warp();",
+        ),
+        "divergent warp primitive",
+    ),
+]
+
+
+def identifier(value: object) -> str:
+    return value.name.replace(" ", "-") if isinstance(value, Fault) else str(value)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=identifier)
+def test_fault_is_named(fault: Fault) -> None:
+    torch.manual_seed(0)
+    case = make(fault.stage, fault.sizes, torch.bfloat16, before=fault.before)
+    with (
+        Emulator([fault.stage], mutations=[fault.mutation]) as emulator,
+        pytest.raises(EmulationError, match=fault.message),
+    ):
+        for seed in SEEDS:
+            emulator.call(case.op, *case.arguments.values(), seed=seed)
+
+
+def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
+    """Features behind the last channel hold NaN; a zero weight would not hide them."""
+    fault = Mutation(
+        "cuda/transition_forward.cu",
+        "exists ? valid : 0, args.x.vector);",
+        "exists ? valid + (valid == 4) : 0, args.x.vector);",
+    )
+    case = make("transition_forward", (1, 4, 4, 36, 16), torch.bfloat16)
+    with Emulator(["transition_forward"], mutations=[fault]) as emulator:
+        emulator.call(case.op, *case.arguments.values())
+    assert case.outputs["y"].isnan().any()
+
+
+def test_result_that_depends_on_the_order_of_blocks_shows_in_the_bits() -> None:
+    """Moments kept by the order in which blocks arrive, as with floating-point atomics."""
+    fault = Mutation(
+        "cuda/reduce.cuh",
+        "  A* const out = partials + int64_t(block_x()) * 2 * plan.channels + first;",
+        "  static int arrivals = 0;\n"
+        "  const int slot = block_y() == 0 && thread == 0 ? arrivals++ : arrivals - 1;\n"
+        "  A* const out = partials + int64_t(slot % grid_x()) * 2 * plan.channels + first;",
+    )
+    case = make("channel_stats", (3000, 64), torch.float32)
+    results = []
+    with Emulator(["channel_stats"], mutations=[fault]) as emulator:
+        for seed in (0, 1):
+            emulator.call(case.op, *case.arguments.values(), seed=seed)
+            results.append(case.outputs["stats"].clone())
+    assert not torch.equal(*results)
+
+
+def test_sources_without_a_fault_pass() -> None:
+    """The same calls, with nothing planted, are right: the messages above are the faults' own."""
+    for stage, sizes in {(fault.stage, fault.sizes) for fault in FAULTS}:
+        case = make(stage, sizes, torch.bfloat16)
+        with Emulator([stage]) as emulator:
+            for seed in SEEDS:
+                emulator.call(case.op, *case.arguments.values(), seed=seed)
+        stats = case.outputs["stats"]
+        rows = case.arguments["y" if "y" in case.arguments else "x"].flatten(0, -2)
+        torch.testing.assert_close(stats, reference.channel_stats(rows), rtol=1e-5, atol=1e-6)
+        assert math.isfinite(stats.sum())
+
+
+def test_mutation_must_apply() -> None:
+    with pytest.raises(EmulationError, match="must hold 'no such text' once, found 0"):
+        Emulator(["norm_fold"], mutations=[Mutation("cuda/norm_fold.cu", "no such text", "")])
+
+
+def test_unknown_stage_is_named() -> None:
+    with pytest.raises(EmulationError, match="no such stage: pooling"):
+        Emulator(["pooling"])
