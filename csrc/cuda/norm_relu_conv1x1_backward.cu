@@ -62,6 +62,8 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
   const int column_chunk = thread % kTeam / 8 * 4 + thread % 4;
   const int copy_row =
       thread < threads / kTeam * kTeam ? 2 * (thread / kTeam) + thread / 4 % 2 : kTileRows;
+  const int owned_end = block_channel0 + 16 * args.warps;
+  const int channel_end = owned_end < args.channels ? owned_end : args.channels;
   const auto load = [&](int64_t tile, int stage_index) {
     if (tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
       for (int panel = 0; panel < (args.warps + 1) / 2; ++panel) {
         const int chunk = thread & 3;
         const int channel = block_channel0 + panel * kPanelChannels + chunk * kChunk;
-        const int exist = channels_left(channel, args.channels);
+        const int exist = channels_left(channel, channel_end);
         for (int row = thread >> 2; row < kTileRows; row += threads >> 2) {
           const int offset = panel * kPanelBytes + panel_offset(row, chunk);
           const int here = row0 + row < args.rows ? exist : 0;
