@@ -198,14 +198,16 @@ struct Conv3x3Backward {
 // stem_forward and stem_backward: a tile is a row of windows.
 struct Stem {
   Groups groups;
+  int64_t width;    // C, whole vectors
   int64_t winners;  // per thread: which tap won, for two rows of windows
   int64_t bytes;
 
   Stem(int64_t N, int64_t H, int64_t W, int64_t C, int64_t size, int64_t threads)
       : groups(groups_of(N * ceil_div(H, 2), kMaxGroups)),
-        winners(2 * ceil_div(W, 2) * C),
+        width(pad(C)),
+        winners(2 * ceil_div(W, 2) * width),
         bytes(moments_bytes(groups.groups, C, size, threads) +
-              size * (threads * (4 * C + winners) + 4 * C) + 4 * 64) {}
+              size * (threads * (2 * width + winners) + 4 * C) + 4 * 64) {}
 };
 
 }  // namespace cpu

@@ -92,19 +92,39 @@ void product(const Product<U>& p) {
 }
 
 template <typename T>
+inline Element<T> weight_element(const T& value) {
+  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Element<T>, uint16_t>)
+    return value.x;
+  else
+    return element<T>(load(value));
+}
+
+template <typename T>
 void pack_panel(const T* weight, int64_t depth, int64_t n, int64_t k_stride, int64_t n_stride,
                 Unit<T>* panel) {
   constexpr int64_t group = kGroup<T>, width = kPanel<Unit<T>>;
-  auto* out = reinterpret_cast<Element<T>*>(panel);
-  const int64_t steps = ceil_div(depth, group);
+  const int64_t steps = ceil_div(depth, group), columns = std::min(n, width);
   if (n < width || depth % group) std::fill_n(panel, steps * width, Unit<T>(0));
-  const int64_t columns = std::min(n, width);
-  // Blocks of 16 along the reduction: a cache line of the weight is used up at once.
-  for (int64_t k0 = 0; k0 < depth; k0 += 16)
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t k = k0; k < std::min(k0 + 16, depth); ++k)
-        out[(k / group * width + j) * group + k % group] =
-            element<T>(load(weight[k * k_stride + j * n_stride]));
+  auto* out = reinterpret_cast<Element<T>*>(panel);
+  if (n_stride == 1) {  // rows of the weight are rows of the panel
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* __restrict from = weight + k * k_stride;
+      Element<T>* __restrict to = out + k / group * width * group + k % group;
+      for (int64_t j = 0; j < columns; ++j) to[j * group] = weight_element(from[j]);
+    }
+    return;
+  }
+  // Blocks along the reduction: the cache lines of 32 columns of the weight are used up at once.
+  constexpr int64_t kBlock = 16;
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+    const int64_t block = std::min(kBlock, depth - k0);
+    for (int64_t j = 0; j < columns; ++j) {
+      const T* __restrict from = weight + k0 * k_stride + j * n_stride;
+      Element<T>* __restrict to = out + (k0 / group * width + j) * group;
+      for (int64_t k = 0; k < block; ++k)
+        to[k / group * width * group + k % group] = weight_element(from[k * k_stride]);
+    }
+  }
 }
 
 template void product(const Product<double>&);

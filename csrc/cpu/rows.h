@@ -139,22 +139,18 @@ inline void make_correction(Rows<const A> dnorm, Rows<const A> norm, int64_t cou
   }
 }
 
-// dx = a * dz - p - (x - mean) * q with dz = dh * [a * x + s > 0], for part of a row.
-template <typename T>
-inline void norm_backward_row(const Arithmetic<T>* dh, const T* x, Rows<const Arithmetic<T>> norm,
-                              Rows<const Arithmetic<T>> correction, int64_t column,
-                              int64_t columns, T* dx) {
-  for_vectors<Arithmetic<T>>(columns, [&](int64_t c, int64_t count) {
-    const auto table = [&](const auto& rows, int64_t row) {
-      return load_vector(rows[row] + column + c, count);
-    };
-    const auto value = load_vector(x + c, count), scale = table(norm, kScale);
-    const auto z = normalise(value, scale, table(norm, kShift));
-    const auto dz = relu_mask_vector(load_vector(dh + c, count), z);
-    store_vector(correct(dz, value, scale, table(correction, kP), table(correction, kQ),
-                         table(correction, kCenter)),
-                 dx + c, count);
-  });
+// dx = a * dz - p - (x - mean) * q with dz = dh * [a * x + s > 0], for a vector of columns from
+// `column` on.
+template <typename A>
+inline Vector<A> norm_backward(Vector<A> dh, Vector<A> x, Rows<const A> norm,
+                               Rows<const A> correction, int64_t column, int64_t count) {
+  const auto table = [&](const Rows<const A>& rows, int64_t row) {
+    return load_vector(rows[row] + column, count);
+  };
+  const Vector<A> scale = table(norm, kScale);
+  const Vector<A> dz = relu_mask_vector(dh, normalise(x, scale, table(norm, kShift)));
+  return correct(dz, x, scale, table(correction, kP), table(correction, kQ),
+                 table(correction, kCenter));
 }
 
 // What becomes of dh behind the product, for a tile: `rows` neighbouring rows of x and dx, `columns`

@@ -14,13 +14,10 @@
 namespace densenet_efficient::cpu {
 namespace {
 
-// Per-channel vectors of a task: the best value, what was chosen, sums or moments.
-constexpr int64_t kSpareRows = 4;
-
 template <typename T>
 struct Stem {
   using A = Arithmetic<T>;
-  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  using V = Vector<A>;
 
   Rows<const T> x;  // [N, H, W, C]
   Rows<const A> norm;
@@ -29,43 +26,41 @@ struct Stem {
   int64_t out_height() const { return (H + 1) / 2; }
   int64_t out_width() const { return (W + 1) / 2; }
 
-  // Calls visit(tap, row of x) for the taps of window (v, u) that lie inside the image.
-  template <typename Visit>
-  void taps(int64_t image, int64_t v, int64_t u, const Visit& visit) const {
+  // The pixels of a window that lie inside the image, in row-major order, and their taps (0 .. 8).
+  struct Window {
+    const T* pixels[9];
+    int taps[9];
+    int count;
+  };
+
+  Window window(int64_t image, int64_t v, int64_t u) const {
+    Window w;
+    w.count = 0;
     for (int64_t i = std::max<int64_t>(0, 2 * v - 1); i < std::min(H, 2 * v + 2); ++i)
-      for (int64_t j = std::max<int64_t>(0, 2 * u - 1); j < std::min(W, 2 * u + 2); ++j)
-        visit((i - 2 * v + 1) * 3 + j - 2 * u + 1, x[(image * H + i) * W + j]);
+      for (int64_t j = std::max<int64_t>(0, 2 * u - 1); j < std::min(W, 2 * u + 2); ++j) {
+        w.pixels[w.count] = x[(image * H + i) * W + j];
+        w.taps[w.count++] = static_cast<int>((i - 2 * v + 1) * 3 + j - 2 * u + 1);
+      }
+    return w;
   }
 
-  // best[c]: the largest a * x + s of the window; a NaN wins, as it does in the framework.
-  void maximum(int64_t image, int64_t v, int64_t u, A* __restrict best) const {
-    const A* __restrict scale = norm[kScale];
-    const A* __restrict shift = norm[kShift];
-    std::fill_n(best, C, -std::numeric_limits<A>::infinity());
-    taps(image, v, u, [&](int64_t, const T* __restrict row) {
-      for (int64_t c = 0; c < C; ++c) {
-        const A z = normalise(load(row[c]), scale[c], shift[c]);
-        best[c] = z <= best[c] ? best[c] : z;
+  // Visits a window by vectors of channels: the largest a * x + s (a NaN wins, as it does in the
+  // framework), the x behind it and its tap, the first of several.
+  template <typename Visit>
+  void winners(const Window& w, const Visit& visit) const {
+    for_vectors<A>(C, [&](int64_t c, int64_t count) {
+      const V scale = load_vector(norm[kScale] + c, count);
+      const V shift = load_vector(norm[kShift] + c, count);
+      V best = V{} - std::numeric_limits<A>::infinity(), chosen = {}, tap = {};
+      for (int i = 0; i < w.count; ++i) {
+        const V value = load_vector(w.pixels[i] + c, count);
+        const V z = normalise(value, scale, shift);
+        const auto loses = z <= best;
+        best = loses ? best : z;
+        chosen = loses ? chosen : value;
+        tap = loses ? tap : V{} + A(w.taps[i]);
       }
-    });
-  }
-
-  // The same, and `chosen`: mark(tap, x) of the pixel that won.
-  template <typename Chosen, typename Mark>
-  void winner(int64_t image, int64_t v, int64_t u, A* __restrict best, Chosen* __restrict chosen,
-              const Mark& mark) const {
-    const A* __restrict scale = norm[kScale];
-    const A* __restrict shift = norm[kShift];
-    std::fill_n(best, C, -std::numeric_limits<A>::infinity());
-    std::fill_n(chosen, C, Chosen(0));
-    taps(image, v, u, [&](int64_t tap, const T* __restrict row) {
-      for (int64_t c = 0; c < C; ++c) {
-        const A value = load(row[c]);
-        const A z = normalise(value, scale[c], shift[c]);
-        const bool loses = z <= best[c];
-        best[c] = loses ? best[c] : z;
-        chosen[c] = loses ? chosen[c] : static_cast<Chosen>(mark(tap, value));
-      }
+      visit(c, count, best, chosen, tap);
     });
   }
 };
@@ -79,47 +74,25 @@ void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y,
   const workspace::cpu::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
   Workspace workspace(like, plan.bytes);
   GroupMoments moments(workspace, plan.groups.groups, C);
-  A* spares = workspace.take<A>(slots * kSpareRows * C);
+  A* spares = workspace.take<A>(slots * moments.kSpare * C);
   parallel(plan.groups.groups, [&](int64_t group) {
-    A* best = spares + own_slot(slots) * kSpareRows * C;
+    A* spare = spares + own_slot(slots) * moments.kSpare * C;
     for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
-      for (int64_t u = 0; u < width; ++u) {
-        stem.maximum(line / height, line % height, u, best);
-        for (int64_t c = 0; c < C; ++c) best[c] = relu(best[c]);
-        store_row<T>(best, C, y[line * width + u]);
-      }
-      if (stats) moments.add<T>(group, {y[line * width], y.stride}, width, best + C);
+      for (int64_t u = 0; u < width; ++u)
+        stem.winners(stem.window(line / height, line % height, u),
+                     [&](int64_t c, int64_t count, auto best, auto, auto) {
+                       store_vector(relu_vector(best), y[line * width + u] + c, count);
+                     });
+      if (stats) moments.add<T>(group, {y[line * width], y.stride}, width, spare);
     }
   });
   if (stats) moments.finish(*stats);
 }
 
-// Adds what a window's winner contributes to the sums.
-template <typename T>
-inline void add_dz(const T* __restrict dy, const Arithmetic<T>* __restrict best,
-                   const Arithmetic<T>* __restrict chosen, const Arithmetic<T>* __restrict mean,
-                   int64_t channels, Arithmetic<T>* __restrict dgamma,
-                   Arithmetic<T>* __restrict dbeta) {
-  using A = Arithmetic<T>;
-  for (int64_t c = 0; c < channels; ++c) {
-    const A dz = relu_mask(load(dy[c]), best[c]);
-    dgamma[c] += dz * (chosen[c] - mean[c]);
-    dbeta[c] += dz;
-  }
-}
-
-// dh of a pixel gains dy of a window that it won as tap `tap`.
-template <typename T, typename Index>
-inline void gather(const T* __restrict dy, const Index* __restrict won, Index tap,
-                   int64_t channels, Arithmetic<T>* __restrict dh) {
-  for (int64_t c = 0; c < channels; ++c)
-    dh[c] += won[c] == tap ? load(dy[c]) : Arithmetic<T>(0);
-}
-
 template <typename T>
 struct Backward {
   using A = Arithmetic<T>;
-  using Index = typename Stem<T>::Index;
+  using V = Vector<A>;
 
   Stem<T> stem;
   Rows<const T> dy;
@@ -131,77 +104,90 @@ struct Backward {
     const workspace::cpu::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
     Workspace workspace(like, plan.bytes);
     double* sums = workspace.take_zeros<double>(plan.groups.groups * 2 * C);
-    A* spares = workspace.take<A>(slots * kSpareRows * C);
-    Index* winners = workspace.take<Index>(slots * plan.winners);
-    A* correction_data = workspace.take<A>(kCorrectionRows * C);
-    take_sums(plan, spares, sums);
+    A* line_sums = workspace.take<A>(slots * 2 * plan.width);
+    A* winners = workspace.take<A>(slots * plan.winners);
+    const Rows<A> correction{workspace.take<A>(kCorrectionRows * C), C};
+    take_sums(plan, line_sums, sums);
     finish_dnorm<A>(sums, plan.groups.groups, C, stem.norm[kRstd], dnorm);
-    const Rows<A> correction{correction_data, C};
     make_correction<A>({dnorm.data, dnorm.stride}, stem.norm, count, C, correction);
-    write_dx(plan, spares, winners, {correction_data, C});
+    write_dx(plan, winners, {correction.data, C});
   }
 
  private:
-  void take_sums(const workspace::cpu::Stem& plan, A* spares, double* sums) const {
+  // Sums of dz and dz * (x - mean) over the windows.
+  void take_sums(const workspace::cpu::Stem& plan, A* line_sums, double* sums) const {
     const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
     const int64_t slots = threads();
     parallel(plan.groups.groups, [&](int64_t group) {
-      A* best = spares + own_slot(slots) * kSpareRows * C;
-      A* chosen = best + C;
-      A* line_sums = best + 2 * C;
+      A* dgamma = line_sums + own_slot(slots) * 2 * plan.width;
+      A* dbeta = dgamma + plan.width;
       for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
-        std::fill_n(line_sums, 2 * C, A(0));
-        for (int64_t u = 0; u < width; ++u) {
-          stem.winner(line / height, line % height, u, best, chosen,
-                      [](int64_t, A value) { return value; });
-          add_dz<T>(dy[line * width + u], best, chosen, stem.norm[kMean], C, line_sums,
-                    line_sums + C);
-        }
-        add_to(line_sums, 2 * C, sums + 2 * group * C);
+        std::fill_n(dgamma, 2 * plan.width, A(0));
+        for (int64_t u = 0; u < width; ++u)
+          stem.winners(stem.window(line / height, line % height, u),
+                       [&](int64_t c, int64_t count, V best, V chosen, V) {
+                         const V dz = relu_mask_vector(
+                             load_vector(dy[line * width + u] + c, count), best);
+                         const V mean = load_vector(stem.norm[kMean] + c, count);
+                         store_whole(load_whole(dgamma + c) + dz * (chosen - mean), dgamma + c);
+                         store_whole(load_whole(dbeta + c) + dz, dbeta + c);
+                       });
+        add_to(dgamma, C, sums + 2 * group * C);
+        add_to(dbeta, C, sums + (2 * group + 1) * C);
       }
     });
   }
 
-  void write_dx(const workspace::cpu::Stem& plan, A* spares, Index* winners,
-                Rows<const A> correction) const {
-    const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
-    const int64_t slots = threads();
+  void write_dx(const workspace::cpu::Stem& plan, A* winners, Rows<const A> correction) const {
+    const int64_t height = stem.out_height(), slots = threads();
     parallel(plan.groups.groups, [&](int64_t group) {
-      const int64_t slot = own_slot(slots);
-      A* dh = spares + slot * kSpareRows * C;
-      Index* upper = winners + slot * plan.winners;
-      Index* lower = upper + width * C;
+      A* upper = winners + own_slot(slots) * plan.winners;
+      A* lower = upper + plan.winners / 2;
       int64_t known = -1;  // the line of windows that `lower` describes
       for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
         const int64_t image = line / height, v = line % height;
         std::swap(upper, lower);
-        if (known != line) find_winners(image, v, dh, upper);
-        if (v + 1 < height) find_winners(image, v + 1, dh, lower);
+        if (known != line) find_winners(image, v, plan.width, upper);
+        if (v + 1 < height) find_winners(image, v + 1, plan.width, lower);
         known = v + 1 < height ? line + 1 : -1;
         for (int64_t i = 2 * v; i < std::min(stem.H, 2 * v + 2); ++i)
           for (int64_t j = 0; j < stem.W; ++j)
-            write_pixel(image, i, j, upper, lower, correction, dh);
+            write_pixel(image, i, j, plan.width, upper, lower, correction);
       }
     });
   }
 
-  void find_winners(int64_t image, int64_t v, A* best, Index* won) const {
+  // The winning taps of a line of windows, `pitch` channels each.
+  void find_winners(int64_t image, int64_t v, int64_t pitch, A* won) const {
     for (int64_t u = 0; u < stem.out_width(); ++u)
-      stem.winner(image, v, u, best, won + u * stem.C, [](int64_t tap, A) { return tap; });
+      stem.winners(stem.window(image, v, u), [&](int64_t c, int64_t, V, V, V tap) {
+        store_whole(tap, won + u * pitch + c);
+      });
   }
 
   // Input pixel (i, j) lies in the windows v = i / 2 and, for odd i, v + 1; the same for j.
-  void write_pixel(int64_t image, int64_t i, int64_t j, const Index* upper, const Index* lower,
-                   Rows<const A> correction, A* __restrict dh) const {
-    const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
-    std::fill_n(dh, C, A(0));
+  void write_pixel(int64_t image, int64_t i, int64_t j, int64_t pitch, const A* upper,
+                   const A* lower, Rows<const A> correction) const {
+    const int64_t height = stem.out_height(), width = stem.out_width();
+    const A* won[4];
+    const T* dy_of[4];
+    A tap[4];
+    int windows = 0;
     for (int64_t v = i / 2; v <= std::min((i + 1) / 2, height - 1); ++v)
-      for (int64_t u = j / 2; u <= std::min((j + 1) / 2, width - 1); ++u)
-        gather<T, Index>(dy[(image * height + v) * width + u],
-                         (v == i / 2 ? upper : lower) + u * C,
-                         static_cast<Index>((i - 2 * v + 1) * 3 + j - 2 * u + 1), C, dh);
+      for (int64_t u = j / 2; u <= std::min((j + 1) / 2, width - 1); ++u) {
+        won[windows] = (v == i / 2 ? upper : lower) + u * pitch;
+        dy_of[windows] = dy[(image * height + v) * width + u];
+        tap[windows++] = A((i - 2 * v + 1) * 3 + j - 2 * u + 1);
+      }
     const int64_t pixel = (image * stem.H + i) * stem.W + j;
-    norm_backward_row<T>(dh, stem.x[pixel], stem.norm, correction, 0, C, dx[pixel]);
+    const T* x = stem.x[pixel];
+    for_vectors<A>(stem.C, [&](int64_t c, int64_t count) {
+      V dh = {};
+      for (int w = 0; w < windows; ++w)
+        dh += load_whole(won[w] + c) == V{} + tap[w] ? load_vector(dy_of[w] + c, count) : V{};
+      store_vector(norm_backward<A>(dh, load_vector(x + c, count), stem.norm, correction, c, count),
+                   dx[pixel] + c, count);
+    });
   }
 };
 

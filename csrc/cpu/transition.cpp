@@ -57,6 +57,10 @@ void forward(const Tensor& x, int64_t x_stride, const Tensor& norm, int64_t norm
   if (stats) stats_rows = output_rows<A>(*stats, stats_stride);
   product_forward<T>(weight, x.size(0) * pool.height * pool.width, output_rows<T>(y, y_stride),
                      stats_rows, [=](int64_t row, Element<T>* out) {
+                       const int64_t ahead = pool.corner(row) + 8;
+                       for (const int64_t next : {ahead, ahead + 1})
+                         for (const int64_t below : {int64_t(0), pool.x_width})
+                           prefetch_row(source[next + below], C);
                        pooled_row<T>(source, pool.corner(row), pool.x_width, table, C, padded, out);
                      });
 }
@@ -83,15 +87,18 @@ struct Backward {
                         });
 
     Workspace workspace(weight, workspace::cpu::transition_correction_bytes(channels, sizeof(A)));
-    const Rows<A> correction{workspace.take<A>(kCorrectionRows * channels), channels};
-    make_correction<A>({out.dnorm.data, out.dnorm.stride}, norm, count, channels, correction);
+    const Rows<A> own{workspace.take<A>(kCorrectionRows * channels), channels};
+    make_correction<A>({out.dnorm.data, out.dnorm.stride}, norm, count, channels, own);
+    const Rows<const A> correction{own.data, own.stride};
     const A* zeros = workspace.take_zeros<A>(channels);
     product_backward<T>(weight, M, {}, load_dy, [&](const Part& part, A* dh, A*, Unit<T>*) {
       for (int64_t i = 0; i < part.rows * part.width; ++i) dh[i] *= A(0.25);
       for (int64_t r = 0; r < part.rows; ++r)
-        for (int64_t pixel = 0; pixel < 4; ++pixel)
-          write_dx(neighbour(part.first_row + r, pixel), part.column, part.columns,
-                   dh + r * part.width, correction);
+        for (int64_t pixel = 0; pixel < 4; ++pixel) {
+          const int64_t row = neighbour(part.first_row + r, pixel);
+          prefetch_row(x[row + 2 * kAhead] + part.column, part.columns);
+          write_dx(row, part.column, part.columns, dh + r * part.width, correction);
+        }
     });
     // The edge that an odd height or width leaves out of the pooling.
     parallel(images * pool.x_height, [&](int64_t line) {
@@ -102,6 +109,8 @@ struct Backward {
   }
 
  private:
+  static constexpr int64_t kAhead = 4;  // pooled rows ahead that are asked for
+
   int64_t neighbour(int64_t row, int64_t pixel) const {
     return pool.corner(row) + pixel / 2 * pool.x_width + pixel % 2;
   }
@@ -111,7 +120,14 @@ struct Backward {
                  Arithmetic<T>* dbeta, Unit<T>* h) const {
     using A = Arithmetic<T>;
     using V = Vector<A>;
-    for (int64_t r = 0; r < part.rows; r += kGroup<T>)
+    for (int64_t r = 0; r < part.rows; r += kGroup<T>) {
+      const int64_t unit_rows = std::min(kGroup<T>, part.rows - r);
+      const T* pixels[4 * kGroup<T>];
+      for (int64_t i = 0; i < 4 * unit_rows; ++i) {
+        const int64_t row = neighbour(part.first_row + r + i / 4, i % 4);
+        pixels[i] = x[row] + part.column;
+        prefetch_row(x[row + 2 * kAhead] + part.column, part.columns);
+      }
       for_vectors<A>(part.width, [&](int64_t c, int64_t) {
         const int64_t at = part.column + c, left = part.columns - c;
         const V scale = load_vector(norm[kScale] + at, left);
@@ -119,11 +135,11 @@ struct Backward {
         const V mean = load_vector(norm[kMean] + at, left);
         V sum_dz_x = load_whole(dgamma + c), sum_dz = load_whole(dbeta + c);
         V pooled[kGroup<T>] = {};
-        for (int64_t i = 0; i < std::min(kGroup<T>, part.rows - r); ++i) {
+        for (int64_t i = 0; i < unit_rows; ++i) {
           const V quarter = load_whole(dh + (r + i) * part.width + c) * A(0.25);
           V relu[4];
           for (int64_t pixel = 0; pixel < 4; ++pixel) {
-            const V value = load_vector(x[neighbour(part.first_row + r + i, pixel)] + at, left);
+            const V value = load_vector(pixels[4 * i + pixel] + c, left);
             const V z = normalise(value, scale, shift);
             const V dz = relu_mask_vector(quarter, z);
             sum_dz_x += dz * (value - mean);
@@ -136,12 +152,19 @@ struct Backward {
         store_whole(sum_dz, dbeta + c);
         if (h) store_units<T>(pooled, h + r / kGroup<T> * part.width + c);
       });
+    }
   }
 
   void write_dx(int64_t row, int64_t column, int64_t columns, const Arithmetic<T>* dh,
-                Rows<Arithmetic<T>> correction) const {
-    norm_backward_row<T>(dh, x[row] + column, norm, {correction.data, correction.stride}, column,
-                         columns, dx[row] + column);
+                Rows<const Arithmetic<T>> correction) const {
+    const T* source = x[row] + column;
+    T* to = dx[row] + column;
+    for_vectors<Arithmetic<T>>(columns, [&](int64_t c, int64_t count) {
+      store_vector(
+          norm_backward<Arithmetic<T>>(load_vector(dh + c, count), load_vector(source + c, count),
+                                       norm, correction, column + c, count),
+          to + c, count);
+    });
   }
 };
 
