@@ -195,8 +195,8 @@ def find_compiler() -> Compiler:
         raise BuildError(
             f"densenet-efficient needs a C++20 compiler, and {path} ({version}) refuses "
             f"-std=c++20 {' '.join(flags)}: {macros.stderr.strip()}. Install a newer one (GCC 12 "
-            "is what is tested), name it in CXX, or correct DENSENET_EFFICIENT_MARCH, then run this "
-            "command again."
+            "is what is tested), name it in CXX, or correct DENSENET_EFFICIENT_MARCH, then run "
+            "this command again."
         )
     defined = {line.split()[1] for line in macros.stdout.splitlines() if line.count(" ") >= 1}
     features = tuple(name for macro, name in CPU_FEATURES.items() if macro in defined)

@@ -19,7 +19,7 @@ runs stage A again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -90,6 +90,7 @@ class _Layer:
 
     def conv2_forward(self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
         """The new features from b."""
+        assert self.weight2 is not None
         if self.call.conv2 is not None:
             general.norm_relu_conv_forward(
                 b, norm, self.weight2, self.bias2, self.call.conv2, y, stats
@@ -98,7 +99,9 @@ class _Layer:
             self.stages.norm_relu_conv3x3_forward(b, norm, self.weight2, y, stats)
 
 
-def _layers(call: BlockCall, parameters: Sequence[Tensor | None], dtype: torch.dtype):
+def _layers(
+    call: BlockCall, parameters: Sequence[Tensor | None], dtype: torch.dtype
+) -> Iterator[Callable[[], _Layer]]:
     """The layers' tensors, one layer at a time; weights are cast when their layer is reached."""
     acc = accumulation_dtype(dtype)
 
@@ -111,8 +114,10 @@ def _layers(call: BlockCall, parameters: Sequence[Tensor | None], dtype: torch.d
     for index, layer in enumerate(call.layers):
         start = index * PARAMETERS_PER_LAYER
         mine = parameters[start : start + PARAMETERS_PER_LAYER]
-        yield lambda layer=layer, mine=mine: _Layer(
-            layer, call.stages, *(cast(t, to) for t, to in zip(mine, dtypes, strict=True))
+        yield lambda layer=layer, mine=mine: _Layer(  # type: ignore[misc]
+            layer,
+            call.stages,
+            *(cast(t, to) for t, to in zip(mine, dtypes, strict=True)),  # type: ignore[arg-type]
         )
 
 

@@ -53,7 +53,7 @@ def explain(module: nn.Module, input: Tensor) -> Explanation:
             seen = x.detach().to(dtype)
             if isinstance(child, EfficientFeatures):
                 entries.append((f"{name}.stem".lstrip("."), child.stem_path(seen)))
-            else:
+            elif isinstance(child, (EfficientDenseBlock, EfficientTransition)):
                 entries.append((name or type(child).__name__, child.path(seen)))
 
         handles.append(child.register_forward_pre_hook(note))

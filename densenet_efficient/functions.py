@@ -39,7 +39,7 @@ def first_order(
 
     def guarded(gradient: Tensor) -> Tensor:
         outputs = error(gradient.detach().requires_grad_(), *anchors)
-        return outputs[0] if anchors else outputs
+        return outputs[0] if anchors else outputs  # type: ignore[return-value]
 
     return tuple(guarded(g) if isinstance(g, Tensor) else g for g in gradients)
 
@@ -106,8 +106,10 @@ class DenseBlockFunction(torch.autograd.Function):
                 call, e, y.movedim(1, -1), stats, inner[:layers], inner[layers:],
                 parameters, ctx.needs_input_grad[3:],
             )  # fmt: skip
-            dx = dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None
-        return first_order((None, dx, None, *computed), [y, *parameters], "EfficientDenseBlock")
+            gradient = dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None
+        return first_order(
+            (None, gradient, None, *computed), [y, *parameters], "EfficientDenseBlock"
+        )
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -178,7 +178,7 @@ def norm_relu_conv_backward(
             total.zero_()
     for images in _chunks(x):
         part = dy[images]
-        if correction is not None:
+        if y is not None and correction is not None:
             part = _corrected(part, y[images], correction)
         if dbias is not None:
             dbias += part.to(dbias.dtype).sum(_rows(part))
@@ -187,7 +187,7 @@ def norm_relu_conv_backward(
         dz, dw = options.backward(
             _channels_first(part.to(x.dtype)), _channels_first(z), weight, dweight is not None
         )
-        if dweight is not None:
+        if dweight is not None and dw is not None:
             dweight += dw
         dz = dz.movedim(1, -1).to(norm.dtype).masked_fill_(normalised <= 0, 0)
         dnorm += _norm_sums(dz, x[images], norm)

@@ -40,8 +40,8 @@ class LayerParts:
 def standard_parts(layer: nn.Module) -> LayerParts:
     """Parts of a layer with torchvision's attribute names."""
     return LayerParts(
-        layer.norm1,
-        layer.conv1,
+        layer.norm1,  # type: ignore[arg-type]
+        layer.conv1,  # type: ignore[arg-type]
         getattr(layer, "norm2", None),
         getattr(layer, "conv2", None),
         float(getattr(layer, "drop_rate", 0.0)),

@@ -128,7 +128,7 @@ class EfficientDenseBlock(reference.DenseBlock):
         for name, layer in self._modules.items():
             yield name, layer
             for child, module in layer._modules.items():
-                yield f"{name}.{child}", module
+                yield f"{name}.{child}", module  # type: ignore[misc]
 
     def path(self, x: Tensor) -> Path:
         """How this block would run on x, and why."""
@@ -339,7 +339,7 @@ class EfficientFeatures(nn.Sequential):
         reason = obstacle(children, {})
         if reason is not None:
             return Path("original", reason)
-        dims = len(children[0][1].kernel_size)
+        dims = len(children[0][1].kernel_size)  # type: ignore[arg-type]
         path = paths.choose(x.device, x.dtype)
         if path.kind == "kernels" and dims != 2:
             return Path("general", f"stem kernels are two-dimensional, input has {dims}")
@@ -349,11 +349,11 @@ class EfficientFeatures(nn.Sequential):
         """x ``[N, C_in, *spatial]`` -> the last child's output."""
         children = list(self._modules.values())
         if self.stem_path(x).kind != "original":
-            x = self._stem(x, *children[:3])
+            x = self._stem(x, *children[:3])  # type: ignore[arg-type]
             children = children[4:]
         for child in children:
             if type(child) in BATCH_NORMS and not is_hooked(child):
-                x = batch_norm(child, x)
+                x = batch_norm(child, x)  # type: ignore[arg-type]
             else:
                 x = child(x)
         return x

@@ -13,6 +13,7 @@ there, ``RuntimeError`` naming the tensor, what was expected and what came for b
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ NAMES = (
 
 
 @functools.cache
-def _operator(name: str):  # -> torch._ops.OpOverload
+def _operator(name: str) -> Callable[..., None]:
     """The loaded operator; the first call of all loads the library and registers fake kernels."""
     _load()
     return getattr(torch.ops.densenet_efficient, name).default

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def _counts(gradients: list[Tensor]) -> tuple[int, int, int]:
     storage = gradients[0].untyped_storage()
     return (
         sys.getrefcount(gradients[0]),
-        gradients[0]._use_count(),
+        gradients[0]._use_count(),  # type: ignore[attr-defined]
         torch._C._storage_Use_Count(storage._cdata),
     )
 
@@ -33,11 +34,11 @@ class _Probe(torch.autograd.Function):
     measured: tuple[int, int, int] | None = None
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         held = list(gradients)
         del gradients
         _Probe.measured = _counts(held)
@@ -48,11 +49,11 @@ class _Source(torch.autograd.Function):
     """Sends a fresh gradient to its input."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return torch.ones(gradients[0].shape)
 
 

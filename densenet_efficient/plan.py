@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,7 +118,7 @@ class _Stage:
     out_channels: int
 
 
-def _image_after(conv: nn.Module, image: tuple[int, ...]) -> tuple[int, ...]:
+def _image_after(conv: Any, image: tuple[int, ...]) -> tuple[int, ...]:
     meta = torch.empty((1, 1, *image[1:]), device="meta")
     kernel = torch.empty((1, 1, *conv.kernel_size), device="meta")
     out = torch.convolution(
