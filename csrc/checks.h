@@ -1,5 +1,5 @@
-// Argument checks shared by the CPU and CUDA launchers. A message names the operator and the tensor,
-// what was expected and what came; nothing is written before every check has passed.
+// Argument checks shared by the CPU and CUDA launchers. A message names the operator and the
+// tensor, what was expected and what came; nothing is written before every check has passed.
 #pragma once
 
 #include <sstream>
@@ -111,8 +111,8 @@ inline int64_t check_rows(const Arg& arg) {
   return row_stride;
 }
 
-// A [rows, C] table of per-channel vectors (norm, stats, dnorm, correction): contiguous, except that
-// a table may be a column slice of a wider one. Returns its row stride.
+// A [rows, C] table of per-channel vectors (norm, stats, dnorm, correction): contiguous, except
+// that a table may be a column slice of a wider one. Returns its row stride.
 inline int64_t check_table(const Arg& arg, int64_t rows, int64_t channels, ScalarType dtype,
                            const Tensor& like, const char* like_name) {
   check_shape(arg, {rows, channels});

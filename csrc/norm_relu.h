@@ -10,7 +10,7 @@
 
 namespace densenet_efficient {
 
-// Rows of a `norm` tensor [4, C], of a `correction` tensor [4, C], of `stats` and of `dnorm` [2, C].
+// Rows of the tensors `norm` and `correction` [4, C], `stats` and `dnorm` [2, C].
 enum NormRow { kScale = 0, kShift = 1, kMean = 2, kRstd = 3, kNormRows = 4 };
 enum CorrectionRow { kA = 0, kP = 1, kQ = 2, kCenter = 3, kCorrectionRows = 4 };
 enum StatsRow { kStatsMean = 0, kStatsVar = 1, kStatsRows = 2 };
@@ -46,8 +46,8 @@ DE_HOST_DEVICE A correct(A dz, A x, A a, A p, A q, A mean) {
   return a * dz - p - (x - mean) * q;
 }
 
-// (count, mean, M2): a running mean and sum of squared deviations, merged by Chan's formula. Merging
-// in a fixed order gives the same bits on every run; no difference of large sums ever appears.
+// (count, mean, M2): a running mean and sum of squared deviations, merged by Chan's formula.
+// Merging in a fixed order gives the same bits on every run; no difference of large sums appears.
 template <typename A>
 struct Moments {
   A count, mean, m2;

@@ -3,7 +3,7 @@
 // Conventions
 //   rows       a pixel is a row: [M, C] with M = N * H * W. Row tensors are channels last: the last
 //              stride is 1 and the row stride may exceed C, so a tensor may be a channel slice of a
-//              larger feature buffer. Four-dimensional arguments are [N, H, W, C] in that same sense.
+//              larger feature buffer. Four-dimensional arguments are [N, H, W, C] likewise.
 //   norm       [4, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd.
 //              A normalised value is a * x + s; x_hat is (x - mean) * rstd.
 //   stats      [2, C]: mean and biased variance over the rows, of the values as stored.
@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "norm_fold(Tensor stats, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) norm) -> ()");
 
-  // correction from dnorm, for statistics taken over `count` rows (0: constant statistics, p = q = 0).
+  // correction from dnorm, for statistics taken over `count` rows (0: constants, p = q = 0).
   // accumulate: adds p and q to the first C columns of a shared correction [4, C_total] instead.
   library.def(
       "norm_correction(Tensor dnorm, Tensor norm, int count, bool accumulate, "
@@ -55,7 +55,8 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
   // dx += a * dz. dweight [K, C, 3, 3] (contiguous), dnorm [2, C] of dz.
   library.def(
       "norm_relu_conv3x3_backward(Tensor dy, Tensor? y, Tensor? correction, Tensor x, Tensor norm, "
-      "Tensor weight, bool accumulate, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> ()");
+      "Tensor weight, bool accumulate, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> "
+      "()");
 
   // y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T (the pooling commutes with the 1x1
   // convolution; odd edges are dropped); optionally the stats of y.

@@ -15,7 +15,8 @@ namespace densenet_efficient {
 constexpr int kColumnThreads = 256;
 constexpr int kMaxBlocks = 1024;  // of all groups together: a few for each multiprocessor
 
-// The widest vector of up to `most` elements (a power of two) that divides the row and to which every address is aligned.
+// The widest vector of up to `most` elements (a power of two) that divides the row and to which
+// every address is aligned.
 inline int vector_width(int64_t channels, int64_t element_bytes, int64_t most,
                         std::initializer_list<std::pair<const void*, int64_t>> rows) {
   int64_t width = most;

@@ -1,5 +1,5 @@
-// The 1x1 convolution's backward, from the side of one warp: the 16 channels that it owns, with their
-// columns of the weight, of dx, of the sums and of dweight. The stage is described in
+// The 1x1 convolution's backward, from the side of one warp: the 16 channels that it owns, with
+// their columns of the weight, of dx, of the sums and of dweight. The stage is described in
 // norm_relu_conv1x1_backward.cu.
 #pragma once
 
@@ -32,18 +32,19 @@ struct Backward {
 };
 
 // A stage: dz_y and y in K / 32 panels each, x and dx in a panel for every two warps. Behind the
-// stages the correction, [8][kOutputs / 8][4] (neighbouring threads own neighbouring chunks), and
-// the norm of the block's channels, [4][16 * warps].
+// stages the correction, [8][kOutputs / 8 + 1][4] (neighbouring threads own neighbouring chunks, and
+// the channels of a chunk do not share banks), and the norm of the block's channels, [4][16 * warps].
 template <int kOutputs>
 struct BackwardLayout {
   static constexpr int kPanels = kOutputs / device::kPanelChannels;
+  static constexpr int kCorrectionPitch = (kOutputs / device::kChunk + 1) * 16;
   int warps;
   DE_HOST_DEVICE int y_offset() const { return kPanels * kPanelBytes; }
   DE_HOST_DEVICE int x_offset() const { return 2 * kPanels * kPanelBytes; }
   DE_HOST_DEVICE int dx_offset() const { return x_offset() + (warps + 1) / 2 * kPanelBytes; }
   DE_HOST_DEVICE int stage_bytes() const { return dx_offset() + (warps + 1) / 2 * kPanelBytes; }
   DE_HOST_DEVICE int correction_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int norm_offset() const { return correction_offset() + kOutputs * 16; }
+  DE_HOST_DEVICE int norm_offset() const { return correction_offset() + 8 * kCorrectionPitch; }
   DE_HOST_DEVICE int shared_bytes() const { return norm_offset() + 16 * warps * 16; }
 };
 
@@ -68,7 +69,8 @@ __device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
   float4 c[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
-    c[i] = shared_load<float4>(correction + (i * (kOutputs / kChunk) + column_chunk) * 16);
+    c[i] = shared_load<float4>(correction + i * BackwardLayout<kOutputs>::kCorrectionPitch +
+                               16 * column_chunk);
   for (; row < kTileRows; row += row_step) {
     const int offset = panel + panel_offset(row, chunk);
     const uint4 dz = shared_load<uint4>(stage + offset);

@@ -33,21 +33,19 @@ __device__ __forceinline__ void clear_zero_rows(unsigned char* halo, const Image
                  uint4{0, 0, 0, 0});
 }
 
-// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads
-// of a position read neighbours. Channels past the end get zeros.
-constexpr int kCorrectionBytes = kPanelChannels * kCorrectionRows * 4;  // of a panel
+// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads of a
+// position read neighbours; the channels of a chunk are 80 bytes apart and do not share banks.
+// Channels past the end get zeros.
+constexpr int kCorrectionPitch = 80;
+constexpr int kCorrectionBytes = kChunk * kCorrectionPitch;  // of a panel
 
 __device__ __forceinline__ void load_correction(unsigned char* shared, const OutputGradient& from,
                                                 int outputs, int panels, int threads) {
   if (!from.correction.data) return;
-  for (int i = thread_index(); i < panels * kPanelChannels * kCorrectionRows; i += threads) {
-    const int row = i % 4, chunk = i / 4 % 4, in_chunk = i / 16 % kChunk, panel = i / 128;
-    const int channel = panel * kPanelChannels + chunk * kChunk + in_chunk;
-    shared_store(shared + 4 * i, channel < outputs
-                                     ? global_load<float>(from.correction.data +
-                                                          row * from.correction.stride + channel)
-                                     : 0.0f);
-  }
+  for (int c = thread_index(); c < panels * kPanelChannels; c += threads)
+    shared_store(shared + c / kPanelChannels * kCorrectionBytes + c % kChunk * kCorrectionPitch +
+                     c / kChunk % 4 * 16,
+                 load_entries(from.correction, c, outputs));
 }
 
 // The corrected dy of a tile and its halo, channels past the end zero. kBatch positions a thread
@@ -77,8 +75,8 @@ __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigne
           if (!corrects) return;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float4 low = shared_load<float4>(entries + 2 * i * 64);
-            const float4 high = shared_load<float4>(entries + (2 * i + 1) * 64);
+            const float4 low = shared_load<float4>(entries + 2 * i * kCorrectionPitch);
+            const float4 high = shared_load<float4>(entries + (2 * i + 1) * kCorrectionPitch);
 #pragma unroll
             for (int slot = 0; slot < kBatch; ++slot) {
               const float2 d = unpack<T>(dy[slot][i]), v = unpack<T>(y[slot][i]);

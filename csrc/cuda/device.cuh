@@ -6,7 +6,8 @@
 //   #include "device.cuh"                    // primitives, in namespace densenet_efficient::device
 //   #include "launch.h"                      // launchers: launch<>(), guards, dtype dispatch
 //   template <typename T>
-//   __global__ void __launch_bounds__(256) stage_kernel(StageArgs args) { using namespace device; ... }
+//   __global__ void __launch_bounds__(256) stage_kernel(StageArgs args) {
+//     using namespace device; ... }
 //
 // Rules, each of which the emulation enforces or needs
 //   - Blocks are one-dimensional (thread_index), a multiple of 32 threads. Grids are up to (x, y).
@@ -20,7 +21,8 @@
 //   - cp_async with source_bytes < N writes zeros behind the source bytes; the source is not read
 //     where source_bytes is 0. Data is there after cp_async_wait<n>() and a barrier.
 //   - A helper that wraps an access passes its caller's place on to the emulation's counters:
-//     template <typename T> __device__ T helper(const T* p DE_HERE) { return global_load<T>(p DE_AT); }
+//     template <typename T>
+//     __device__ T helper(const T* p DE_HERE) { return global_load<T>(p DE_AT); }
 //   - No floating-point atomics. atomic_ticket serves last-block reductions.
 #pragma once
 
@@ -45,7 +47,7 @@ namespace densenet_efficient::device {
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
-// ---- Indices -------------------------------------------------------------------------------------
+// ---- Indices ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
@@ -58,7 +60,7 @@ __device__ __forceinline__ int block_y() { return static_cast<int>(blockIdx.y); 
 __device__ __forceinline__ int grid_x() { return static_cast<int>(gridDim.x); }
 __device__ __forceinline__ int grid_y() { return static_cast<int>(gridDim.y); }
 
-// ---- Barriers and warp exchange ------------------------------------------------------------------
+// ---- Barriers and warp exchange -----------------------------------------------------------------
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
@@ -79,7 +81,7 @@ __device__ __forceinline__ uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }
 
-// ---- Memory --------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
@@ -142,7 +144,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// ---- Tensor cores --------------------------------------------------------------------------------
+// ---- Tensor cores -------------------------------------------------------------------------------
 
 // Loads 8x8 matrices of 16-bit elements; `row` is the shared address of the 16-byte row that this
 // lane names: lanes 8i..8i+7 name the rows of matrix i (x2 uses lanes 0..15). Afterwards r[i] holds
@@ -215,7 +217,7 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return bits;
 }
 
-// ---- Conversions ---------------------------------------------------------------------------------
+// ---- Conversions --------------------------------------------------------------------------------
 
 // Two 16-bit values in one register: the first in the low half. Rounds to nearest even.
 template <typename T>

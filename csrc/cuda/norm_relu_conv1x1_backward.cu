@@ -37,14 +37,9 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
   unsigned char* shared = shared_memory();
 
   unsigned char* correction = shared + layout.correction_offset();
-  for (int i = thread; i < 4 * kOutputs; i += threads) {
-    const int row = i % 4, chunk = i / 4 % (kOutputs / kChunk);
-    const int column = chunk * kChunk + i / (4 * (kOutputs / kChunk));
-    shared_store(correction + 4 * i, column < args.outputs
-                                         ? global_load<float>(args.correction.data +
-                                                              row * args.correction.stride + column)
-                                         : 0.0f);
-  }
+  for (int column = thread; column < kOutputs; column += threads)
+    shared_store(correction + column % kChunk * layout.kCorrectionPitch + column / kChunk * 16,
+                 load_entries(args.correction, column, args.outputs));
   float* norm = reinterpret_cast<float*>(shared + layout.norm_offset());
   for (int i = thread; i < kNormRows * 16 * args.warps; i += threads) {
     const int row = i / (16 * args.warps), channel = block_channel0 + i % (16 * args.warps);

@@ -10,8 +10,8 @@ namespace densenet_efficient {
 
 constexpr int kQuad = 4;
 
-// Windows of an image, row by row; `whole` counts those with four pixels only (odd edges are dropped),
-// otherwise windows that an odd edge cuts count as well.
+// Windows of an image, row by row; `whole` counts those with four pixels only (odd edges are
+// dropped), otherwise windows that an odd edge cuts count as well.
 struct Quads {
   int height, width;          // of the image
   int out_height, out_width;  // in windows

@@ -81,8 +81,8 @@ struct MergeSums {
   }
 };
 
-// A block's partial result lies at partials[block_x][2][channels]; behind all of these, the number of
-// rows that each block's result stands for.
+// A block's partial result lies at partials[block_x][2][channels]; behind all of these, the number
+// of rows that each block's result stands for.
 inline int64_t partials_size(int64_t parts, int64_t channels) { return parts * (2 * channels + 1); }
 
 // Shared memory of block_merge: a plane for each value, pitched so that the transposition back to
@@ -142,8 +142,8 @@ __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThr
 constexpr int kFinishChannels = 32;
 constexpr int kFinishLanes = kColumnThreads / kFinishChannels;
 
-// Merges the blocks' partial results: lane j takes parts j, j + lanes, ..., then the lanes merge in a
-// tree. Finish turns the result into two rows of a table.
+// Merges the blocks' partial results: lane j takes parts j, j + lanes, ..., then the lanes merge in
+// a tree. Finish turns the result into two rows of a table.
 template <typename Merge, typename Finish, typename A>
 __global__ void __launch_bounds__(kColumnThreads)
     finish_kernel(const A* partials, int64_t parts, int channels, Rows<A> table, Finish finish) {

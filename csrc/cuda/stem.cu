@@ -1,17 +1,18 @@
 // stem: norm, ReLU and max-pool (3 x 3, stride 2, padding 1) of x [N, H, W, C] in one pass.
 //
-//   y = max over the window of relu(a * x + s)      [N, OH, OW, C], OH = ceil(H / 2), OW = ceil(W / 2)
+//   y = max over the window of relu(a * x + s)    [N, OH, OW, C], OH = ceil(H / 2), OW = ceil(W / 2)
 //   dz goes to the window's first maximum (row-major); dx = a * dz - p - (x - mean) * q
 //
-// A thread owns V neighbouring channels of one output column ow and walks down a band of output rows:
-// the maximum of an input row serves two windows, so vertically x is read once; horizontally a third
-// of the reads finds the neighbour's column in the L1 cache. A block is (lanes output columns) x
-// (vectors of channels) of one band. Padding never wins: the ReLU's values are not negative, and
-// zero takes no gradient.
+// A thread owns V neighbouring channels of one output column ow and walks down a band of output
+// rows: the maximum of an input row serves two windows, so vertically x is read once; horizontally
+// a third of the reads finds the neighbour's column in the L1 cache. A block is (lanes output
+// columns) x (vectors of channels) of one band. Padding never wins: the ReLU's values are not
+// negative, and zero takes no gradient.
 //
 // Backward is two passes over x and dy, cheaper than storing dz in between: the sums need only each
-// window's maximum; then dx gathers, for each of a thread's two input columns, from the thread's own
-// window and from its right neighbour's (by their winners' positions, exchanged in shared memory).
+// window's maximum; then dx gathers, for each of a thread's two input columns, from the thread's
+// own window and from its right neighbour's (by their winners' positions, exchanged in shared
+// memory).
 //
 // Bytes moved (x: the elements of x, y a quarter): forward x + y; backward 3 x + 2 y; partial sums.
 // Moments of y by exact two-pass over kGroup rows, merged by Chan's formula; sums in fixed order.

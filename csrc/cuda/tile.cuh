@@ -174,6 +174,15 @@ __device__ __forceinline__ void copy_norm(unsigned char* shared, Table norm, int
   }
 }
 
+// All four rows of a table for one channel; zeros past the end.
+__device__ __forceinline__ float4 load_entries(Table table, int channel, int channels) {
+  if (channel >= channels) return float4{0, 0, 0, 0};
+  const float* from = table.data + channel;
+  return float4{global_load<float>(from), global_load<float>(from + table.stride),
+                global_load<float>(from + 2 * table.stride),
+                global_load<float>(from + 3 * table.stride)};
+}
+
 // Normalises one chunk of each of a panel's rows in place: chunk thread % 4 of every
 // (threads / 4)-th row.
 template <typename T>

@@ -6,13 +6,16 @@
 // p and q need the sums over all rows, so dx comes last; until then dx's own memory is the scratch:
 //   1. product   dpooled into each window's first pixel of dx. Tile: 128 windows x 128 channels, a
 //                warp 32 x 128; dy and weight in panels of 32 outputs, two ahead (tile.cuh).
-//   2. sums      x and dpooled once; the pooled activations into the window's second pixel. A thread
-//                owns V channels and walks over windows (columns.h); sums in fixed order (reduce.cuh).
-//   3. dweight   dy^T @ pooled. Tile: 128 outputs x 128 channels, a warp 32 x 128, over a static range
-//                of windows; fp32 partials in a workspace, summed in fixed order (partials.cuh).
+//   2. sums      x and dpooled once; the pooled activations into the window's second pixel. A
+//                thread owns V channels and walks over windows (columns.h); sums in fixed order
+//                (reduce.cuh).
+//   3. dweight   dy^T @ pooled. Tile: 128 outputs x 128 channels, a warp 32 x 128, over a static
+//                range of windows; fp32 partials in a workspace, summed in fixed order
+//                (partials.cuh).
 //   4. dx        x and dpooled once, dx written once; pixels on a dropped odd edge have dz = 0.
 // Bytes, with X = N * H * W * C elements of two bytes: 2 X read (x), 3/4 X written and read again,
-// 1 X written (dx); dy once per 128 channels and, for dweight, once more; the weight from the L2 cache.
+// 1 X written (dx); dy once per 128 channels and, for dweight, once more; the weight from the L2
+// cache.
 #include "correction.cuh"
 #include "operands.h"
 #include "partials.cuh"
@@ -29,7 +32,8 @@ constexpr int kPanels = kTile / device::kPanelChannels;
 constexpr int kPanelBytes = 32 * device::kPanelRowBytes;  // 32 rows of 32 channels
 constexpr int kStageBytes = 2 * kPanels * kPanelBytes;    // both operands: 128 x 32 and 32 x 128
 
-// acc += a @ b for one k16 step: b [16, 128] lies in kPanels panels with the depth along their rows.
+// acc += a @ b for one k16 step: b [16, 128] lies in kPanels panels with the depth along their
+// rows.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint32_t (&a)[2][4],
                                          const unsigned char* b_panels, int step) {
@@ -49,7 +53,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint3
   }
 }
 
-// ---- 1. dpooled = dy @ weight ------------------------------------------------------------------------
+// ---- 1. dpooled = dy @ weight -------------------------------------------------------------------
 
 struct Product {
   device::RowTensor dy;      // [M, K]
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_product_kernel(Product
                         [&](int r) { return int64_t(shared_load<int>(corners + r)); });
 }
 
-// ---- 2. sums, pooled activations ---------------------------------------------------------------------
+// ---- 2. sums, pooled activations ----------------------------------------------------------------
 
 // A window's pixels: present where an odd edge does not cut them off.
 template <typename T, int V>
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   block_merge<MergeSums>(plan, at, sums, partials);
 }
 
-// ---- 3. dweight = dy^T @ pooled ----------------------------------------------------------------------
+// ---- 3. dweight = dy^T @ pooled -----------------------------------------------------------------
 
 struct Weight {
   device::RowTensor dy;  // [M, K]
@@ -276,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight a
   }
 }
 
-// ---- 4. dx -------------------------------------------------------------------------------------------
+// ---- 4. dx --------------------------------------------------------------------------------------
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
@@ -314,7 +318,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   }
 }
 
-// ---- Launcher --------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------
 
 // Blocks side by side over the windows: enough to fill the device, at least eight depths for each.
 int64_t weight_blocks(const Quads& quads, int64_t tiles, int multiprocessors) {

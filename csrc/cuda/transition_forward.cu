@@ -1,15 +1,15 @@
-// transition, forward: y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T, and the moments
-// of y as stored. The pooling stands in front of the product, which it commutes with: a quarter of
-// the work. Odd edges are dropped.
+// transition, forward: y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T, and the
+// moments of y as stored. The pooling stands in front of the product, which it commutes with: a
+// quarter of the work. Odd edges are dropped.
 //
-// Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps stand below each other and
-// have 64, more than 128 make pairs of warps that share their rows; more than 256 take several columns
-// of the grid. The four pixels of each row lie in four panels of shared memory (tile.cuh); the mean
-// of their normalised values, rounded once, is made in the registers that feed the tensor cores.
-// Who owns what: a block walks over a static range of row tiles and, within a tile, over the channels
-// in panels of 32, one panel ahead of the products.
-// Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the weight
-// once per tile (2 K C, from the L2 cache).
+// Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps stand below each other
+// and have 64, more than 128 make pairs of warps that share their rows; more than 256 take several
+// columns of the grid. The four pixels of each row lie in four panels of shared memory (tile.cuh);
+// the mean of their normalised values, rounded once, is made in the registers that feed the tensor
+// cores. Who owns what: a block walks over a static range of row tiles and, within a tile, over the
+// channels in panels of 32, one panel ahead of the products.
+// Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the
+// weight once per tile (2 K C, from the L2 cache).
 // Sums: fp32 accumulators over C; moments exact two-pass, then merged in a fixed order (tile.cuh).
 #include "operands.h"
 #include "partials.cuh"
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
   write_partial<kColumns, kSplit>(args, shared, column0);
 }
 
-// ---- Launcher --------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------
 
 struct Tiling {
   int columns, split;

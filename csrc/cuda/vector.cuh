@@ -1,5 +1,5 @@
-// Values of a storage type T by V at a time: one access of up to 16 bytes, arithmetic in float (double
-// for double).
+// Values of a storage type T by V at a time: one access of up to 16 bytes, arithmetic in float
+// (double for double).
 #pragma once
 
 #include <cstring>

@@ -50,7 +50,7 @@ using emulation::Access;
 using emulation::Site;
 using emulation::WarpOp;
 
-// ---- Indices -------------------------------------------------------------------------------------
+// ---- Indices ------------------------------------------------------------------------------------
 
 inline int thread_index() { return emulation::position().thread; }
 inline int lane_index() { return emulation::position().lane; }
@@ -60,7 +60,7 @@ inline int block_y() { return emulation::position().block_y; }
 inline int grid_x() { return emulation::position().grid_x; }
 inline int grid_y() { return emulation::position().grid_y; }
 
-// ---- Barriers and warp exchange ------------------------------------------------------------------
+// ---- Barriers and warp exchange -----------------------------------------------------------------
 
 inline void sync_threads(Site site = Site::current()) { emulation::block_barrier(site); }
 inline void sync_warp(Site site = Site::current()) {
@@ -113,7 +113,7 @@ inline uint32_t ballot(bool predicate, Site site = Site::current()) {
   return result;
 }
 
-// ---- Memory --------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------
 
 inline unsigned char* shared_memory() { return emulation::shared_block(); }
 
@@ -157,7 +157,7 @@ void cp_async_wait() {
   emulation::async_wait(Pending);
 }
 
-// ---- Tensor cores --------------------------------------------------------------------------------
+// ---- Tensor cores -------------------------------------------------------------------------------
 
 inline void ldmatrix(uint32_t* r, const void* row, int argument, const Site& site) {
   const int named = 8 * std::abs(argument);

@@ -24,7 +24,7 @@ std::string where(const Site& site) {
   return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line());
 }
 
-// ---- Counting ------------------------------------------------------------------------------------
+// ---- Counting -----------------------------------------------------------------------------------
 
 // One warp-wide access: the lanes that took part and their addresses.
 struct Request {
@@ -136,7 +136,7 @@ void count_shared(const Request& request, uintptr_t base, SiteCounters& site) {
   }
 }
 
-// ---- Races ---------------------------------------------------------------------------------------
+// ---- Races --------------------------------------------------------------------------------------
 
 // Who touched a byte of shared memory, and in which interval between barriers of the block (and of
 // the warp). Two threads that touch the same byte in one interval race if one of them writes.
@@ -206,7 +206,7 @@ struct Machine {
 };
 Machine machine;
 
-// ---- Switching -----------------------------------------------------------------------------------
+// ---- Switching ----------------------------------------------------------------------------------
 
 void arrived_from(void* fake_stack) {
 #if defined(DE_SANITIZE)
@@ -301,7 +301,7 @@ void thread_entry() {
   std::abort();
 }
 
-// ---- Flushing the log ----------------------------------------------------------------------------
+// ---- Flushing the log ---------------------------------------------------------------------------
 
 void flush(Warp& warp) {
   Machine& m = machine;
@@ -320,7 +320,7 @@ void flush(Warp& warp) {
   warp.touched.clear();
 }
 
-// ---- Race checks ---------------------------------------------------------------------------------
+// ---- Race checks --------------------------------------------------------------------------------
 
 // What one access means for another of the same interval: true if the two are ordered.
 bool ordered(const Thread& self, int other, uint32_t other_warp_interval) {
@@ -409,7 +409,7 @@ void check_aligned(const void* pointer, int bytes, const Site& site) {
     fatal("misaligned access of " + std::to_string(bytes) + " bytes at " + where(site));
 }
 
-// ---- Running a block -----------------------------------------------------------------------------
+// ---- Running a block ----------------------------------------------------------------------------
 
 std::string describe_deadlock() {
   std::ostringstream text;
@@ -461,7 +461,7 @@ void run_block(int block_x, int block_y) {
 
 }  // namespace
 
-// ---- Interface -----------------------------------------------------------------------------------
+// ---- Interface ----------------------------------------------------------------------------------
 
 void set_seed(uint64_t seed) { machine.seed = seed; }
 const std::vector<Counters>& launches() { return machine.launches; }

@@ -2,9 +2,9 @@
 // barriers are rendezvous, shared memory is an exactly sized heap block filled with NaN.
 //
 // What it checks: barriers that not all threads reach, warp primitives that not all lanes reach at
-// the same place, two threads touching the same shared bytes without a barrier in between, misaligned
-// vector accesses; out-of-bounds accesses are left to the address sanitizer. The order in which threads
-// run follows a seed, so that a result that depends on it shows.
+// the same place, two threads touching the same shared bytes without a barrier in between,
+// misaligned vector accesses; out-of-bounds accesses are left to the address sanitizer. The order
+// in which threads run follows a seed, so that a result that depends on it shows.
 // What it counts: see Counters. Lanes of a warp that execute the same access between two
 // synchronisations are one warp-wide access, as they would be on the device.
 #pragma once
@@ -72,7 +72,7 @@ void name_range(const char* name, const void* begin, int64_t bytes);
 void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
          int64_t shared_bytes, const std::function<void()>& body);
 
-// ---- Called from kernels, on a fiber --------------------------------------------------------------
+// ---- Called from kernels, on a fiber ------------------------------------------------------------
 
 struct ThreadPosition {
   int thread, block_x, block_y, grid_x, grid_y, lane, warp;
@@ -92,7 +92,7 @@ using Combine = void (*)(void* const* inputs, void* const* outputs, int argument
 void warp_rendezvous(WarpOp op, const void* input, void* output, Combine combine, int argument,
                      int flops, const Site& site);
 
-// ---- Combinations that tensor cores make (tensor_core.cpp) ---------------------------------------
+// ---- Combinations that tensor cores make (tensor_core.cpp) --------------------------------------
 
 struct MmaOperands {
   const uint32_t* a;  // 4 registers
@@ -106,7 +106,7 @@ void combine_mma_bfloat16(void* const* inputs, void* const* outputs, int argumen
 void combine_mma_half(void* const* inputs, void* const* outputs, int argument);
 void combine_mma_tf32(void* const* inputs, void* const* outputs, int argument);
 
-// ---- Asynchronous copies -------------------------------------------------------------------------
+// ---- Asynchronous copies ------------------------------------------------------------------------
 
 void async_copy(void* shared, const void* global, int bytes, int source_bytes, const Site& site);
 void async_commit();

@@ -1,5 +1,5 @@
-// Fibers: a stack and a saved stack pointer. On x86-64 a switch is a dozen instructions (swapcontext
-// makes two system calls); elsewhere ucontext serves.
+// Fibers: a stack and a saved stack pointer. On x86-64 a switch is a dozen instructions
+// (swapcontext makes two system calls); elsewhere ucontext serves.
 #pragma once
 
 #include <sys/mman.h>
@@ -23,8 +23,8 @@ struct Context {
   void* stack_pointer = nullptr;
 };
 
-// Saves the callee-saved registers on the current stack, which it leaves in *from, and restores those
-// that lie on the stack `to`.
+// Saves the callee-saved registers on the current stack, which it leaves in *from, and restores
+// those that lie on the stack `to`.
 __attribute__((naked, noinline)) inline void switch_stack(void** /*from*/, void* /*to*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"

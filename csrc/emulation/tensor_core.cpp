@@ -1,5 +1,6 @@
-// What the tensor cores compute once all 32 lanes have brought their operands: matrices are gathered
-// from the lanes' registers, multiplied, and scattered again. The layouts are those of cuda/device.cuh.
+// What the tensor cores compute once all 32 lanes have brought their operands: matrices are
+// gathered from the lanes' registers, multiplied, and scattered again. The layouts are those of
+// cuda/device.cuh.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
