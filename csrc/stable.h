@@ -1,5 +1,6 @@
 // The part of PyTorch that the operators are built on: its stable ABI, so that one build serves
-// several versions of torch and Python. Everything else in csrc includes this header, never torch's own.
+// several versions of torch and Python. Everything else in csrc includes this header, never torch's
+// own.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -32,8 +32,9 @@ struct Backward {
 };
 
 // A stage: dz_y and y in K / 32 panels each, x and dx in a panel for every two warps. Behind the
-// stages the correction, [8][kOutputs / 8 + 1][4] (neighbouring threads own neighbouring chunks, and
-// the channels of a chunk do not share banks), and the norm of the block's channels, [4][16 * warps].
+// stages the correction, [8][kOutputs / 8 + 1][4] (neighbouring threads own neighbouring chunks,
+// and the channels of a chunk do not share banks), and the norm of the block's channels, [4][16 *
+// warps].
 template <int kOutputs>
 struct BackwardLayout {
   static constexpr int kPanels = kOutputs / device::kPanelChannels;

@@ -33,8 +33,8 @@ __device__ __forceinline__ void clear_zero_rows(unsigned char* halo, const Image
                  uint4{0, 0, 0, 0});
 }
 
-// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads of a
-// position read neighbours; the channels of a chunk are 80 bytes apart and do not share banks.
+// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads
+// of a position read neighbours; the channels of a chunk are 80 bytes apart and do not share banks.
 // Channels past the end get zeros.
 constexpr int kCorrectionPitch = 80;
 constexpr int kCorrectionBytes = kChunk * kCorrectionPitch;  // of a panel

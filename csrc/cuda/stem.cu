@@ -1,6 +1,6 @@
 // stem: norm, ReLU and max-pool (3 x 3, stride 2, padding 1) of x [N, H, W, C] in one pass.
 //
-//   y = max over the window of relu(a * x + s)    [N, OH, OW, C], OH = ceil(H / 2), OW = ceil(W / 2)
+//   y = max over the window of relu(a * x + s)   [N, OH, OW, C], OH = ceil(H/2), OW = ceil(W/2)
 //   dz goes to the window's first maximum (row-major); dx = a * dz - p - (x - mean) * q
 //
 // A thread owns V neighbouring channels of one output column ow and walks down a band of output
