@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from . import arena
+from .agreement import agreement, check_agreement
 from .benchmarking import (
     PEERS,
     Case,
     TrainingStep,
-    agreement,
-    check_agreement,
     measure_memory,
     quantiles,
     time_in_turns,
@@ -104,10 +104,8 @@ def _fastest_settings(device: torch.device) -> Iterator[None]:
 
 
 def _free(device: torch.device) -> None:
-    from .arena import release
-
     gc.collect()
-    release()
+    arena.release()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

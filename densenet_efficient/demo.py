@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .benchmarking import Case, measure_memory, moved_norms, outputs_and_gradients
+from .agreement import largest_difference
+from .benchmarking import Case, measure_memory
 from .comparison import compare
 from .data import load_data
 from .networks import NetworkSpec
@@ -24,7 +23,7 @@ from .recipes import recipe_for
 from .reports import markdown_table, megabytes, write_results
 from .training import Trainer, TrainingOptions
 
-__all__ = ["TARGET_ACCURACY", "largest_difference", "run_demo"]
+__all__ = ["TARGET_ACCURACY", "run_demo"]
 
 TARGET_ACCURACY = 0.985
 DIGITS = NetworkSpec("densenet_cifar", depth=40, growth_rate=12, num_classes=10, in_channels=1)
@@ -84,18 +83,6 @@ def run_demo(out: Path, *, seed: int = 0, epochs: int | None = None) -> int:
         print(f"accuracy: expected at least {TARGET_ACCURACY:.1%}, got {accuracy:.2%}")
         return 1
     return 0
-
-
-def largest_difference(case: Case, peer: str, batch: int = 2) -> float:
-    """The largest difference between a peer and the reference in float64, over the logits and all
-    gradients of one training step: |difference| over the tensor's largest value."""
-    images, labels = case.batch_of(batch)
-    expected, got = (
-        outputs_and_gradients(moved_norms(case.build(name)).double(), images.double(), labels)
-        for name in ("eager", peer)
-    )
-    shares = [(g - e).abs().max() / e.abs().max() for g, e in zip(got, expected, strict=True)]
-    return float(torch.stack(shares).max())
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

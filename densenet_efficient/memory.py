@@ -35,7 +35,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of one step. before: what stood before it. peak: the most that stood during it, over
-    `before`. kept: what stood between forward and backward, over `before`."""
+    `before`. kept: what stood between forward and backward, over `before`, without scratch that
+    lay idle then."""
 
     before: int
     peak: int
@@ -66,12 +67,14 @@ def measure_step(
     forward: Callable[[], torch.Tensor],
     rest: Callable[[torch.Tensor], None],
     device: torch.device,
+    idle: Callable[[], int] = lambda: 0,
 ) -> StepMemory:
     """Run one step, `rest(forward())`, and measure it.
 
     Args:
         forward: returns the loss; what stands after it is `kept`.
         rest: backward and the optimiser's step.
+        idle: bytes of scratch that nobody uses at the moment.
 
     Raises:
         RuntimeError: this system does not let the process' high-water mark be reset.
@@ -81,7 +84,7 @@ def measure_step(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         loss = forward()
-        kept = torch.cuda.memory_allocated(device) - before
+        kept = torch.cuda.memory_allocated(device) - before - idle()
         rest(loss)
         return StepMemory(before, torch.cuda.max_memory_allocated(device) - before, kept)
     try:
@@ -92,7 +95,7 @@ def measure_step(
         ) from error
     before = _status("VmRSS")
     loss = forward()
-    kept = _status("VmRSS") - before
+    kept = _status("VmRSS") - before - idle()
     rest(loss)
     return StepMemory(before, _status("VmHWM") - before, kept)
 

@@ -12,17 +12,15 @@ import pytest
 import torch
 
 from densenet_efficient import benchmarking, comparison
+from densenet_efficient.agreement import agreement, check_agreement, largest_difference
 from densenet_efficient.benchmarking import (
     Case,
     MeasurementError,
-    agreement,
-    check_agreement,
     measure_memory,
     quantiles,
     time_in_turns,
 )
 from densenet_efficient.comparison import compare, comparison_table
-from densenet_efficient.demo import largest_difference
 from densenet_efficient.memory import allocator_peak_bytes
 from densenet_efficient.networks import NetworkSpec
 from densenet_efficient.reports import environment, markdown_table, write_results
