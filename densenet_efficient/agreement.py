@@ -1,4 +1,4 @@
-"""Is it right? The errors of ours and of the framework against float64, before anything is timed."""
+"""Is it right? Errors of ours and of the framework against float64, before anything is timed."""
 
 from __future__ import annotations
 
