@@ -101,7 +101,8 @@ FAULTS = [
             "  for (int c = lane_index(); c < 2 * kColumns; c += 32) "
             "shared_store(moments_data + c, 0.0f);\n  sync_warp();",
             "  for (int c = lane_index(); c < 2 * kColumns; c += 32) "
-            "shared_store(moments_data + c, 0.0f);\n  if (lane_index() < 31) sync_warp();",
+            "shared_store(moments_data + c, 0.0f);\n"
+            "  if (lane_index() < 31) sync_warp(); else sync_warp();",
         ),
         "divergent warp primitive",
     ),

@@ -1,0 +1,135 @@
+"""What the kernels do to memory, counted in the emulation and held to each stage's byte model, at
+stage shapes of DenseNet-121 and BC-100-12 with fewer pixels.
+
+Activations are counted as multiples of their own bytes: what warps ask for, and what must come from
+memory at least once. Per-channel tables, weights and workspaces are small or come from the caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from emulators import emulator_of
+
+from densenet_efficient.emulation import tensor_traffic
+from densenet_efficient.emulation.cases import make, stage_of
+from densenet_efficient.emulation.report import SECTOR
+
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Model:
+    op: str
+    sizes: tuple[int, ...]
+    requested: dict[str, tuple[float, float]]  # times loaded and stored
+    from_memory: dict[str, float] = field(
+        default_factory=dict
+    )  # times, where caches serve the rest
+    before: int = 0
+    efficiency: float = 0.95  # of sectors
+    flops: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.op}-{'x'.join(map(str, self.sizes))}"
+
+
+def stem_columns(width: int, windows: int) -> float:
+    """Three inputs a window, one of them missing at the left edge, over the inputs there are."""
+    return (3 * windows - 1) / width
+
+
+MODELS = [
+    Model("channel_stats", (3136, 64), {"x": (1, 0)}),
+    # Rows of 27 vectors: warps begin within sectors.
+    Model("channel_stats", (1024, 216), {"x": (1, 0)}, efficiency=0.93),
+    Model("norm_correction_apply", (3136, 32), {"dx": (1, 1), "x": (1, 0)}, before=64),
+    # 24 bytes of a row lie in one sector or two, whoever reads them.
+    Model("norm_correction_apply", (1024, 12), {"dx": (1, 1), "x": (1, 0)}, efficiency=0.3),
+    # Each window reads three columns, of which a neighbour's comes from the cache.
+    Model(
+        "stem_forward",
+        (4, 8, 112, 64),
+        {"x": (stem_columns(112, 56), 0), "y": (0, 1)},
+        {"x": 1},
+    ),
+    # Sums and gradient; the latter's four tiles of 14 windows compute one more each, but the last,
+    # and every window but the last of a row reads its right neighbour's gradient again.
+    Model(
+        "stem_backward",
+        (4, 8, 112, 64),
+        {
+            "x": (stem_columns(112, 56) + stem_columns(112, 56 + 3), 0),
+            "dy": (1 + (56 + 3) / 56 + 55 / 56, 0),
+            "dx": (0, 1),
+        },
+        {"x": 2, "dy": 2},
+    ),
+    Model(
+        "transition_forward",
+        (1, 32, 32, 256, 128),
+        {"x": (1, 0), "y": (0, 1)},
+        flops=2 * 256 * 256 * 128,
+    ),
+    Model(
+        "transition_forward",
+        (1, 16, 32, 512, 256),
+        {"x": (1, 0), "y": (0, 1)},
+        flops=2 * 128 * 512 * 256,
+    ),
+    Model("transition_forward", (1, 32, 32, 216, 108), {"x": (1, 0), "y": (0, 1)}),
+    # x for the sums and for dx. dpooled and the pooled activations are a quarter of dx each, written
+    # once; read for the sums and for dx, and for dweight. dy once per 128 channels, and as often
+    # again by dweight.
+    Model(
+        "transition_backward",
+        (1, 32, 32, 256, 128),
+        {"x": (2, 0), "dy": (4, 0), "dx": (0.75, 1.5)},
+        {"dy": 2},
+        flops=4 * 256 * 256 * 128,
+    ),
+    Model(
+        "transition_backward",
+        (1, 32, 32, 216, 108),
+        {"x": (2, 0), "dy": (4, 0), "dx": (0.75, 1.5)},
+        efficiency=0.92,
+    ),
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_traffic_follows_the_byte_model(model: Model) -> None:
+    case = make(model.op, model.sizes, torch.bfloat16, before=model.before)
+    launches = emulator_of(stage_of(model.op)).call(case.op, *case.arguments.values())
+    traffic = tensor_traffic(launches)
+    for name, (loaded, stored) in model.requested.items():
+        load, store, size = traffic[name].load, traffic[name].store, case.sizes[name]
+        assert load.bytes / size == pytest.approx(loaded, rel=TOLERANCE), f"{name} loaded"
+        assert store.bytes / size == pytest.approx(stored, rel=TOLERANCE), f"{name} stored"
+        assert load.efficiency >= model.efficiency, f"{name}: sectors loaded"
+        assert store.efficiency >= model.efficiency, f"{name}: sectors stored"
+    for name, times in model.from_memory.items():
+        memory = traffic[name].load.distinct * SECTOR / case.sizes[name]
+        assert memory == pytest.approx(times, rel=TOLERANCE), f"{name} from memory"
+    for launch in launches:
+        conflicts = [site for site in launch.sites if "shared" in site.access and site.factor > 1]
+        assert not conflicts, f"bank conflicts in {launch.kernel}: {conflicts}"
+    if model.flops:
+        assert sum(launch.mma_flops for launch in launches) == model.flops
+
+
+def test_counters_of_a_small_call() -> None:
+    """By hand: 64 rows of 64 channels in bfloat16 are one block; every thread loads two vectors."""
+    case = make("channel_stats", (64, 64), torch.bfloat16)
+    stats, finish = emulator_of("channel_stats").call(case.op, *case.arguments.values())
+    assert (stats.grid, stats.block, stats.op) == ((1, 1), 256, "channel_stats")
+    assert stats.kernel == "channel_stats_kernel<BFloat16, 8>"
+    x = stats.tensors["x"].load
+    assert (x.bytes, x.sectors, x.distinct, x.efficiency) == (64 * 128, 256, 256, 1.0)
+    (site,) = (s for s in stats.sites if s.file == "channel_stats.cu")
+    assert (site.access, site.requests) == ("global load", 16)
+    assert finish.tensors["stats"].store.bytes == 2 * 64 * 4
+    assert stats.mma == stats.ldmatrix == stats.shuffles == 0
+    assert stats.barriers == 2 * 5 + 1  # 32 lanes merge in five rounds
