@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def quote(argument: object) -> str:
     return text if all(c.isalnum() or c in "-_=+./,:$%" for c in text) else f"'{text}'"
 
 
-def join(arguments: list[object]) -> str:
+def join(arguments: Sequence[object]) -> str:
     return " ".join(map(quote, arguments))
 
 
@@ -125,10 +126,11 @@ class Build:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.host_sources = [root / "csrc/ops.cpp", *sorted((root / "csrc/cpu").glob("*.cpp"))]
         self.cuda_sources = sorted((root / "csrc/cuda").glob("*.cu"))
-        self.archs = toolchain.parse_cuda_archs(
-            os.environ.get("TORCH_CUDA_ARCH_LIST") or toolchain.DEFAULT_CUDA_ARCHS
-        )
         self.nvcc, self.cuda_status = self.choose_cuda()
+        self.archs = toolchain.CudaArchs((), ())
+        if self.nvcc is not None:
+            wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+            self.archs = toolchain.parse_cuda_archs(wanted or toolchain.DEFAULT_CUDA_ARCHS)
 
     def choose_cuda(self) -> tuple[toolchain.Nvcc | None, str]:
         """nvcc where CUDA kernels are to be compiled, and in words what became of them."""
@@ -172,8 +174,9 @@ class Build:
         return built
 
     def leave_cuda_out(self) -> None:
+        assert self.nvcc is not None
         self.cuda_status = f"left out (nvcc {self.nvcc.version} failed to compile them)"
-        self.nvcc = None
+        self.nvcc, self.archs = None, toolchain.CudaArchs((), ())
         bar = "*" * 80
         print(
             f"{bar}\nWARNING: the CUDA kernels failed to compile (see above). Building for the CPU "
@@ -205,7 +208,7 @@ class Build:
     def write_ninja(self) -> Built:
         ninja = NinjaFile()
         host_objects = self.host_rules(ninja)
-        cuda_objects = self.cuda_rules(ninja) if self.nvcc else []
+        cuda_objects = self.cuda_rules(ninja, self.nvcc) if self.nvcc else []
         library = ninja.build(
             self.folder / "libdensenet_efficient.so", "link", [*host_objects, *cuda_objects]
         )
@@ -249,9 +252,9 @@ class Build:
         else:
             options = [f"-Wl,{','.join(linker_options)}"]
             command = [self.compiler.path, *options]
-        if self.options.sanitize:
-            flag = f"-fsanitize={self.options.sanitize}"
-            command += ["-Xcompiler", flag] if self.nvcc else [flag]
+        for sanitizer in filter(None, self.options.sanitize.split(",")):
+            command += ["-Xcompiler"] if self.nvcc else []
+            command += [f"-fsanitize={sanitizer}"]
         ninja.rule("link", f"{join(command)} -o $out $in {join(link)}", description="link $out")
         return [
             ninja.build(self.folder / "host" / f"{source.name}.o", "cxx", [source])
@@ -261,14 +264,14 @@ class Build:
     def ccbin(self) -> list[object]:
         return [] if os.environ.get("NVCC_CCBIN") else ["-ccbin", self.compiler.path]
 
-    def cuda_rules(self, ninja: NinjaFile) -> list[Path]:
+    def cuda_rules(self, ninja: NinjaFile, nvcc: toolchain.Nvcc) -> list[Path]:
         wrapper = self.root / "build_backend" / "nvcc.py"
         flags: list[object] = ["-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo"]
         flags += ["-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *self.archs.flags()]
         flags += [] if self.options.debug else ["-DNDEBUG"]
         # The shim declares the current stream only under USE_CUDA.
         flags += ["-DUSE_CUDA", *self.library_flags(), *self.ccbin()]
-        command = [sys.executable, wrapper, "$out.ptxas", "--", self.nvcc.path, *flags]
+        command = [sys.executable, wrapper, "$out.ptxas", "--", nvcc.path, *flags]
         ninja.rule(
             "nvcc",
             f"{join(command).replace('$$out', '$out')} -MD -MF $out.d -c $in -o $out",
@@ -304,7 +307,6 @@ class Build:
 
     def build_info(self, library: Path) -> str:
         """The header that module.cpp turns into densenet_efficient._module.build_info()."""
-        archs = self.archs if self.nvcc else toolchain.CudaArchs((), ())
         built = float(os.environ.get("SOURCE_DATE_EPOCH", library.stat().st_mtime))
         rows = {
             "version": self.version,
@@ -318,8 +320,8 @@ class Build:
             "debug": "1" if self.options.debug else "",
             "sanitize": self.options.sanitize,
             "cuda": self.cuda_status,
-            "cuda_archs": " ".join(archs.code),
-            "cuda_ptx": " ".join(archs.ptx),
+            "cuda_archs": " ".join(self.archs.code),
+            "cuda_ptx": " ".join(self.archs.ptx),
             "nvcc": self.nvcc.version if self.nvcc else "",
         }
         return "".join(f'{{"{key}", {c_string(rows[key])}}},\n' for key in rows)
