@@ -31,6 +31,7 @@ from densenet_efficient.networks import NetworkSpec
 from densenet_efficient.reports import markdown_table, megabytes, write_results
 
 PEERS = ("eager", "checkpoint", "store", "recompute")
+CURVES = ("eager", "checkpoint", "recompute")
 LABELS = {
     "eager": "standard",
     "checkpoint": "checkpointed",
@@ -87,31 +88,31 @@ def against_depth(
 ) -> dict[str, Any]:
     """Activation bytes per image of each peer at each depth, and the parabola through them."""
     small, large = batches
-    per_image: dict[str, list[float]] = {peer: [] for peer in PEERS}
+    per_image: dict[str, list[float]] = {peer: [] for peer in CURVES}
     for depth in depths:
-        for peer in PEERS:
+        for peer in CURVES:
             peaks = [
                 measure_memory(Case(bc(depth), batch, 32, dtype, device), peer)["peak"]
                 for batch in (small, large)
             ]
             per_image[peer].append((peaks[1] - peaks[0]) / (large - small))
     fits = {}
-    for peer in PEERS:
+    for peer in CURVES:
         quadratic, linear, constant = numpy.polyfit(depths, per_image[peer], 2)
         share = abs(quadratic) * depths[-1] / abs(linear)
         fits[peer] = {"quadratic": quadratic, "linear": linear, "constant": constant}
         fits[peer]["quadratic_share"] = share
     rows = [
-        [depth, *(f"{per_image[peer][i] / 1e6:.2f}" for peer in PEERS)]
+        [depth, *(f"{per_image[peer][i] / 1e6:.2f}" for peer in CURVES)]
         for i, depth in enumerate(depths)
     ]
     rows.append(
         [
             f"quadratic / linear term at {depths[-1]}",
-            *(f"{fits[peer]['quadratic_share']:.2%}" for peer in PEERS),
+            *(f"{fits[peer]['quadratic_share']:.2%}" for peer in CURVES),
         ]
     )
-    text = markdown_table(["depth", *(f"{LABELS[peer]}, MB/image" for peer in PEERS)], rows)
+    text = markdown_table(["depth", *(f"{LABELS[peer]}, MB/image" for peer in CURVES)], rows)
     title = (
         f"## Activation memory against depth: BC, k = 12, 32 px, {dtype}, batches {small}, {large}"
     )
@@ -130,12 +131,12 @@ def against_batch(device: str, dtype: str, batches: tuple[int, ...]) -> dict[str
             measure_memory(Case(bc(100), batch, 32, dtype, device), peer)["peak"]
             for batch in batches
         ]
-        for peer in PEERS
+        for peer in CURVES
     }
     rows = [
-        [batch, *(megabytes(peaks[peer][i]) for peer in PEERS)] for i, batch in enumerate(batches)
+        [batch, *(megabytes(peaks[peer][i]) for peer in CURVES)] for i, batch in enumerate(batches)
     ]
-    text = markdown_table(["batch", *(f"{LABELS[peer]}, MB" for peer in PEERS)], rows)
+    text = markdown_table(["batch", *(f"{LABELS[peer]}, MB" for peer in CURVES)], rows)
     title = f"## Peak memory against the batch: BC-100-12, 32 px, {dtype}"
     return {"batches": batches, "peaks": peaks, "text": f"{title}\n\n{text}"}
 
@@ -149,10 +150,10 @@ def draw(parts: dict[str, Any], path: Path) -> None:
 
     panels = [name for name in ("depth", "batch") if name in parts]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), squeeze=False)
-    colours = {"eager": "C3", "checkpoint": "C1", "store": "C2", "recompute": "C0"}
+    colours = {"eager": "C3", "checkpoint": "C1", "recompute": "C0"}
     for axis, name in zip(axes[0], panels, strict=True):
         part = parts[name]
-        for peer in PEERS:
+        for peer in CURVES:
             if name == "depth":
                 x, y = part["depths"], [v / 1e6 for v in part["bytes_per_image"][peer]]
             else:
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("--part", choices=("all", "table", "depth", "batch"), default="all")
     parser.add_argument("--batch", type=int, help="of the table (16; on a GPU 128)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="fp32; on a GPU bf16")
+    parser.add_argument("--depths", type=int, nargs="+", help="each 6 N + 4, three or more")
     parser.add_argument("--quick", action="store_true", help="three depths, three batches")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -203,7 +205,7 @@ def main() -> int:
             batch = options.batch or (128 if on_gpu else 16)
             parts[part] = table(options.device, batch, dtype)
         elif part == "depth":
-            depths = DEPTHS[::3] if options.quick else DEPTHS
+            depths = tuple(options.depths or (DEPTHS[::3] if options.quick else DEPTHS))
             parts[part] = against_depth(options.device, dtype, (8, 16), depths)
         else:
             batches = (16, 64, 128) if options.quick else (8, 16, 32, 64, 96, 128)
