@@ -18,11 +18,11 @@ constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
 // threads; each thread has its own tile scratch.
 namespace cpu {
 
-constexpr int64_t kTileBytes = 384 << 10;     // operands of a tile: they stay in a core's L2
-constexpr int64_t kPartialBytes = 4 << 20;    // all partial weight gradients of a call
-constexpr int64_t kMaxGroups = 32;            // tasks, each a run of tiles with partial sums
-constexpr int64_t kColumns = 256;             // columns of a backward tile
-constexpr int64_t kPad = 32;                  // columns are padded to whole panels
+constexpr int64_t kTileBytes = 384 << 10;   // operands of a tile: they stay in a core's L2
+constexpr int64_t kPartialBytes = 4 << 20;  // all partial weight gradients of a call
+constexpr int64_t kMaxGroups = 32;          // tasks, each a run of tiles with partial sums
+constexpr int64_t kColumns = 256;           // columns of a backward tile
+constexpr int64_t kPad = 32;                // columns are padded to whole panels
 
 inline int64_t pad(int64_t n) { return round_up(n, kPad); }
 
@@ -36,17 +36,18 @@ inline Groups groups_of(int64_t tiles, int64_t most) {
   return {tiles, clamp(most, 1, std::max<int64_t>(1, std::min(tiles, kMaxGroups)))};
 }
 
-// Rows cut into tiles of equal height, as tall as the cache allows but enough of them to share out.
+// Rows cut into tiles of equal height, as tall as the cache allows, `at_least` so many of them
+// unless they would be lower than the products like.
 struct RowTiles {
   int64_t rows, tile_rows, tiles;
   int64_t first(int64_t tile) const { return tile * tile_rows; }
   int64_t count(int64_t tile) const { return std::min(tile_rows, rows - first(tile)); }
 };
 
-inline RowTiles row_tiles(int64_t rows, int64_t row_bytes) {
+inline RowTiles row_tiles(int64_t rows, int64_t row_bytes, int64_t at_least) {
   const int64_t tallest = clamp(kTileBytes / std::max<int64_t>(row_bytes, 1) / 14 * 14, 28, 252);
   int64_t tiles = std::max<int64_t>(1, ceil_div(rows, tallest));
-  if (tiles < 16) tiles = std::max(tiles, std::min<int64_t>(16, rows / 28));
+  tiles = std::max(tiles, std::min<int64_t>(at_least, rows / 28));
   if (tiles > 1) tiles = round_up(tiles, 2);
   const int64_t tile_rows = round_up(std::max<int64_t>(2, ceil_div(rows, tiles)), 2);
   return {rows, tile_rows, ceil_div(rows, tile_rows)};
@@ -67,15 +68,17 @@ struct Bands {
 };
 
 inline Bands bands(int64_t images, int64_t height, int64_t pixel_row_bytes) {
-  const int64_t tallest = std::max<int64_t>(1, kTileBytes / std::max<int64_t>(pixel_row_bytes, 1) - 2);
+  const int64_t tallest =
+      std::max<int64_t>(1, kTileBytes / std::max<int64_t>(pixel_row_bytes, 1) - 2);
   int64_t per_image = std::max<int64_t>(1, ceil_div(height, tallest));
   while (images * per_image < 8 && height / (per_image + 1) >= 4) ++per_image;
   const int64_t band_rows = std::max<int64_t>(1, ceil_div(height, per_image));
   return {images, height, band_rows, std::max<int64_t>(1, ceil_div(height, band_rows))};
 }
 
-// What one call allocates. `size` is the size of an arithmetic element (4, or 8 for float64), M rows,
-// C input channels, K output channels. Counts are elements, a piece ends on a boundary of 64 bytes.
+// What one call allocates. `size` is the size of an arithmetic element (4, or 8 for float64), M
+// rows, C input channels, K output channels. Counts are elements, a piece ends on a boundary of 64
+// bytes.
 constexpr int64_t kMomentRows = 2;  // of one tile's moments, per thread
 
 inline int64_t moments_bytes(int64_t groups, int64_t channels, int64_t size, int64_t threads) {
@@ -88,7 +91,7 @@ struct ChannelStats {
   int64_t bytes;
 
   ChannelStats(int64_t M, int64_t C, int64_t size, int64_t threads)
-      : tiles(row_tiles(M, C * size)),
+      : tiles(row_tiles(M, C * size, 8)),
         groups(groups_of(tiles.tiles, kMaxGroups)),
         bytes(moments_bytes(groups.groups, C, size, threads)) {}
 };
@@ -102,7 +105,7 @@ struct ProductForward {
   int64_t bytes;
 
   ProductForward(int64_t M, int64_t C, int64_t K, int64_t size, int64_t threads)
-      : tiles(row_tiles(M, (C + K) * size)),
+      : tiles(row_tiles(M, (C + K) * size, 8)),
         groups(groups_of(tiles.tiles, kMaxGroups)),
         depth(round_up(C, 2)),
         weight(pad(K) * depth),
@@ -113,21 +116,22 @@ struct ProductForward {
 };
 
 // norm_relu_conv1x1_backward, and transition_backward over pooled rows. A task is a group of row
-// tiles and a range of columns; each group has its own weight gradient, which few rows do not pay for.
+// tiles and a range of columns; each group has its own weight gradient, which few rows do not pay
+// for.
 struct ProductBackward {
   RowTiles tiles;
   Groups groups;
-  int64_t depth, columns;                     // K, whole units; C, whole panels
+  int64_t depth, columns;  // K, whole units; C, whole panels
   int64_t column_tasks;
   int64_t weight, dy, dy_units, operand, dh;  // dy .. dh per thread
   int64_t dweight;                            // per group
   int64_t bytes;
 
   ProductBackward(int64_t M, int64_t C, int64_t K, int64_t size, int64_t threads)
-      : tiles(row_tiles(M, (2 * K + 2 * std::min(C, kColumns)) * size)),
-        groups(groups_of(tiles.tiles,
-                         std::min(M / 512, kPartialBytes / std::max<int64_t>(
-                                                               1, K * pad(C) * size)))),
+      : tiles(row_tiles(M, (2 * K + 2 * std::min(C, kColumns)) * size, 2)),
+        groups(
+            groups_of(tiles.tiles,
+                      std::min(M / 512, kPartialBytes / std::max<int64_t>(1, K * pad(C) * size)))),
         depth(round_up(K, 2)),
         columns(pad(C)),
         column_tasks(clamp(ceil_div(16, groups.groups), 1, std::max<int64_t>(1, C / 128))),
@@ -142,13 +146,13 @@ struct ProductBackward {
               8 * groups.groups * 2 * C + 8 * 64) {}
 
   // Columns are shared out evenly, in whole panels.
-  int64_t first_column(int64_t task) const {
-    return task * (columns / kPad) / column_tasks * kPad;
-  }
+  int64_t first_column(int64_t task) const { return task * (columns / kPad) / column_tasks * kPad; }
 };
 
 // What transition_backward needs beside ProductBackward: its correction and a row of zeros.
-inline int64_t transition_correction_bytes(int64_t C, int64_t size) { return 5 * C * size + 2 * 64; }
+inline int64_t transition_correction_bytes(int64_t C, int64_t size) {
+  return 5 * C * size + 2 * 64;
+}
 
 // norm_relu_conv3x3_forward: a tile is a band of an image with its halo.
 struct Conv3x3Forward {
@@ -181,8 +185,8 @@ struct Conv3x3Backward {
   Conv3x3Backward(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size,
                   int64_t threads)
       : bands(cpu::bands(N, H, (W + 2) * (std::min(pad(C), kColumns) + 2 * K) * size)),
-        groups(groups_of(bands.tiles(),
-                         kPartialBytes / std::max<int64_t>(1, 9 * K * pad(C) * size))),
+        groups(
+            groups_of(bands.tiles(), kPartialBytes / std::max<int64_t>(1, 9 * K * pad(C) * size))),
         columns(pad(C)),
         weight(9 * columns * round_up(K, 2)),
         dy((bands.band_rows + 2) * (W + 2) * round_up(K, 2)),

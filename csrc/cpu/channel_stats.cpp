@@ -1,7 +1,7 @@
 // channel_stats: mean and biased variance of each column of x [M, C].
 //
-// A tile of rows is read twice, the second time from the cache: M * C elements from memory. Tasks are
-// groups of neighbouring tiles; a group's moments are kept in double and merged in order.
+// A tile of rows is read twice, the second time from the cache: M * C elements from memory. Tasks
+// are groups of neighbouring tiles; a group's moments are kept in double and merged in order.
 #include "moments.h"
 
 namespace densenet_efficient::cpu {

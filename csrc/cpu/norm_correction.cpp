@@ -14,8 +14,8 @@ namespace densenet_efficient::cpu {
 namespace {
 
 template <typename A>
-void run(Rows<const A> dnorm, Rows<const A> norm, int64_t count, bool accumulate,
-         int64_t channels, Rows<A> correction) {
+void run(Rows<const A> dnorm, Rows<const A> norm, int64_t count, bool accumulate, int64_t channels,
+         Rows<A> correction) {
   if (!accumulate) return make_correction(dnorm, norm, count, channels, correction);
   std::vector<A> own(kCorrectionRows * channels);
   make_correction(dnorm, norm, count, channels, Rows<A>{own.data(), channels});
@@ -23,8 +23,7 @@ void run(Rows<const A> dnorm, Rows<const A> norm, int64_t count, bool accumulate
     for (int64_t c = 0; c < channels; ++c) correction[row][c] += own[row * channels + c];
 }
 
-void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate,
-                     Tensor correction) {
+void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, Tensor correction) {
   const char* op = "norm_correction";
   check_dim({op, "norm", norm}, 2);
   const int64_t channels = norm.size(1);
@@ -44,10 +43,10 @@ void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate,
   if (count < 0) fail({op, "count", norm}, "must not be negative, got ", count);
   if (dtype == ScalarType::Double)
     run<double>(input_rows<double>(dnorm, dnorm_stride), input_rows<double>(norm, norm_stride),
-                 count, accumulate, channels, output_rows<double>(correction, correction_stride));
+                count, accumulate, channels, output_rows<double>(correction, correction_stride));
   else
     run<float>(input_rows<float>(dnorm, dnorm_stride), input_rows<float>(norm, norm_stride), count,
-                accumulate, channels, output_rows<float>(correction, correction_stride));
+               accumulate, channels, output_rows<float>(correction, correction_stride));
 }
 
 template <typename T>

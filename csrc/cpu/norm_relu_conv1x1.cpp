@@ -40,8 +40,7 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
   const int64_t M = x.size(0), C = x.size(1), K = weight.size(0);
   const ScalarType accumulate = check_activation_dtype({op, "x", x});
   const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
+  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
   check_shape({op, "weight", weight}, {K, C});
   check_dtype({op, "weight", weight}, x.scalar_type());
   check_device({op, "weight", weight}, x, "x");
@@ -87,8 +86,7 @@ void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor
   const int64_t y_stride = check_activation({op, "y", y}, {M, K}, x, "x");
   const int64_t correction_stride =
       check_table({op, "correction", correction}, kCorrectionRows, K, accumulate, x, "x");
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
+  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
   check_shape({op, "weight", weight}, {K, C});
   check_dtype({op, "weight", weight}, x.scalar_type());
   check_device({op, "weight", weight}, x, "x");
@@ -97,8 +95,7 @@ void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor
     check_table({op, "dweight", *dweight}, K, C, accumulate, x, "x");
     check_contiguous({op, "dweight", *dweight});
   }
-  const int64_t dnorm_stride =
-      check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
+  const int64_t dnorm_stride = check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
   DE_DISPATCH(x.scalar_type(), T, {
     using A = Arithmetic<T>;
     const auto norm_rows = input_rows<A>(norm, norm_stride);

@@ -1,4 +1,5 @@
-// norm_relu_conv3x3: y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1, and its gradients.
+// norm_relu_conv3x3: y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1, and its
+// gradients.
 //
 // A tile is a band of image rows. Its operand is normalised once, with a halo of one pixel that is
 // zero outside the image (the padding is behind the ReLU). The three pixels under a kernel row are
@@ -7,9 +8,9 @@
 //   forward    y[row] = h[row .. row + 2] * weight
 //   backward   dh[row] = dy[row .. row + 2] * flipped weight; dz = dh * [a * x + s > 0]
 //              dweight[tap] += dy^T h[shifted by tap], a reduction over the pixels of the band
-// Where a unit holds two pixels of that reduction, they come from the upper and the lower half of the
-// band: so both shift by a tap together. Bytes moved: x once (and dx once or twice), dy and y once,
-// halos again. Tasks are groups of bands; partial sums merge in their order.
+// Where a unit holds two pixels of that reduction, they come from the upper and the lower half of
+// the band: so both shift by a tap together. Bytes moved: x once (and dx once or twice), dy and y
+// once, halos again. Tasks are groups of bands; partial sums merge in their order.
 #include "moments.h"
 #include "product.h"
 
@@ -48,8 +49,8 @@ struct Source {
     for (int64_t w = 0; w < W; ++w) {
       const T* pixels[kGroup<T>];
       for (int64_t i = 0; i < kGroup<T>; ++i)
-        pixels[i] = rows[i] < 0 || rows[i] >= H ? nullptr
-                                                : x[(image * H + rows[i]) * W + w] + column;
+        pixels[i] =
+            rows[i] < 0 || rows[i] >= H ? nullptr : x[(image * H + rows[i]) * W + w] + column;
       norm_relu_units<T>(pixels, norm[kScale] + column, norm[kShift] + column, columns, width,
                          out + (w + 1) * width);
     }
@@ -81,11 +82,21 @@ Product<Unit<T>> row_product(const Unit<T>* a, int64_t pixels, int64_t steps, in
                              const Unit<T>* packed, int64_t columns, Arithmetic<T>* c,
                              int64_t c_row) {
   constexpr int64_t panel = kPanel<Unit<T>>;
-  return {.m = pixels, .n = columns, .segments = 3, .depth = 3 * steps,
-          .a = a, .a_row = steps, .a_step = 1, .a_segment = pitch,
-          .b = packed, .b_panel = 9 * steps * panel, .b_step = panel,
+  return {.m = pixels,
+          .n = columns,
+          .segments = 3,
+          .depth = 3 * steps,
+          .a = a,
+          .a_row = steps,
+          .a_step = 1,
+          .a_segment = pitch,
+          .b = packed,
+          .b_panel = 9 * steps * panel,
+          .b_step = panel,
           .b_segment = 3 * steps * panel,
-          .c = c, .c_row = c_row, .accumulate = false};
+          .c = c,
+          .c_row = c_row,
+          .accumulate = false};
 }
 
 template <typename T>
@@ -117,13 +128,13 @@ void forward(const Source<T>& source, const Tensor& weight, Rows<T> y,
       const int64_t pitch = (W + 2) * steps;
       const int64_t first_pixel = (band.image * H + band.first) * W;
       for (int64_t r = 0; r < band.rows; ++r) {
-        product(row_product<T>(units + r * pitch, W, steps, pitch, packed, K,
-                               result, width));
+        product(row_product<T>(units + r * pitch, W, steps, pitch, packed, K, result, width));
         for (int64_t w = 0; w < W; ++w)
           store_row<T>(result + w * width, K, y[first_pixel + r * W + w]);
       }
       if (stats)
-        moments.add<T>(group, {y[first_pixel], y.stride}, band.rows * W, spares + slot * moments.kSpare * K);
+        moments.add<T>(group, {y[first_pixel], y.stride}, band.rows * W,
+                       spares + slot * moments.kSpare * K);
     }
   });
   if (stats) moments.finish(*stats);
@@ -137,7 +148,7 @@ struct Backward {
   static constexpr int64_t kGroupSize = kGroup<T>, kColumns = workspace::cpu::kColumns;
 
   Source<T> source;
-  Rows<const T> dy, y;             // y.data null: dy is not corrected
+  Rows<const T> dy, y;  // y.data null: dy is not corrected
   Rows<const A> correction;
   bool accumulate;
   Rows<T> dx;
@@ -253,12 +264,20 @@ struct Backward {
     const bool by_rows = kGroupSize == 1;  // dy itself, read transposed
     const U* a = by_rows ? reinterpret_cast<const U*>(dy_halo + (W + 3) * depth) : dy_unit;
     for (int64_t tap = 0; tap < 9; ++tap)
-      product(Product<U>{.m = K, .n = columns, .segments = half, .depth = W,
-                         .a = a, .a_row = 1, .a_step = by_rows ? depth : K,
+      product(Product<U>{.m = K,
+                         .n = columns,
+                         .segments = half,
+                         .depth = W,
+                         .a = a,
+                         .a_row = 1,
+                         .a_step = by_rows ? depth : K,
                          .a_segment = by_rows ? (W + 2) * depth : W * K,
-                         .b = h + (tap / 3 * (W + 2) + tap % 3) * width, .b_panel = kPanel<U>,
-                         .b_step = width, .b_segment = pitch,
-                         .c = partial + tap * K * c_row + column, .c_row = c_row,
+                         .b = h + (tap / 3 * (W + 2) + tap % 3) * width,
+                         .b_panel = kPanel<U>,
+                         .b_step = width,
+                         .b_segment = pitch,
+                         .c = partial + tap * K * c_row + column,
+                         .c_row = c_row,
                          .accumulate = add});
   }
 };
@@ -300,10 +319,9 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
   if (y.has_value() != correction.has_value())
     fail({op, "y", x}, "and correction must be given together");
   const int64_t y_stride = y ? check_activation({op, "y", *y}, {N, H, W, K}, x, "x") : 0;
-  const int64_t correction_stride =
-      correction
-          ? check_table({op, "correction", *correction}, kCorrectionRows, K, accumulate, x, "x")
-          : 0;
+  const int64_t correction_stride = correction ? check_table({op, "correction", *correction},
+                                                             kCorrectionRows, K, accumulate, x, "x")
+                                               : 0;
   const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
   check_shape({op, "weight", weight}, {K, C, 3, 3});
   check_dtype({op, "weight", weight}, x.scalar_type());
@@ -318,15 +336,14 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
   const int64_t dnorm_stride = check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
   DE_DISPATCH(x.scalar_type(), T, {
     using A = Arithmetic<T>;
-    Backward<T> backward{
-        {input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C},
-        input_rows<T>(dy, dy_stride),
-        {},
-        {},
-        accumulate_dx,
-        output_rows<T>(dx, dx_stride),
-        dweight ? static_cast<A*>(dweight->mutable_data_ptr()) : nullptr,
-        output_rows<A>(dnorm, dnorm_stride)};
+    Backward<T> backward{{input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C},
+                         input_rows<T>(dy, dy_stride),
+                         {},
+                         {},
+                         accumulate_dx,
+                         output_rows<T>(dx, dx_stride),
+                         dweight ? static_cast<A*>(dweight->mutable_data_ptr()) : nullptr,
+                         output_rows<A>(dnorm, dnorm_stride)};
     if (y) {
       backward.y = input_rows<T>(*y, y_stride);
       backward.correction = input_rows<A>(*correction, correction_stride);

@@ -4,7 +4,7 @@
 //   double        double       double                        double
 //   float         float        float                         float
 //   Half          float        float                         float
-//   BFloat16      float        uint16_t (its bits)           uint32_t, two neighbours of the reduction
+//   BFloat16      float        uint16_t (its bits)           uint32_t, two of the reduction
 //
 // The last line holds where the processor multiplies bfloat16 pairs itself (AVX512_BF16); elsewhere
 // bfloat16 becomes float in front of a product, as Half always does.
@@ -101,13 +101,25 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Runs the statement with T bound to the C++ type of an activation dtype (checked before).
-#define DE_DISPATCH(dtype, T, ...)                               \
-  switch (dtype) {                                               \
-    case ScalarType::Double: { using T = double; __VA_ARGS__; } break;     \
-    case ScalarType::Float: { using T = float; __VA_ARGS__; } break;       \
-    case ScalarType::BFloat16: { using T = BFloat16; __VA_ARGS__; } break; \
-    case ScalarType::Half: { using T = Half; __VA_ARGS__; } break;         \
-    default: break;                                              \
+#define DE_DISPATCH(dtype, T, ...) \
+  switch (dtype) {                 \
+    case ScalarType::Double: {     \
+      using T = double;            \
+      __VA_ARGS__;                 \
+    } break;                       \
+    case ScalarType::Float: {      \
+      using T = float;             \
+      __VA_ARGS__;                 \
+    } break;                       \
+    case ScalarType::BFloat16: {   \
+      using T = BFloat16;          \
+      __VA_ARGS__;                 \
+    } break;                       \
+    case ScalarType::Half: {       \
+      using T = Half;              \
+      __VA_ARGS__;                 \
+    } break;                       \
+    default: break;                \
   }
 
 }  // namespace densenet_efficient::cpu

@@ -3,11 +3,11 @@
 //
 //   c [m, n] (+)= sum over segments g and steps k of  a(row, g, k) * b(g, k, column)
 //
-// a is read one unit at a time and broadcast: row-major (a_step 1) or transposed (a_row 1). b is read
-// in vectors: panels of kPanel columns, packed from a weight, or a row-major tile (b_panel = kPanel).
-// A segment is a stretch of evenly spaced steps: 1 for a 1x1 convolution, the kernel rows of a 3x3.
-// The steps of one product are summed from zero, in order, and added to c at the end: over many tiles
-// that loses less than one long chain of additions.
+// a is read one unit at a time and broadcast: row-major (a_step 1) or transposed (a_row 1). b is
+// read in vectors: panels of kPanel columns, packed from a weight, or a row-major tile (b_panel =
+// kPanel). A segment is a stretch of evenly spaced steps: 1 for a 1x1 convolution, the kernel rows
+// of a 3x3. The steps of one product are summed from zero, in order, and added to c at the end:
+// over many tiles that loses less than one long chain of additions.
 #pragma once
 
 #include "numeric.h"
@@ -41,7 +41,8 @@ extern template void product(const Product<double>&);
 extern template void product(const Product<float>&);
 extern template void product(const Product<uint32_t>&);
 
-// Units that hold a packed operand of `steps` units and n columns; its panel stride is steps * kPanel.
+// Units that hold a packed operand of `steps` units and n columns; its panel stride is steps *
+// kPanel.
 template <typename U>
 constexpr int64_t packed_units(int64_t steps, int64_t n) {
   return round_up(n, kPanel<U>) * steps;

@@ -1,9 +1,10 @@
-// Both gradients of y [M, K] = h [M, C] @ weight^T: dh = dy @ weight and dweight = dy^T @ h, the loop
-// that norm_relu_conv1x1_backward and transition_backward share. The caller makes the rows of dy,
-// takes dh and makes h:
+// Both gradients of y [M, K] = h [M, C] @ weight^T: dh = dy @ weight and dweight = dy^T @ h, the
+// loop that norm_relu_conv1x1_backward and transition_backward share. The caller makes the rows of
+// dy, takes dh and makes h:
 //   load_dy(row, out)           row of dy, K elements padded to whole units
 //   take(part, dh, sums, h)     dh [rows][width] of a part of a tile, its own to change; adds to
-//                               sums [2][kColumns]; writes h as units [rows / group][width], if not null
+//                               sums [2][kColumns]; writes h, if not null, as units
+//                               [rows / group][width]
 //
 // A task is a group of row tiles and a range of columns. For a tile, dy is made once; then columns
 // pass in blocks of kColumns: h, dh and the block's part of the weight gradient stay in the cache.
@@ -19,9 +20,9 @@ namespace densenet_efficient::cpu {
 // Results of a backward pass; data null: not wanted.
 template <typename A>
 struct Gradients {
-  A* dweight;       // [K, C], contiguous
-  Rows<A> dnorm;    // [2, C]
-  const A* rstd;    // [C], of the norm in front
+  A* dweight;     // [K, C], contiguous
+  Rows<A> dnorm;  // [2, C]
+  const A* rstd;  // [C], of the norm in front
 };
 
 // Rows and columns of x that a block of dh belongs to.
@@ -83,24 +84,41 @@ void product_backward(const Tensor& weight, int64_t M, const Gradients<Arithmeti
       for (int64_t column = first_column; column < last_column; column += kColumns) {
         const int64_t columns = std::min(kColumns, last_column - column);
         const int64_t width = workspace::cpu::pad(columns);
-        product(Product<U>{.m = rows, .n = columns, .segments = 1,
+        product(Product<U>{.m = rows,
+                           .n = columns,
+                           .segments = 1,
                            .depth = ceil_div(K, group_size),
-                           .a = reinterpret_cast<const U*>(dy), .a_row = steps, .a_step = 1,
+                           .a = reinterpret_cast<const U*>(dy),
+                           .a_row = steps,
+                           .a_step = 1,
                            .a_segment = 0,
-                           .b = packed + column * steps, .b_panel = steps * kPanel<U>,
-                           .b_step = kPanel<U>, .b_segment = 0,
-                           .c = dh, .c_row = width, .accumulate = false});
+                           .b = packed + column * steps,
+                           .b_panel = steps * kPanel<U>,
+                           .b_step = kPanel<U>,
+                           .b_segment = 0,
+                           .c = dh,
+                           .c_row = width,
+                           .accumulate = false});
         std::fill_n(own_sums, 2 * kColumns, A(0));
         take(Part{first, rows, column, columns, width}, dh, own_sums, h);
         add_to(own_sums, columns, sums + 2 * group * C + column);
         add_to(own_sums + kColumns, columns, sums + (2 * group + 1) * C + column);
         if (!h) continue;
         const bool by_rows = group_size == 1;  // dy itself, read transposed
-        product(Product<U>{.m = K, .n = columns, .segments = 1, .depth = row_units,
-                           .a = by_rows ? reinterpret_cast<const U*>(dy) : dy_unit, .a_row = 1,
-                           .a_step = by_rows ? steps : K, .a_segment = 0,
-                           .b = h, .b_panel = kPanel<U>, .b_step = width, .b_segment = 0,
-                           .c = dweight + column, .c_row = plan.columns,
+        product(Product<U>{.m = K,
+                           .n = columns,
+                           .segments = 1,
+                           .depth = row_units,
+                           .a = by_rows ? reinterpret_cast<const U*>(dy) : dy_unit,
+                           .a_row = 1,
+                           .a_step = by_rows ? steps : K,
+                           .a_segment = 0,
+                           .b = h,
+                           .b_panel = kPanel<U>,
+                           .b_step = width,
+                           .b_segment = 0,
+                           .c = dweight + column,
+                           .c_row = plan.columns,
                            .accumulate = tile > first_tile});
       }
     }

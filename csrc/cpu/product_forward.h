@@ -40,12 +40,21 @@ void product_forward(const Tensor& weight, int64_t M, Rows<T> y,
     for (int64_t tile = plan.groups.first(group); tile < plan.groups.first(group + 1); ++tile) {
       const int64_t first = plan.tiles.first(tile), rows = plan.tiles.count(tile);
       for (int64_t r = 0; r < rows; ++r) load_row(first + r, operand + r * plan.depth);
-      product(Product<U>{.m = rows, .n = K, .segments = 1, .depth = ceil_div(C, kGroup<T>),
-                         .a = reinterpret_cast<const U*>(operand), .a_row = steps, .a_step = 1,
+      product(Product<U>{.m = rows,
+                         .n = K,
+                         .segments = 1,
+                         .depth = ceil_div(C, kGroup<T>),
+                         .a = reinterpret_cast<const U*>(operand),
+                         .a_row = steps,
+                         .a_step = 1,
                          .a_segment = 0,
-                         .b = packed, .b_panel = steps * kPanel<U>, .b_step = kPanel<U>,
+                         .b = packed,
+                         .b_panel = steps * kPanel<U>,
+                         .b_step = kPanel<U>,
                          .b_segment = 0,
-                         .c = result, .c_row = width, .accumulate = false});
+                         .c = result,
+                         .c_row = width,
+                         .accumulate = false});
       for (int64_t r = 0; r < rows; ++r) store_row<T>(result + r * width, K, y[first + r]);
       if (stats)
         moments.add<T>(group, {y[first], y.stride}, rows, spares + slot * moments.kSpare * K);

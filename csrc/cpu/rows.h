@@ -26,7 +26,8 @@ Rows<T> output_rows(const Tensor& tensor, int64_t stride) {
   return {static_cast<T*>(tensor.mutable_data_ptr()), stride};
 }
 
-// Asks for a row that is read soon: the rows of a slice are too far apart for the processor to guess.
+// Asks for a row that is read soon: the rows of a slice are too far apart for the processor to
+// guess.
 template <typename T>
 inline void prefetch_row(const T* row, int64_t channels) {
   for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T)))
@@ -45,8 +46,8 @@ inline void norm_relu_row(const T* x, const Arithmetic<T>* scale, const Arithmet
   });
 }
 
-// The same as units of a reduction over rows: x holds the row, or two, that a unit holds, or null for
-// a row of zeros. `padded` is a multiple of the vector's length.
+// The same as units of a reduction over rows: x holds the row, or two, that a unit holds, or null
+// for a row of zeros. `padded` is a multiple of the vector's length.
 template <typename T>
 inline void norm_relu_units(const T* const* x, const Arithmetic<T>* scale,
                             const Arithmetic<T>* shift, int64_t channels, int64_t padded,
@@ -153,8 +154,8 @@ inline Vector<A> norm_backward(Vector<A> dh, Vector<A> x, Rows<const A> norm,
                  table(correction, kCenter));
 }
 
-// What becomes of dh behind the product, for a tile: `rows` neighbouring rows of x and dx, `columns`
-// columns of them, dh [rows][width].
+// What becomes of dh behind the product, for a tile: `rows` neighbouring rows of x and dx,
+// `columns` columns of them, dh [rows][width].
 //   dz = dh * [a * x + s > 0];  dx := dz (kWrite) or dx += a * dz (kAdd)
 //   sums[0] += dz * (x - mean), sums[1] += dz;  h, where not null: relu(a * x + s) as units
 enum class Take { kWrite, kAdd };

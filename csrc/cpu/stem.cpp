@@ -1,12 +1,12 @@
-// stem: y [N, ceil(H/2), ceil(W/2), C] = max_pool(relu(a * x + s), kernel 3, stride 2, padding 1) and
-// its gradient. The normalised tensor is never written.
+// stem: y [N, ceil(H/2), ceil(W/2), C] = max_pool(relu(a * x + s), kernel 3, stride 2, padding 1)
+// and its gradient. The normalised tensor is never written.
 //
-// Forward: an output row reads three rows of x, one of which its neighbour reads too (from the cache).
-// Backward, first pass: the maximum of each window, found again, gives the sums of dz and
-// dz * (x - mean). Second pass: a task walks down input rows in pairs; for each row of windows it keeps
-// which tap won (first maximum, row-major), and every input pixel gathers dy from the up to four
-// windows it may have won: dx is written once, in order. Values are compared in the arithmetic type,
-// unrounded; where a window's maximum is not positive the ReLU cuts, whichever pixel won.
+// Forward: an output row reads three rows of x, one of which its neighbour reads too (from the
+// cache). Backward, first pass: the maximum of each window, found again, gives the sums of dz and
+// dz * (x - mean). Second pass: a task walks down input rows in pairs; for each row of windows it
+// keeps which tap won (first maximum, row-major), and every input pixel gathers dy from the up to
+// four windows it may have won: dx is written once, in order. Values are compared in the arithmetic
+// type, unrounded; where a window's maximum is not positive the ReLU cuts, whichever pixel won.
 #include <limits>
 
 #include "moments.h"
@@ -124,14 +124,13 @@ struct Backward {
       for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
         std::fill_n(dgamma, 2 * plan.width, A(0));
         for (int64_t u = 0; u < width; ++u)
-          stem.winners(stem.window(line / height, line % height, u),
-                       [&](int64_t c, int64_t count, V best, V chosen, V) {
-                         const V dz = relu_mask_vector(
-                             load_vector(dy[line * width + u] + c, count), best);
-                         const V mean = load_vector(stem.norm[kMean] + c, count);
-                         store_whole(load_whole(dgamma + c) + dz * (chosen - mean), dgamma + c);
-                         store_whole(load_whole(dbeta + c) + dz, dbeta + c);
-                       });
+          stem.winners(stem.window(line / height, line % height, u), [&](int64_t c, int64_t count,
+                                                                         V best, V chosen, V) {
+            const V dz = relu_mask_vector(load_vector(dy[line * width + u] + c, count), best);
+            const V mean = load_vector(stem.norm[kMean] + c, count);
+            store_whole(load_whole(dgamma + c) + dz * (chosen - mean), dgamma + c);
+            store_whole(load_whole(dbeta + c) + dz, dbeta + c);
+          });
         add_to(dgamma, C, sums + 2 * group * C);
         add_to(dbeta, C, sums + (2 * group + 1) * C);
       }
@@ -160,9 +159,8 @@ struct Backward {
   // The winning taps of a line of windows, `pitch` channels each.
   void find_winners(int64_t image, int64_t v, int64_t pitch, A* won) const {
     for (int64_t u = 0; u < stem.out_width(); ++u)
-      stem.winners(stem.window(image, v, u), [&](int64_t c, int64_t, V, V, V tap) {
-        store_whole(tap, won + u * pitch + c);
-      });
+      stem.winners(stem.window(image, v, u),
+                   [&](int64_t c, int64_t, V, V, V tap) { store_whole(tap, won + u * pitch + c); });
   }
 
   // Input pixel (i, j) lies in the windows v = i / 2 and, for odd i, v + 1; the same for j.
@@ -198,8 +196,7 @@ void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {
   const ScalarType accumulate = check_activation_dtype({op, "x", x});
   const int64_t x_stride = check_rows({op, "x", x});
   const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
-  const int64_t y_stride =
-      check_activation({op, "y", y}, {N, (H + 1) / 2, (W + 1) / 2, C}, x, "x");
+  const int64_t y_stride = check_activation({op, "y", y}, {N, (H + 1) / 2, (W + 1) / 2, C}, x, "x");
   const int64_t stats_stride =
       stats ? check_table({op, "stats", *stats}, kStatsRows, C, accumulate, x, "x") : 0;
   DE_DISPATCH(x.scalar_type(), T, {

@@ -1,10 +1,11 @@
 // transition: y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T and its gradients.
 //
-// Pooling in front of the product quarters its work. Forward: product_forward.h over pooled rows, each
-// the mean of four normalised rows of x, rounded once; moves N * H * W * C + M * K elements.
-// Backward: product_backward.h gives dpooled; each of the four pixels gets dz = dpooled / 4 where its
-// own ReLU passed. The norm's correction needs the sums of dz, so the first pass takes sums and
-// dweight, and the second makes dpooled again and writes dx: cheaper than keeping dz, and not rounded.
+// Pooling in front of the product quarters its work. Forward: product_forward.h over pooled rows,
+// each the mean of four normalised rows of x, rounded once; moves N * H * W * C + M * K elements.
+// Backward: product_backward.h gives dpooled; each of the four pixels gets dz = dpooled / 4 where
+// its own ReLU passed. The norm's correction needs the sums of dz, so the first pass takes sums and
+// dweight, and the second makes dpooled again and writes dx: cheaper than keeping dz, and not
+// rounded.
 #include "product_backward.h"
 #include "product_forward.h"
 
@@ -40,9 +41,7 @@ inline void pooled_row(Rows<const T> x, int64_t corner, int64_t x_width,
   });
 }
 
-Pooling pooling(const Tensor& x) {
-  return {x.size(1) / 2, x.size(2) / 2, x.size(1), x.size(2)};
-}
+Pooling pooling(const Tensor& x) { return {x.size(1) / 2, x.size(2) / 2, x.size(1), x.size(2)}; }
 
 template <typename T>
 void forward(const Tensor& x, int64_t x_stride, const Tensor& norm, int64_t norm_stride,

@@ -1,8 +1,8 @@
 // Vectors of channels: the loops that touch every activation, at the full width of the processor.
 //
 // Written with the compiler's vector types, so they run on any processor; instructions for bfloat16
-// and float16 are used where they exist. `count` is how many channels are left: a vector that is only
-// partly there is loaded with zeros behind its end, and stored without them.
+// and float16 are used where they exist. `count` is how many channels are left: a vector that is
+// only partly there is loaded with zeros behind its end, and stored without them.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,12 @@ typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 inline Vector<double> load_whole(const double* from) { return read<Vector<double>>(from); }
 inline Vector<float> load_whole(const float* from) { return read<Vector<float>>(from); }
 inline Vector<float> load_whole(const BFloat16* from) {
-  return (Vector<float>)(__builtin_convertvector(read<Bits16>(from), Vector<uint32_t>) << 16);
+#if defined(__AVX512F__)
+  const auto wide = (Vector<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, read<__m256i>(from));
+#else
+  const auto wide = __builtin_convertvector(read<Bits16>(from), Vector<uint32_t>);
+#endif
+  return (Vector<float>)(wide << 16);
 }
 inline Vector<float> load_whole(const Half* from) {
 #if defined(__AVX512F__)
@@ -107,10 +112,10 @@ inline void store_units(const Vector<Arithmetic<T>>* rows, Unit<T>* to) {
     store_whole(rows[0], to);
   } else {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    const auto order = (__m512i)Vector<uint32_t>{
-        0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006,
-        0x00170007, 0x00180008, 0x00190009, 0x001a000a, 0x001b000b, 0x001c000c, 0x001d000d,
-        0x001e000e, 0x001f000f};
+    const auto order = (__m512i)Vector<uint32_t>{0x00100000, 0x00110001, 0x00120002, 0x00130003,
+                                                 0x00140004, 0x00150005, 0x00160006, 0x00170007,
+                                                 0x00180008, 0x00190009, 0x001a000a, 0x001b000b,
+                                                 0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f};
     const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);
     const __m512i units = _mm512_permutexvar_epi16(order, both);
 #else
