@@ -176,6 +176,7 @@ def _train(options: argparse.Namespace) -> int:
         augment=recipe.augment,
         download=options.download,
         limit=options.limit,
+        shape=(3, 10 if options.model == CIFAR else 1000),
     )
     resume = options.resume
     trainer = Trainer(
