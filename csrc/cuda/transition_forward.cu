@@ -4,9 +4,9 @@
 //
 // Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps stand below each other
 // and have 64, more than 128 make pairs of warps that share their rows; more than 256 take several
-// columns of the grid. The four pixels of each row lie in four panels of shared memory (tile.cuh);
-// the mean of their normalised values, rounded once, is made in the registers that feed the tensor
-// cores. Who owns what: a block walks over a static range of row tiles and, within a tile, over the
+// columns of the grid. The four pixels of each row arrive in four panels of shared memory
+// (tile.cuh); the mean of their normalised values, rounded once, takes the first one's place.
+// Who owns what: a block walks over a static range of row tiles and, within a tile, over the
 // channels in panels of 32, one panel ahead of the products.
 // Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the
 // weight once per tile (2 K C, from the L2 cache).
@@ -48,41 +48,52 @@ struct Layout {
 
 // The mean of four pixels' normalised pairs.
 template <typename T>
-__device__ __forceinline__ uint32_t pool_pair(const uint32_t (&pixels)[kQuad], float4 norm) {
-  float2 sums[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float2 left = device::unpack<T>(pixels[2 * half]);
-    const float2 right = device::unpack<T>(pixels[2 * half + 1]);
-    sums[half].x = norm_relu(left.x, norm.x, norm.y) + norm_relu(right.x, norm.x, norm.y);
-    sums[half].y = norm_relu(left.y, norm.z, norm.w) + norm_relu(right.y, norm.z, norm.w);
+__device__ __forceinline__ uint32_t pool_pair(uint32_t p0, uint32_t p1, uint32_t p2, uint32_t p3,
+                                              float4 norm) {
+  const float2 a = device::unpack<T>(p0), b = device::unpack<T>(p1);
+  const float2 c = device::unpack<T>(p2), d = device::unpack<T>(p3);
+  const float top = norm_relu(a.x, norm.x, norm.y) + norm_relu(b.x, norm.x, norm.y);
+  const float bottom = norm_relu(c.x, norm.x, norm.y) + norm_relu(d.x, norm.x, norm.y);
+  const float top_next = norm_relu(a.y, norm.z, norm.w) + norm_relu(b.y, norm.z, norm.w);
+  const float bottom_next = norm_relu(c.y, norm.z, norm.w) + norm_relu(d.y, norm.z, norm.w);
+  return device::pack<T>(0.25f * (top + bottom), 0.25f * (top_next + bottom_next));
+}
+
+// Pools a panel of each of the four pixels into the first pixel's place: a thread takes chunk
+// thread % 4 of every 32nd row.
+template <typename T>
+__device__ __forceinline__ void pool_panels(unsigned char* panels, int panel_bytes, int rows,
+                                            const unsigned char* norm) {
+  using namespace device;
+  const int chunk = thread_index() & 3;
+  for (int row = thread_index() >> 2; row < rows; row += kThreads / 4) {
+    unsigned char* const at = panels + panel_offset(row, chunk);
+    const uint4 p0 = shared_load<uint4>(at), p1 = shared_load<uint4>(at + panel_bytes);
+    const uint4 p2 = shared_load<uint4>(at + 2 * panel_bytes);
+    const uint4 p3 = shared_load<uint4>(at + 3 * panel_bytes);
+    const auto pair = [&](int i) {
+      return shared_load<float4>(norm + scale_shift_offset(chunk * kChunk + 2 * i));
+    };
+    uint4 mean;
+    mean.x = pool_pair<T>(p0.x, p1.x, p2.x, p3.x, pair(0));
+    mean.y = pool_pair<T>(p0.y, p1.y, p2.y, p3.y, pair(1));
+    mean.z = pool_pair<T>(p0.z, p1.z, p2.z, p3.z, pair(2));
+    mean.w = pool_pair<T>(p0.w, p1.w, p2.w, p3.w, pair(3));
+    shared_store(at, mean);
   }
-  return device::pack<T>(0.25f * (sums[0].x + sums[1].x), 0.25f * (sums[0].y + sums[1].y));
 }
 
 // One k16 step of a 32-row warp tile.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const unsigned char* x,
-                                              int panel_bytes, const unsigned char* weight,
-                                              const unsigned char* norm, int step) {
+__device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4],
+                                              const unsigned char* pooled,
+                                              const unsigned char* weight, int step) {
   using namespace device;
-  const int lane = lane_index(), t = lane & 3;
-  const float4 norm_low = shared_load<float4>(norm + scale_shift_offset(16 * step + 2 * t));
-  const float4 norm_high = shared_load<float4>(norm + scale_shift_offset(16 * step + 8 + 2 * t));
+  const int lane = lane_index();
   uint32_t a[2][4];
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    uint32_t pixels[kQuad][4];
-#pragma unroll
-    for (int pixel = 0; pixel < kQuad; ++pixel)
-      ldmatrix_x4(pixels[pixel], x + pixel * panel_bytes +
-                                     panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t pairs[kQuad] = {pixels[0][r], pixels[1][r], pixels[2][r], pixels[3][r]};
-      a[m][r] = pool_pair<T>(pairs, r < 2 ? norm_low : norm_high);
-    }
-  }
+  for (int m = 0; m < 2; ++m)
+    ldmatrix_x4(a[m], pooled + panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     uint32_t b[4];
@@ -189,12 +200,13 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
       cp_async_wait<0>();
       sync_threads();
       load(1 - stage);
-      const unsigned char* const from = shared + stage * Layout::kStageBytes;
+      unsigned char* const from = shared + stage * Layout::kStageBytes;
+      pool_panels<T>(from, Layout::kPanelBytes, Layout::kRows, from + Layout::kNorm);
+      sync_threads();
 #pragma unroll
       for (int step = 0; step < 2; ++step)
-        multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes, Layout::kPanelBytes,
-                                 from + Layout::kWeight + warp_column * kPanelRowBytes,
-                                 from + Layout::kNorm, step);
+        multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes,
+                                 from + Layout::kWeight + warp_column * kPanelRowBytes, step);
       stage = 1 - stage;
     }
     const int row0 = tile * Layout::kRows + warp_row, column = column0 + warp_column;

@@ -80,7 +80,7 @@ MODELS = [
         flops=2 * 128 * 512 * 256,
     ),
     Model("transition_forward", (1, 32, 32, 216, 108), {"x": (1, 0), "y": (0, 1)}),
-    # x for the sums and for dx. dpooled and the pooled activations are a quarter of dx each, written
+    # x for the sums and for dx. dpooled and the pooled activations are a quarter of dx each, stored
     # once; read for the sums and for dx, and for dweight. dy once per 128 channels, and as often
     # again by dweight.
     Model(
