@@ -383,9 +383,7 @@ def our_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor
         )  # fmt: skip
     else:
         ops.norm_relu_conv3x3_forward(rows, norm, weight, y, None)
-        ops.norm_relu_conv3x3_backward(
-            dy, None, None, rows, norm, weight, True, dx, dweight, dnorm
-        )
+        ops.norm_relu_conv3x3_backward(dy, None, None, rows, norm, weight, True, dx, dweight, dnorm)
     correction = torch.zeros(4, C)
     ops.norm_correction(dnorm, norm, M, False, correction)
     correction[0] = 1  # dx holds a * dz already
@@ -404,8 +402,10 @@ def test_error_against_float64_is_not_larger_than_the_frameworks(
     """Norm, ReLU and convolution with their gradients on the same input, each result's error at
     most 1.2 times the framework's own."""
     N, C, K, size = 4, 96, 64, 14
-    x = (torch.randn(N, C, size, size) * 2 + 1).to(dtype).contiguous(
-        memory_format=torch.channels_last
+    x = (
+        (torch.randn(N, C, size, size) * 2 + 1)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
     )
     gamma, beta = torch.rand(C) + 0.5, torch.randn(C)
     weight = (torch.randn(K, C, kernel, kernel) / math.sqrt(C * kernel**2)).to(dtype)
