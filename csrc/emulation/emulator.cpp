@@ -12,26 +12,19 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "counting.h"
 #include "fiber.h"
+#include "shared_memory.h"
 
 namespace densenet_efficient::emulation {
 namespace {
 
-constexpr int kWarp = 32, kNobody = -1;
+constexpr int kNobody = -1;
 
 std::string where(const Site& site) {
   const std::string file = site.file_name();
   return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line());
 }
-
-// ---- Counting -----------------------------------------------------------------------------------
-
-// One warp-wide access: the lanes that took part and their addresses.
-struct Request {
-  uint32_t lanes = 0;
-  uintptr_t address[kWarp];
-  uint8_t bytes[kWarp];
-};
 
 // The accesses of one warp at one place since its last synchronisation.
 struct SiteLog {
@@ -53,100 +46,7 @@ SiteKey key_of(const Site& site, int kind) {
   return {site.file_name(), uint64_t(site.line()) << 24 | uint64_t(site.column()) << 4 | kind};
 }
 
-// Memory that belongs to one tensor, and which of its sectors a launch has touched.
-struct Range {
-  std::string name;
-  uintptr_t begin, end;
-  std::vector<bool> touched[2];  // by loads, by stores
-};
-std::vector<Range> ranges;
-
-// Whose memory this is: an index into a launch's tensors, of which the last is the workspace.
-size_t owner_of(uintptr_t address) {
-  size_t index = 0;
-  while (index < ranges.size() && (address < ranges[index].begin || address >= ranges[index].end))
-    ++index;
-  return index;
-}
-
-// Distinct sectors of 32 bytes that a request touches.
-void count_global(const Request& request, SiteCounters& site,
-                  std::vector<TensorCounters>& tensors) {
-  uintptr_t sectors[2 * kWarp], seen[kWarp];
-  int num_sectors = 0, num_seen = 0;
-  int64_t bytes = 0;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (!(request.lanes >> lane & 1) || !request.bytes[lane]) continue;
-    const uintptr_t address = request.address[lane];
-    if (std::find(seen, seen + num_seen, address) != seen + num_seen) continue;
-    seen[num_seen++] = address;
-    bytes += request.bytes[lane];
-    sectors[num_sectors++] = address / 32;
-    if ((address + request.bytes[lane] - 1) / 32 != address / 32)
-      sectors[num_sectors++] = (address + request.bytes[lane] - 1) / 32;
-  }
-  if (!num_sectors) return;
-  std::sort(sectors, sectors + num_sectors);
-  num_sectors = static_cast<int>(std::unique(sectors, sectors + num_sectors) - sectors);
-  site.requests += 1;
-  site.bytes += bytes;
-  site.units += num_sectors;
-  site.ideal += (bytes + 31) / 32;
-
-  const bool store = site.access == Access::kGlobalStore;
-  const size_t owner = owner_of(seen[0]);
-  TrafficCounters& traffic = store ? tensors[owner].store : tensors[owner].load;
-  traffic.bytes += bytes;
-  traffic.sectors += num_sectors;
-  traffic.ideal += (bytes + 31) / 32;
-  if (owner == ranges.size()) return;
-  std::vector<bool>& touched = ranges[owner].touched[store];
-  for (int i = 0; i < num_sectors; ++i) {
-    const size_t sector = sectors[i] - ranges[owner].begin / 32;
-    if (sector < touched.size() && !touched[sector]) {
-      touched[sector] = true;
-      ++traffic.distinct;
-    }
-  }
-}
-
-// Wavefronts of 32 banks x 4 bytes: lanes go together 32, 16 or 8 at a time (accesses of up to 4, 8
-// or 16 bytes); within such a phase distinct words of one bank follow each other.
-void count_shared(const Request& request, uintptr_t base, SiteCounters& site) {
-  int width = 4;
-  for (int lane = 0; lane < kWarp; ++lane)
-    if (request.lanes >> lane & 1) width = std::max<int>(width, request.bytes[lane]);
-  const int phase_lanes = kWarp * 4 / width;
-  site.requests += 1;
-  for (int first = 0; first < kWarp; first += phase_lanes) {
-    uintptr_t words[kWarp];
-    int count = 0, in_bank[32] = {}, worst = 0;
-    for (int lane = first; lane < first + phase_lanes; ++lane) {
-      if (!(request.lanes >> lane & 1)) continue;
-      for (int byte = 0; byte < request.bytes[lane]; byte += 4) {
-        const uintptr_t word = (request.address[lane] - base + byte) / 4;
-        if (std::find(words, words + count, word) != words + count) continue;
-        words[count++] = word;
-        worst = std::max(worst, ++in_bank[word % 32]);
-      }
-      site.bytes += request.bytes[lane];
-    }
-    site.units += worst;
-    site.ideal += (count + 31) / 32;
-  }
-}
-
-// ---- Races --------------------------------------------------------------------------------------
-
-// Who touched a byte of shared memory, and in which interval between barriers of the block (and of
-// the warp). Two threads that touch the same byte in one interval race if one of them writes.
-struct Shadow {
-  uint32_t write_interval = 0, write_warp_interval = 0;
-  uint32_t read_interval = 0, read_warp_interval = 0;
-  int16_t writer = kNobody, reader = kNobody;
-  bool read_by_warps = false, read_by_lanes = false;  // by several
-  bool copy_pending = false;                          // an asynchronous copy is on its way
-};
+// ---- Threads and warps --------------------------------------------------------------------------
 
 struct Warp {
   int arrived = 0;
@@ -191,9 +91,7 @@ struct Machine {
   std::vector<Warp> warps;
   std::deque<int> runnable;
   std::unique_ptr<Stacks> stacks;
-  unsigned char* shared = nullptr;
-  int64_t shared_bytes = 0;
-  std::vector<Shadow> shadow;
+  SharedMemory shared;
   uint32_t interval = 1;
   int at_barrier = 0, running = kNobody, left = 0;
   Site barrier_site;
@@ -312,7 +210,7 @@ void flush(Warp& warp) {
       if (site.access == Access::kGlobalLoad || site.access == Access::kGlobalStore)
         count_global(request, site, m.counters->tensors);
       else
-        count_shared(request, reinterpret_cast<uintptr_t>(m.shared), site);
+        count_shared(request, reinterpret_cast<uintptr_t>(m.shared.data()), site);
     }
     log.requests.clear();
     std::fill(log.occurrences, log.occurrences + kWarp, 0);
@@ -320,62 +218,21 @@ void flush(Warp& warp) {
   warp.touched.clear();
 }
 
-// ---- Race checks --------------------------------------------------------------------------------
-
-// What one access means for another of the same interval: true if the two are ordered.
-bool ordered(const Thread& self, int other, uint32_t other_warp_interval) {
-  if (other == self.position.thread) return true;
-  if (other / kWarp != self.position.warp) return false;
-  return other_warp_interval < machine.warps[self.position.warp].interval;
-}
+// ---- Accesses -----------------------------------------------------------------------------------
 
 void check_shared(bool write, const void* pointer, int bytes, const Site& site) {
   Machine& m = machine;
-  const Thread& self = m.threads[m.running];
-  const Warp& warp = m.warps[self.position.warp];
-  const int64_t offset = static_cast<const unsigned char*>(pointer) - m.shared;
-  if (!m.shared || offset < 0 || offset + bytes > m.shared_bytes)
-    fatal("access outside of shared memory at " + where(site));
-  for (int64_t i = offset; i < offset + bytes; ++i) {
-    Shadow& byte = m.shadow[i];
-    if (byte.copy_pending)
-      fatal("shared memory touched before its asynchronous copy was waited for, at " + where(site));
-    if (byte.write_interval == m.interval && !ordered(self, byte.writer, byte.write_warp_interval))
-      fatal("race: shared byte " + std::to_string(i) + " was written by thread " +
-            std::to_string(byte.writer) + " without a barrier before this " +
-            (write ? "write" : "read") + " at " + where(site));
-    const bool read_now = byte.read_interval == m.interval;
-    if (write) {
-      if (read_now && (byte.read_by_warps || !ordered(self, byte.reader, byte.read_warp_interval) ||
-                       (byte.read_by_lanes && byte.read_warp_interval >= warp.interval)))
-        fatal("race: shared byte " + std::to_string(i) + " was read by thread " +
-              std::to_string(byte.reader) + " without a barrier before this write at " +
-              where(site));
-      byte.write_interval = m.interval;
-      byte.write_warp_interval = warp.interval;
-      byte.writer = static_cast<int16_t>(self.position.thread);
-    } else {
-      const bool same_warp = read_now && byte.reader / kWarp == self.position.warp;
-      byte.read_by_warps = read_now && (byte.read_by_warps || !same_warp);
-      byte.read_by_lanes = same_warp && byte.read_warp_interval == warp.interval &&
-                           (byte.read_by_lanes || byte.reader != self.position.thread);
-      byte.read_interval = m.interval;
-      byte.read_warp_interval = warp.interval;
-      byte.reader = static_cast<int16_t>(self.position.thread);
-    }
-  }
-}
-
-void mark_pending(const void* pointer, int bytes, bool pending) {
-  const int64_t offset = static_cast<const unsigned char*>(pointer) - machine.shared;
-  for (int64_t i = offset; i < offset + bytes; ++i) machine.shadow[i].copy_pending = pending;
+  const ThreadPosition& at = m.threads[m.running].position;
+  const std::string wrong =
+      m.shared.touch(write, pointer, bytes, {at.thread, m.interval, m.warps[at.warp].interval});
+  if (!wrong.empty()) fatal(wrong + ", at " + where(site));
 }
 
 void complete(const Copy& copy) {
   std::memcpy(copy.shared, copy.global, copy.source_bytes);
   std::memset(static_cast<char*>(copy.shared) + copy.source_bytes, 0,
               copy.bytes - copy.source_bytes);
-  mark_pending(copy.shared, copy.bytes, false);
+  machine.shared.set_pending(copy.shared, copy.bytes, false);
   check_shared(true, copy.shared, copy.bytes, copy.site);
 }
 
@@ -433,8 +290,7 @@ std::string describe_deadlock() {
 void run_block(int block_x, int block_y) {
   Machine& m = machine;
   const Counters& launch = *m.counters;
-  if (m.shared) std::memset(m.shared, 0xff, m.shared_bytes);  // NaN in every floating-point format
-  m.shadow.assign(m.shared_bytes, Shadow{});
+  m.shared.start_block();
   m.interval = 1;
   m.at_barrier = 0;
   m.left = launch.block;
@@ -467,14 +323,8 @@ void set_seed(uint64_t seed) { machine.seed = seed; }
 const std::vector<Counters>& launches() { return machine.launches; }
 void clear_launches() { machine.launches.clear(); }
 
-void name_range(const char* name, const void* begin, int64_t bytes) {
-  if (!name) return ranges.clear();
-  const uintptr_t first = reinterpret_cast<uintptr_t>(begin);
-  if (bytes > 0) ranges.push_back({name, first, first + bytes, {}});
-}
-
 const ThreadPosition& position() { return machine.threads[machine.running].position; }
-unsigned char* shared_block() { return machine.shared; }
+unsigned char* shared_block() { return machine.shared.data(); }
 
 void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
          int64_t shared_bytes, const std::function<void()>& body) {
@@ -492,23 +342,13 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
   m.counters->grid_y = grid_y;
   m.counters->block = block;
   m.counters->shared_bytes = shared_bytes;
-  for (Range& range : ranges) {
-    m.counters->tensors.push_back({range.name, {}, {}});
-    for (std::vector<bool>& touched : range.touched)
-      touched.assign((range.end - 1) / 32 - range.begin / 32 + 1, false);
-  }
-  m.counters->tensors.push_back({"workspace", {}, {}});
+  start_counting(m.counters->tensors);
   m.sites.clear();
   m.body = &body;
   m.error.clear();
   m.threads.assign(block, Thread{});
   m.warps.assign(block / kWarp, Warp{});
-  m.shared_bytes = shared_bytes;
-  m.shared = nullptr;
-  void* shared = nullptr;
-  if (shared_bytes && posix_memalign(&shared, 128, shared_bytes))
-    throw std::runtime_error("emulation: no memory for shared memory");
-  m.shared = static_cast<unsigned char*>(shared);
+  m.shared.allocate(shared_bytes);
 
   std::vector<int64_t> blocks(int64_t(grid_x) * grid_y);
   std::iota(blocks.begin(), blocks.end(), 0);
@@ -518,8 +358,7 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
     run_block(static_cast<int>(b % grid_x), static_cast<int>(b / grid_x));
     if (!m.error.empty()) break;
   }
-  std::free(shared);
-  m.shared = nullptr;
+  m.shared.release();
   if (m.error.empty()) return;
   m.stacks->forget();
   throw std::runtime_error("emulation of " + std::string(op) + ": " + m.error);
@@ -586,7 +425,7 @@ void async_copy(void* shared, const void* global, int bytes, int source_bytes, c
   Thread& self = m.threads[m.running];
   const Copy copy{shared, global, bytes, source_bytes, self.open_group, site};
   if (m.seed % 2) return complete(copy);
-  mark_pending(shared, bytes, true);
+  m.shared.set_pending(shared, bytes, true);
   self.copies.push_back(copy);
 }
 
