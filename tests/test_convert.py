@@ -451,10 +451,6 @@ def test_nothing_to_convert_is_an_error() -> None:
 # Adapters of one's own
 
 
-def accept(name: str, layer: nn.Module) -> None:
-    """Every layer that has the parts."""
-
-
 class OwnBlock(nn.Module):
     """Layers under a ModuleDict's names, concatenated in the given order."""
 
@@ -472,7 +468,7 @@ class OwnBlock(nn.Module):
 
 
 def test_registered_classes_convert_and_the_self_check_finds_a_wrong_adapter() -> None:
-    register_adapter(OwnBlock, block_adapter(standard_parts, check=accept))
+    register_adapter(OwnBlock, block_adapter(standard_parts))
     model = nn.Sequential(OrderedDict(body=OwnBlock().double()))
     expected = copy.deepcopy(model)
     convert(model)
@@ -484,6 +480,6 @@ def test_registered_classes_convert_and_the_self_check_finds_a_wrong_adapter() -
         convert(wrong)
     assert type(wrong.body) is OwnBlock
     with pytest.raises(TypeError, match="source must be"):
-        register_adapter("OwnBlock", block_adapter(standard_parts, check=accept))
+        register_adapter("OwnBlock", block_adapter(standard_parts))
     with pytest.raises(TypeError, match="adapter must be"):
         register_adapter(OwnBlock, standard_parts)  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def find_adapter(module: nn.Module) -> Adapter | None:
 def block_adapter(
     parts: Callable[[nn.Module], LayerParts],
     *,
-    check: Callable[[str, nn.Module], None],
+    check: Callable[[str, nn.Module], None] | None = None,
     layers: Callable[[nn.Module], dict[str, nn.Module]] | None = None,
 ) -> Adapter:
     """The adapter of a block whose children are its layers, in order, each of which appends its new
@@ -94,7 +94,8 @@ def block_adapter(
     Args:
         parts: layer -> its norms and convolutions; a module-level function (it is pickled with the
             block), called again whenever the layer may have changed.
-        check: (name, layer) -> None, or raises `Unsupported`; see `check_layer_parts`.
+        check: (name, layer) -> None, or raises `Unsupported`: what must hold of a layer beyond its
+            parts' kinds (`check_layer_parts`) and the numerical self-check, such as its activation.
         layers: block -> its layers by child name; the block's children by default.
     """
 
@@ -107,7 +108,8 @@ def block_adapter(
     def build(block: nn.Module, memory: str) -> nn.Module:
         found = layers_of(block)
         for name, layer in found.items():
-            check(name, layer)
+            if check is not None:
+                check(name, layer)
             check_layer_parts(name, parts(layer))
         return EfficientDenseBlock.from_layers(found, parts, memory=memory)
 
