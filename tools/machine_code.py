@@ -4,8 +4,8 @@ the tensor cores, read from `ptxas -v` and the disassembly.
     python tools/machine_code.py [--arch 90a] [--write]
 
 prints a table with a row for each kernel, in Markdown; --write puts it into docs/kernels.md, where
-tests/test_machine_code.py compares with it. Needs nvcc, and nvdisasm's sibling cuobjdump: from a CUDA
-toolkit, or from the triton package (pip install --no-deps triton).
+tests/test_machine_code.py compares with it. Needs nvcc, and the disassembler cuobjdump: from a
+CUDA toolkit, or from the triton package (pip install --no-deps triton).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Kernel:
     instructions: int
 
     def blocks(self, threads: int) -> int:
-        """Blocks that one multiprocessor's 65,536 registers hold; each of its four parts takes whole
-        warps."""
+        """Blocks that one multiprocessor's 65,536 registers hold; each of its four parts takes
+        whole warps."""
         per_warp = -(-self.registers * 32 // 256) * 256
         return 4 * (16384 // per_warp) // (threads // 32)
 
@@ -180,8 +180,12 @@ def mnemonic(text: str) -> str:
 
 def basic_blocks(instructions: list[tuple[int, str]]) -> list[list[str]]:
     """Runs of instructions that are entered at their first and left at their last."""
-    targets = {int(t, 16) for _, text in instructions for t in re.findall(r"0x([0-9a-f]+)$", text)
-               if mnemonic(text).startswith(("BRA", "BSSY"))}
+    targets = {
+        int(t, 16)
+        for _, text in instructions
+        for t in re.findall(r"0x([0-9a-f]+)$", text)
+        if mnemonic(text).startswith(("BRA", "BSSY"))
+    }
     blocks: list[list[str]] = [[]]
     for address, text in instructions:
         if address in targets and blocks[-1]:
@@ -212,8 +216,9 @@ def table(kernels: list[Kernel]) -> str:
     rows.append("|---" * len(fields(Kernel)) + "|")
     for kernel in kernels:
         values = [getattr(kernel, field.name) for field in fields(Kernel)]
-        rows.append("| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v)
-                                      for v in values) + " |")
+        rows.append(
+            "| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in values) + " |"
+        )
     return "\n".join(rows)
 
 

@@ -113,6 +113,7 @@ __device__ __forceinline__ void finish_panel(const float (&acc)[4][4][4], unsign
                                              const unsigned char* dx, const unsigned char* norm,
                                              float* sums) {
   const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+  const int accumulator = panel_offset(g, 0) + 4 * t;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int channel = 8 * j + 2 * t;
@@ -123,7 +124,7 @@ __device__ __forceinline__ void finish_panel(const float (&acc)[4][4][4], unsign
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int offset = panel_offset(16 * m + 8 * half + g, j) + 4 * t;
+        const int offset = (16 * m + 8 * half) * kPanelRowBytes + (accumulator ^ (16 * j));
         const float2 v = unpack<T>(shared_load<uint32_t>(x + offset));
         const float dz_low = relu_mask(acc[m][j][2 * half], normalise(v.x, low.x, low.y));
         const float dz_high = relu_mask(acc[m][j][2 * half + 1], normalise(v.y, high.x, high.y));

@@ -22,7 +22,6 @@ namespace {
 constexpr int kStages = 3;
 constexpr int kWarpRows = 32;
 constexpr int kStagingBytes = kWarpRows * device::kPanelRowBytes;
-constexpr int kMaxWarps = 8;
 
 struct Forward {
   device::RowTensor x;       // [M, C]
@@ -34,6 +33,7 @@ struct Forward {
   int channels;              // C
   int outputs;               // K
   int warps;                 // of a block
+  int tiles;
 };
 
 // kColumns of y per warp, kSplit warps side by side.
@@ -111,7 +111,7 @@ __device__ __forceinline__ void write_partial(const Forward& args, unsigned char
 }
 
 template <typename T, int kColumns, int kSplit>
-__global__ void __launch_bounds__(32 * kMaxWarps, kColumns == 64 ? 2 : 1)
+__global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3 : 1)
     forward_kernel(Forward args) {
   using namespace device;
   constexpr int kTiles = kColumns / 8;
@@ -122,9 +122,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kColumns == 64 ? 2 : 1)
   const int column0 = block_y() * kColumns * kSplit;
   const int panels =
       args.channels > kPanelChannels ? (args.channels + kPanelChannels - 1) / kPanelChannels : 1;
-  const int64_t tiles = (args.rows + tile_rows - 1) / tile_rows;
-  const int64_t first_tile = tiles * block_x() / grid_x();
-  const int64_t last_tile = tiles * (block_x() + 1) / grid_x();
+  const int first_tile = static_cast<int>(int64_t(args.tiles) * block_x() / grid_x());
+  const int last_tile = static_cast<int>(int64_t(args.tiles) * (block_x() + 1) / grid_x());
   unsigned char* shared = shared_memory();
 
   float* moments_data =
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kColumns == 64 ? 2 : 1)
   sync_warp();
 
   // The panel that is loaded next, kStages - 1 ahead of the one that is multiplied.
-  int64_t load_tile = first_tile;
+  int load_tile = first_tile;
   int load_panel = 0;
   const int load_row = thread >> 2, load_chunk = thread & 3, load_step = threads >> 2;
   const auto load = [&](int stage) {
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kColumns == 64 ? 2 : 1)
       unsigned char* to = shared + stage * layout.stage_bytes();
       const int channel = load_panel * kPanelChannels + load_chunk * kChunk;
       const int valid = channels_left(channel, args.channels);
-      const int64_t row0 = load_tile * tile_rows;
+      const int64_t row0 = int64_t(load_tile) * tile_rows;
 #pragma unroll
       for (int i = 0; i < 4 / kSplit; ++i) {
         const int row = load_row + i * load_step;
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kColumns == 64 ? 2 : 1)
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
 
   int stage = 0;
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = first_tile; tile < last_tile; ++tile) {
     float acc[2][kTiles][4] = {};
     for (int panel = 0; panel < panels; ++panel) {
       cp_async_wait<kStages - 2>();
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kColumns == 64 ? 2 : 1)
                                  from + layout.norm_offset(), step);
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
-    const int64_t row0 = tile * tile_rows + warp_row;
+    const int64_t row0 = int64_t(tile) * tile_rows + warp_row;
     const int column = column0 + warp_column;
     const int end = column + kColumns < args.outputs ? column + kColumns : args.outputs;
     write_rows<T, kTiles>(acc, shared + layout.staging_offset() + warp * kStagingBytes, args.y,
@@ -227,7 +226,8 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                      M,
                      static_cast<int>(C),
                      static_cast<int>(K),
-                     tiling.warps};
+                     tiling.warps,
+                     static_cast<int>(tiling.tiles)};
   dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
     if (M == 0 || K == 0) return;
     if (tiling.columns == 64)

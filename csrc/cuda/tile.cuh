@@ -229,15 +229,16 @@ struct WarpMoments {
 // Takes 32 rows of one panel of rounded outputs into the moments. Each lane holds 16 rows of two
 // neighbouring columns in registers: exact two-pass moments, then two merges in a fixed order.
 template <typename T>
-__device__ __forceinline__ void measure_panel(const unsigned char* staging, uint32_t valid_rows,
-                                              int column, int columns, float count, float* mean,
-                                              float* m2) {
-  const int lane = lane_index(), pair = lane & 15, parity = lane >> 4;
+__device__ __forceinline__ void measure_panel(const unsigned char* staging, int lane,
+                                              uint32_t valid_rows, int column, int columns,
+                                              float count, float* mean, float* m2) {
+  const int pair = lane & 15, parity = lane >> 4;
+  // The chunks of rows 2 i and 2 i + 1 lie in the order i % 4.
+  const int own = parity * kPanelRowBytes + 4 * pair;
   uint32_t values[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i)
-    values[i] =
-        shared_load<uint32_t>(staging + panel_offset(2 * i + parity, pair >> 2) + 4 * (pair & 3));
+    values[i] = shared_load<uint32_t>(staging + 2 * i * kPanelRowBytes + (own ^ ((i & 3) << 4)));
   const uint32_t rows = valid_rows >> parity;
   Moments<float> low{0, 0, 0}, high{0, 0, 0};
 #pragma unroll
@@ -280,8 +281,10 @@ template <typename T, int kTiles, typename RowOf>
 __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned char* staging,
                                            const RowTensor& y, int column, int columns,
                                            bool measure, WarpMoments& moments, RowOf row_of) {
-  const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+  // Through a shuffle, so that no address made of it is kept in registers during the product.
+  const int lane = shuffle(lane_index(), lane_index()), g = lane >> 2, t = lane & 3;
   const uint32_t valid_rows = ballot(row_of(lane) >= 0);
+  const int accumulator = panel_offset(g, 0) + 4 * t, chunk = panel_offset(g, t);
 #pragma unroll
   for (int panel = 0; panel < (kTiles + 3) / 4; ++panel) {
 #pragma unroll
@@ -291,23 +294,23 @@ __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned cha
         const int tile = 4 * panel + j;
         if (tile >= kTiles) break;
         const float (&d)[4] = acc[m][tile];
-        shared_store(staging + panel_offset(16 * m + g, j) + 4 * t, pack<T>(d[0], d[1]));
-        shared_store(staging + panel_offset(16 * m + g + 8, j) + 4 * t, pack<T>(d[2], d[3]));
+        unsigned char* to = staging + 16 * m * kPanelRowBytes + (accumulator ^ (16 * j));
+        shared_store(to, pack<T>(d[0], d[1]));
+        shared_store(to + 8 * kPanelRowBytes, pack<T>(d[2], d[3]));
       }
     }
     sync_warp();
     const int first = column + panel * kPanelChannels;
     if (measure)
-      measure_panel<T>(staging, valid_rows, panel * kPanelChannels, columns - column, moments.count,
-                       moments.mean, moments.m2);
+      measure_panel<T>(staging, lane, valid_rows, panel * kPanelChannels, columns - column,
+                       moments.count, moments.mean, moments.m2);
     const int valid = channels_left(first + t * kChunk, columns);
-#pragma unroll
+#pragma unroll 1  // addresses of every row at once would not fit beside the accumulators
     for (int i = 0; i < 4; ++i) {
-      const int row = g + 8 * i;
-      const int64_t global_row = row_of(row);
+      const int64_t global_row = row_of(g + 8 * i);
       if (global_row >= 0 && valid > 0)
         store_chunk(y.at<T>(global_row, first + t * kChunk),
-                    shared_load<uint4>(staging + panel_offset(row, t)), valid, y.vector);
+                    shared_load<uint4>(staging + chunk + 8 * i * kPanelRowBytes), valid, y.vector);
     }
     sync_warp();
   }

@@ -24,11 +24,11 @@ struct Conv1x1Forward {
     columns = outputs <= 64 ? 64 : outputs <= 128 ? 128 : 96;
     split = outputs <= 128 ? 1 : 2;
     // Tall blocks read the weight less often; short ones fill the device when there are few rows.
-    warps = 8;
+    warps = columns == 64 ? 4 : 8;
     while (warps > split && rows < 2 * tile_height() * multiprocessors) warps /= 2;
     tile_rows = tile_height();
     tiles = parts(rows, tile_rows);
-    const int resident_warps = columns == 64 ? 16 : 8;  // by registers, see docs/kernels.md
+    const int resident_warps = columns == 64 ? 12 : 8;  // by registers, see docs/kernels.md
     blocks = std::min(tiles, int64_t(multiprocessors) * std::max(1, resident_warps / warps));
     bytes = blocks * 3 * outputs * 4;
   }
@@ -69,7 +69,7 @@ struct Conv1x1Backward {
 // and worked on in groups of 64. Its halo (one row above and below, and one column beside a strip)
 // lies in shared memory at `positions`, tile rows `pitch` apart.
 struct Tile3x3 {
-  static constexpr int kGroup = 64, kMaxGroups = 7;  // 448 pixels: whole rows of 56, 28, 14 and 7
+  static constexpr int kGroup = 64, kMaxGroups = 6;
   int groups = 0;                                    // 0: no tile fits the device's shared memory
   int tile_height = 0, tile_width = 0;
   int strips = 1, margin = 0, pitch = 0, positions = 0;

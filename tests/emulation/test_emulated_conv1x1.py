@@ -1,0 +1,139 @@
+"""The fused 1x1 convolution's kernels: shapes at the edges of their tiles, and their traffic
+against the byte models stated in norm_relu_conv1x1_forward.cu and _backward.cu."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from emulators import emulator_of
+from test_kernels import check, identifier
+
+from densenet_efficient.emulation import Emulator, Launch
+from densenet_efficient.emulation.cases import make
+from densenet_efficient.emulation.report import Traffic, tensor_traffic
+
+BF16, FP16 = torch.bfloat16, torch.float16
+FORWARD, BACKWARD = "norm_relu_conv1x1_forward", "norm_relu_conv1x1_backward"
+
+# (rows, channels, outputs), dtype, channels in front of each slice, reason
+FORWARD_SHAPES = [
+    ((32, 32, 64), BF16, 0, "one tile exactly: no tail anywhere"),
+    ((31, 33, 63), FP16, 0, "one less, one more, one less"),
+    ((33, 31, 65), BF16, 0, "a second tile of one row; the next wider tile by one output"),
+    ((257, 64, 128), BF16, 0, "several tiles a block: the loads run ahead across tiles"),
+    ((64, 1, 16), FP16, 0, "one channel: 31 of a panel's 32 are padding"),
+    ((40, 72, 129), BF16, 8, "two warps side by side, 128 + 1 outputs; an aligned slice"),
+    ((48, 20, 96), FP16, 4, "growth rate 24; rows aligned to 8 bytes only"),
+    ((16, 40, 160), BF16, 2, "growth rate 40; rows aligned to 4 bytes only"),
+    ((20, 16, 193), FP16, 0, "a second column of the grid with one output"),
+]
+BACKWARD_SHAPES = [
+    ((32, 64, 64), BF16, 0, "one tile, one block of channels exactly"),
+    ((31, 65, 63), FP16, 0, "a second block of one channel"),
+    ((33, 16, 65), BF16, 0, "one warp; a second tile of one row; the next wider tile by one"),
+    ((100, 17, 129), FP16, 0, "two warps, the least that more than 128 outputs need"),
+    ((140, 48, 48), BF16, 0, "BC-100-12: three warps, a panel shared by one warp"),
+    ((300, 80, 128), BF16, 8, "several tiles a block and several blocks; an aligned slice"),
+    ((50, 20, 96), FP16, 4, "growth rate 24; rows aligned to 8 bytes only"),
+    ((40, 7, 20), BF16, 2, "rows aligned to 4 bytes only"),
+    ((64, 1, 12), FP16, 0, "one channel"),
+    ((20, 8, 193), BF16, 0, "a second call with one output"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), FORWARD_SHAPES, ids=identifier)
+def test_forward(sizes: tuple[int, int, int], dtype: torch.dtype, before: int, reason: str) -> None:
+    check(emulator_of(FORWARD), make(FORWARD, sizes, dtype, before=before))
+
+
+@pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), BACKWARD_SHAPES, ids=identifier)
+def test_backward(
+    sizes: tuple[int, int, int], dtype: torch.dtype, before: int, reason: str
+) -> None:
+    check(emulator_of(BACKWARD), make(BACKWARD, sizes, dtype, before=before))
+
+
+def test_statistics_do_not_cancel() -> None:
+    """A channel whose mean is 300 times its deviation keeps its variance."""
+    case = make(FORWARD, (200, 16, 16), BF16)
+    arguments = case.arguments
+    arguments["norm"][0] = 0.0
+    arguments["norm"][1] = 64.0
+    arguments["weight"].fill_(0.25)
+    arguments["norm"][0, 0] = 1.0
+    emulator_of(FORWARD).call(FORWARD, *arguments.values())
+    y = arguments["y"].double()
+    exact = y.var(0, unbiased=False)
+    assert y.mean() > 200 and 0 < exact.max() < 4
+    torch.testing.assert_close(arguments["stats"][1].double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(arguments["stats"][0].double(), y.mean(0), rtol=1e-6, atol=0)
+
+
+def test_no_channels_give_zeros() -> None:
+    case = make(FORWARD, (9, 0, 8), BF16)
+    emulator_of(FORWARD).call(FORWARD, *case.arguments.values())
+    assert all((value == 0).all() for value in case.outputs.values())
+
+
+def test_not_a_number_spreads_only_within_its_row() -> None:
+    case = make(FORWARD, (40, 24, 16), BF16, stats=None)
+    case.arguments["x"][7, 5] = math.nan
+    emulator_of(FORWARD).call(FORWARD, *case.arguments.values())
+    rows = case.arguments["y"].isnan().any(1).nonzero().flatten().tolist()
+    assert rows == [7]
+
+
+def total(launches: list[Launch]) -> tuple[Traffic, Traffic]:
+    tensors = tensor_traffic(launches).values()
+    loads = sum((tensor.load for tensor in tensors), Traffic())
+    return loads, sum((tensor.store for tensor in tensors), Traffic())
+
+
+STAGES = [
+    ((1568, 128, 128), "DenseNet-121, a layer of block 2"),
+    ((1024, 96, 48), "BC-100-12, a layer of block 1"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+def test_forward_traffic(sizes: tuple[int, int, int], reason: str) -> None:
+    M, C, K = sizes
+    case = make(FORWARD, sizes, BF16)
+    with Emulator([FORWARD], sanitize=False) as emulator:
+        launches = emulator.call(FORWARD, *case.arguments.values())
+    kernel = launches[0]
+    tiles, blocks = math.ceil(M / kernel.block), kernel.grid[0]  # 32 rows a warp
+    loads = 2 * M * C + tiles * (2 * K * C + 2 * 4 * C) + 3 * 4 * K * blocks
+    stores = 2 * M * K + 3 * 4 * K * blocks + 2 * 4 * K
+    expect_traffic(launches, loads, stores)
+    columns = 64 if K <= 64 else 128
+    assert kernel.mma == tiles * kernel.block // 16 * math.ceil(C / 32) * 2 * columns // 8
+
+
+@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+def test_backward_traffic(sizes: tuple[int, int, int], reason: str) -> None:
+    M, C, K = sizes
+    case = make(BACKWARD, sizes, BF16)
+    with Emulator([BACKWARD], sanitize=False) as emulator:
+        launches = emulator.call(BACKWARD, *case.arguments.values())
+    kernel = launches[0]
+    channel_blocks = math.ceil(C / 64)
+    row_blocks = kernel.grid[0] // channel_blocks
+    partial = row_blocks * (K + 2) * C * 4
+    tables = row_blocks * (channel_blocks * 4 * 4 * K + 4 * 4 * C + 2 * K * C)
+    loads = 2 * 2 * M * C + channel_blocks * 2 * 2 * M * K + tables + partial
+    stores = 2 * M * C + partial + 4 * (K + 2) * C
+    expect_traffic(launches, loads, stores)
+    outputs = 64 if K <= 64 else 128
+    assert kernel.mma == math.ceil(M / 32) * math.ceil(C / 16) * 2 * 2 * 2 * outputs // 16
+
+
+def expect_traffic(launches: list[Launch], loads: int, stores: int) -> None:
+    """Bytes within 2 % of the model, at least 95 % of the sectors needed, no bank conflicts."""
+    load, store = total(launches)
+    assert load.bytes == pytest.approx(loads, rel=0.02)
+    assert store.bytes == pytest.approx(stores, rel=0.02)
+    assert load.efficiency >= 0.95 and store.efficiency >= 0.95
+    assert launches[0].conflict_factor == 1.0

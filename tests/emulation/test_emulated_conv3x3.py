@@ -1,0 +1,167 @@
+"""The fused 3x3 convolution's kernels: shapes at the edges of their tiles, and their traffic
+against the byte models stated in norm_relu_conv3x3_forward.cu and the headers of its backward."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from emulators import emulator_of
+from test_emulated_conv1x1 import total
+from test_kernels import check, identifier
+
+from densenet_efficient.emulation import Emulator, Launch
+from densenet_efficient.emulation.cases import make
+
+BF16, FP16 = torch.bfloat16, torch.float16
+FORWARD, BACKWARD = "norm_relu_conv3x3_forward", "norm_relu_conv3x3_backward"
+
+# (images, height, width, channels, outputs), dtype, channels in front of each slice, reason
+FORWARD_SHAPES = [
+    ((1, 8, 8, 32, 16), BF16, 0, "64 pixels: one warp's tile exactly"),
+    ((1, 1, 64, 16, 8), FP16, 0, "one row as wide as a tile may be: no neighbour above or below"),
+    ((1, 1, 65, 16, 8), BF16, 0, "one wider: two strips, 33 and 32 columns"),
+    ((2, 4, 1, 16, 12), FP16, 0, "one column: no neighbour to the left or right"),
+    (
+        (5, 3, 3, 16, 24),
+        BF16,
+        0,
+        "several images in one tile: rows of neighbours are not neighbours",
+    ),
+    (
+        (1, 7, 7, 33, 17),
+        FP16,
+        0,
+        "a second panel of one channel, the next wider tile by one output",
+    ),
+    ((1, 6, 6, 96, 33), BF16, 0, "three panels; 48 outputs by one"),
+    ((1, 3, 9, 24, 49), FP16, 0, "a second column of the grid with one output"),
+    ((1, 5, 6, 20, 12), BF16, 4, "rows aligned to 8 bytes only, growth rate 12"),
+    ((3, 9, 11, 16, 12), BF16, 0, "more pixels than a tile: the last one has a tail"),
+]
+BACKWARD_SHAPES = [
+    ((1, 8, 8, 64, 32), BF16, 0, "64 pixels, 64 channels, 32 outputs: no tail anywhere"),
+    ((1, 1, 64, 16, 8), FP16, 0, "one row as wide as a tile may be"),
+    ((1, 2, 65, 16, 8), BF16, 0, "one wider: two strips"),
+    ((2, 4, 1, 16, 12), FP16, 0, "one column"),
+    ((5, 3, 3, 40, 24), BF16, 0, "several images in one tile, growth rate 24"),
+    ((1, 5, 5, 65, 17), FP16, 0, "a second block of one channel; 32 outputs by one"),
+    ((1, 4, 5, 32, 33), BF16, 0, "two panels of outputs, the second of one"),
+    ((1, 3, 5, 20, 49), FP16, 0, "outputs in two blocks of the weight gradient"),
+    ((1, 5, 6, 20, 12), BF16, 4, "rows aligned to 8 bytes only, growth rate 12"),
+    ((2, 11, 13, 16, 12), BF16, 0, "several tiles a block: sums of tiles add up in order"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), FORWARD_SHAPES, ids=identifier)
+def test_forward(sizes: tuple[int, ...], dtype: torch.dtype, before: int, reason: str) -> None:
+    check(emulator_of(FORWARD), make(FORWARD, sizes, dtype, before=before))
+
+
+@pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), BACKWARD_SHAPES, ids=identifier)
+def test_backward(sizes: tuple[int, ...], dtype: torch.dtype, before: int, reason: str) -> None:
+    check(emulator_of(BACKWARD), make(BACKWARD, sizes, dtype, before=before))
+
+
+@pytest.mark.parametrize("outputs", [12, 40])
+def test_plain_layer_accumulates(outputs: int) -> None:
+    """A plain layer's data gradient is added to what other layers left, times its own scale."""
+    check(emulator_of(BACKWARD), make(BACKWARD, (2, 5, 6, 40, outputs), BF16, accumulate=True))
+
+
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_weight_layouts_agree(op: str) -> None:
+    """A channels-last weight is used as it lies, any other is copied: the same bits."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        case = make(op, (1, 5, 6, 24, 12), BF16)
+        case.arguments["weight"] = case.arguments["weight"].contiguous(memory_format=layout)
+        launches = emulator_of(op).call(op, *case.arguments.values())
+        assert ("pack" in launches[0].kernel) == (layout == torch.contiguous_format)
+        results.append({name: value.clone() for name, value in case.outputs.items()})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def halo_rows(rows: int, height: int) -> int:
+    """Image rows loaded by tiles of `height` rows and the row above and below each."""
+    firsts = range(0, rows, height)
+    return sum(min(rows, first + height + 1) - max(0, first - 1) for first in firsts)
+
+
+STAGES = [
+    ((1, 28, 28, 128, 32), "DenseNet-121, a layer of block 2"),
+    ((1, 32, 32, 48, 16), "BC-100-12's sizes, an output slice of whole sectors"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+def test_forward_traffic(sizes: tuple[int, ...], reason: str) -> None:
+    N, H, W, C, K = sizes
+    case = make(FORWARD, sizes, BF16)
+    case.arguments["weight"] = case.arguments["weight"].contiguous(
+        memory_format=torch.channels_last
+    )
+    with Emulator([FORWARD], sanitize=False) as emulator:
+        launches = emulator.call(FORWARD, *case.arguments.values())
+    kernel = launches[0]
+    height = 2 * kernel.block // W  # 64 pixels a warp
+    tiles, blocks = math.ceil(N * H / height), kernel.grid[0]
+    loads = 2 * halo_rows(N * H, height) * W * C + tiles * (2 * 9 * K * C + 2 * 4 * C)
+    loads += 3 * 4 * K * blocks
+    stores = 2 * N * H * W * K + 3 * 4 * K * blocks + 2 * 4 * K
+    expect_traffic(launches, loads, stores)
+
+
+@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+def test_backward_traffic(sizes: tuple[int, ...], reason: str) -> None:
+    N, H, W, C, K = sizes
+    case = make(BACKWARD, sizes, BF16)
+    case.arguments["weight"] = case.arguments["weight"].contiguous(
+        memory_format=torch.channels_last
+    )
+    with Emulator([BACKWARD], sanitize=False) as emulator:
+        launches = emulator.call(BACKWARD, *case.arguments.values())
+    data, weight, _ = launches
+    pixels, rows = N * H * W, N * H
+    panels = math.ceil(C / 32) * 32
+
+    height = 2 * data.block // W
+    tiles, blocks = math.ceil(rows / height), data.grid[0]
+    sums = 2 * 4 * panels
+    loads = 2 * pixels * C + 2 * 2 * halo_rows(rows, height) * W * K
+    loads += tiles * (2 * 9 * K * C + 4 * 4 * C) + sums * tiles + blocks * 4 * 4 * K
+    stores = 2 * pixels * C + sums * tiles
+
+    # The weight gradient's tile follows from its shared memory: that of x, dy and the pixels.
+    channel_blocks = math.ceil(C / 64)
+    row_blocks = weight.grid[0] // channel_blocks
+    height = weight_tile_height(weight.shared_bytes, W)
+    loads += 2 * pixels * C + channel_blocks * 2 * 2 * halo_rows(rows, height) * W * K
+    loads += math.ceil(rows / height) * 2 * 4 * C + row_blocks * channel_blocks * 4 * 4 * K
+    partial = row_blocks * 4 * 9 * K * channel_blocks * 64
+    loads += row_blocks * 4 * 9 * K * C
+    stores += partial + 4 * (9 * K + 2) * C
+    expect_traffic(launches, loads, stores)
+
+
+def weight_tile_height(shared_bytes: int, width: int) -> int:
+    for groups in range(1, 8):
+        height = 64 * groups // width
+        positions = math.ceil((height + 2) * width / 8) * 8
+        fixed = 2 * 2 * 256 + 512 + 640
+        if fixed + positions * 64 + groups * (2 * 2 * 4096 + 512) == shared_bytes:
+            return height
+    raise AssertionError(f"no tile of {width} columns takes {shared_bytes} bytes")
+
+
+def expect_traffic(launches: list[Launch], loads: int, stores: int) -> None:
+    """Bytes within 2 % of the model, at least 95 % of the sectors needed, no bank conflicts."""
+    load, store = total(launches)
+    assert load.bytes == pytest.approx(loads, rel=0.02)
+    assert store.bytes == pytest.approx(stores, rel=0.02)
+    assert load.efficiency >= 0.95 and store.efficiency >= 0.95
+    for launch in launches:
+        assert launch.conflict_factor == 1.0, launch.kernel
