@@ -62,7 +62,8 @@ def update_running_statistics(
     """
     if count == 0 or is_recomputation():
         return
-    groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    # (momentum, dtype) -> running means, batch means, running variances, batch variances
+    groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], ...]] = {}
     tracked = [pair for pair in zip(norms, stats, strict=True) if _tracks(pair[0])]
     with torch.no_grad():
         counters = [n.num_batches_tracked for n, _ in tracked if n.num_batches_tracked is not None]
@@ -72,16 +73,18 @@ def update_running_statistics(
             assert norm.running_mean is not None and norm.running_var is not None
             momentum = norm.momentum
             if momentum is None:
-                assert norm.num_batches_tracked is not None
                 momentum = 1.0 / float(norm.num_batches_tracked)
             dtype = norm.running_mean.dtype
-            running, batch = groups.setdefault((momentum, dtype), ([], []))
-            running += [norm.running_mean, norm.running_var]
-            unbiased = values[1] * (count / (count - 1))
-            batch += [values[0].to(dtype), unbiased.to(dtype)]
-        for (momentum, _), (running, batch) in groups.items():
-            torch._foreach_mul_(running, 1.0 - momentum)
-            torch._foreach_add_(running, batch, alpha=momentum)
+            values = values.to(dtype)
+            group = groups.setdefault((momentum, dtype), ([], [], [], []))
+            pair = (norm.running_mean, values[0], norm.running_var, values[1])
+            for column, tensor in zip(group, pair, strict=True):
+                column.append(tensor)
+        for (momentum, _), (means, batch_means, variances, batch_variances) in groups.items():
+            torch._foreach_mul_(means + variances, 1.0 - momentum)
+            torch._foreach_add_(means, batch_means, alpha=momentum)
+            unbiased = count / (count - 1)
+            torch._foreach_add_(variances, batch_variances, alpha=momentum * unbiased)
 
 
 def _tracks(norm: BatchNorm) -> bool:
