@@ -151,11 +151,11 @@ class Conversion:
             if "forward" in module.__dict__:
                 raise Unsupported("its forward was replaced")
             replacement = adapter.build(module, self._memory)
-            checked = check_replacement(module, replacement, adapter.probe)
+            remark = check_replacement(module, replacement, adapter.probe)
         except Unsupported as reason:
             self._note(path, module, "refused" if adapter.required else "left", str(reason))
             return module
-        self._note(path, module, "converted", "" if checked else "on the meta device, unchecked")
+        self._note(path, module, "converted", remark)
         self._replaced.append((module, replacement))
         return replacement
 

@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..modules import EfficientDenseBlock
 from .adapters import Unsupported
 
 # Largest difference over the largest output. A wrong order of channels gives errors of order one;
@@ -25,16 +26,17 @@ _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 
 def check_replacement(
     source: nn.Module, replacement: nn.Module, probe: Callable[[nn.Module], Tensor]
-) -> bool:
-    """Raises `Unsupported` unless the replacement is the source over again; True if outputs were
-    compared, False on the meta device, where there are none. Training flags, running statistics
+) -> str:
+    """Raises `Unsupported` unless the replacement is the source over again. Returns what the report
+    should say of it: that it is on the meta device, where there are no outputs to compare, or that
+    it will run its original forward, and why; mostly nothing. Training flags, running statistics
     and torch's random state are left as they are, and no hook is called."""
     _check_same_tensors(source, replacement)
     like = next(source.parameters())
     if like.dtype not in _TOLERANCE:
         raise Unsupported(f"the weights are {like.dtype}; floating point is expected")
     if like.is_meta:
-        return False
+        return "on the meta device, unchecked"
     x = probe(source).to(like.device, like.dtype)
     with (
         torch.no_grad(),
@@ -43,6 +45,7 @@ def check_replacement(
     ):
         expected = _run("it", source, x)
         actual = _run("the replacement", replacement, x)
+        path = replacement.path(x) if isinstance(replacement, EfficientDenseBlock) else None
     if actual.shape != expected.shape:
         raise Unsupported(
             f"the self-check gave shape {list(actual.shape)} instead of {list(expected.shape)}"
@@ -55,7 +58,9 @@ def check_replacement(
         raise Unsupported(
             f"the self-check failed: largest difference {error:.3g}, largest output {size:.3g}"
         )
-    return True
+    if path is not None and path.kind == "original":
+        return f"runs its original forward: {path.reason}"
+    return ""
 
 
 def _run(name: str, module: nn.Module, x: Tensor) -> Tensor:
