@@ -59,7 +59,9 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def obstacle(modules: Iterable[tuple[str, nn.Module]], expected: Mapping[str, type]) -> str | None:
-    """Why the original forward must run: a hook or a replaced child; None where nothing is."""
+    """Why the original forward must run: a hook, a replaced child, a trace; None if nothing is."""
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
     for name, module in modules:
         if type(module) is not expected.get(name, type(module)):
             return f"{name} was replaced by a {type(module).__name__}"

@@ -139,8 +139,6 @@ class EfficientDenseBlock(reference.DenseBlock):
         self, x: Tensor, parts: list[LayerParts], dtype: torch.dtype
     ) -> tuple[Path, tuple[LayerCall, ...]]:
         reason = obstacle(self._inner_modules(), self._expected)
-        if reason is None and torch.jit.is_tracing():
-            reason = "torch.jit is tracing"
         path = paths.choose(x.device, dtype)
         layers: list[LayerCall] = []
         channels = parts[0].norm1.num_features

@@ -157,6 +157,18 @@ def test_cifar_networks_start_and_compress_as_in_the_paper() -> None:
     assert plain(torch.randn(2, 3, 32, 32)).shape == bc(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["trace", "export"])
+def test_models_can_be_traced_and_exported(how: str) -> None:
+    model = models.EfficientDenseNet(**SMALL, num_classes=5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    if how == "trace":
+        other: Any = torch.jit.trace(model, torch.randn(2, 3, 32, 32))
+    else:
+        other = torch.export.export(model, (torch.randn(2, 3, 32, 32),)).module()
+    torch.testing.assert_close(other(x), model(x))
+
+
 # Weights made elsewhere
 
 
