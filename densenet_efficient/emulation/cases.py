@@ -247,9 +247,7 @@ def dimensions(op: str) -> tuple[str, ...]:
 
 def stage_of(op: str) -> str:
     """The kernel file of an operator."""
-    return {"norm_correction_apply": "norm_correction", "stem_forward": "stem"}.get(
-        op, "stem" if op == "stem_backward" else op
-    )
+    return "norm_correction" if op == "norm_correction_apply" else op
 
 
 def make(

@@ -1,190 +1,21 @@
-// stem: norm, ReLU and max-pool (3 x 3, stride 2, padding 1) of x [N, H, W, C] in one pass.
+// stem, backward: from dy [N, OH, OW, C] to dx [N, H, W, C], through the max-pool, the ReLU and the norm.
 //
-//   y = max over the window of relu(a * x + s)   [N, OH, OW, C], OH = ceil(H/2), OW = ceil(W/2)
 //   dz goes to the window's first maximum (row-major); dx = a * dz - p - (x - mean) * q
 //
-// A thread owns V neighbouring channels of one output column ow and walks down a band of output
-// rows: the maximum of an input row serves two windows, so vertically x is read once; horizontally
-// a third of the reads finds the neighbour's column in the L1 cache. A block is (lanes output
-// columns) x (vectors of channels) of one band. Padding never wins: the ReLU's values are not
-// negative, and zero takes no gradient.
+// Two passes over x and dy, cheaper than storing dz in between: the sums need only each window's
+// maximum; then dx gathers, for each of a thread's two input columns, from the thread's own window
+// and from its right neighbour's, by their winners' positions, exchanged in shared memory. Blocks of
+// the second pass compute one column and one row of windows more than they own.
 //
-// Backward is two passes over x and dy, cheaper than storing dz in between: the sums need only each
-// window's maximum; then dx gathers, for each of a thread's two input columns, from the thread's
-// own window and from its right neighbour's (by their winners' positions, exchanged in shared
-// memory).
-//
-// Bytes moved (x: the elements of x, y a quarter): forward x + y; backward 3 x + 2 y; partial sums.
-// Moments of y by exact two-pass over kGroup rows, merged by Chan's formula; sums in fixed order.
+// Who owns what: stem.cuh. Bytes moved: x twice (its columns asked for 1.5 times), dy twice (in the
+// second pass twice over), dx once, two partial sums per channel and block. Sums in fixed order
+// (reduce.cuh).
 #include "correction.cuh"
 #include "reduce.cuh"
+#include "stem.cuh"
 
 namespace densenet_efficient {
 namespace {
-
-constexpr int kGroup = 4;  // output rows whose moments are taken at once
-// Eight channels a thread would spill; eight bytes a lane still fill whole sectors.
-template <typename T>
-constexpr int kVector = sizeof(T) == 8 ? 2 : 4;
-
-// Who owns what. Backward blocks compute one column of windows more than they own.
-struct StemPlan {
-  int64_t images;
-  int height, width, out_height, out_width;
-  int halo;        // columns of windows computed beyond the owned ones
-  int tiles;       // of owned output columns
-  int tile_width;  // owned output columns
-  int bands, band_height;
-  Columns columns;  // of the channels; its rows are not used
-
-  StemPlan(const Tensor& x, int vector, int halo)
-      : images(x.size(0)),
-        height(static_cast<int>(x.size(1))),
-        width(static_cast<int>(x.size(2))),
-        out_height((height + 1) / 2),
-        out_width((width + 1) / 2),
-        halo(halo),
-        columns(1, x.size(3), vector, 1) {
-    constexpr int64_t kBlocks = 512;  // enough for every multiprocessor
-    constexpr int kShortest = 4;      // a band reads one row more than it owns
-    const int widest = columns.lanes > halo ? columns.lanes - halo : 1;
-    tiles = static_cast<int>(ceil_div(out_width, widest));
-    tile_width = static_cast<int>(ceil_div(out_width, tiles));
-    const int64_t wanted = ceil_div(kBlocks, images * tiles * columns.groups);
-    bands = static_cast<int>(std::clamp<int64_t>(out_height / kShortest, 1, wanted));
-    band_height = static_cast<int>(ceil_div(out_height, bands));
-    bands = static_cast<int>(ceil_div(out_height, band_height));
-  }
-  int64_t parts() const { return images * bands * tiles; }
-};
-
-struct StemThread {
-  int64_t image;
-  int first, end;  // output rows
-  int column;      // output column
-  int channel;
-  bool active;  // has a window column (perhaps the halo's)
-  bool owner;
-  ColumnThread at;
-
-  __device__ __forceinline__ explicit StemThread(const StemPlan& plan)
-      : at(plan.columns, device::thread_index(), device::block_y()) {
-    const int tile = device::block_x() % plan.tiles;
-    const int rest = device::block_x() / plan.tiles;
-    image = rest / plan.bands;
-    first = rest % plan.bands * plan.band_height;
-    end = min(first + plan.band_height, plan.out_height);
-    column = tile * plan.tile_width + at.lane;
-    channel = at.channel;
-    active = at.active && at.lane < plan.tile_width + plan.halo && column < plan.out_width;
-    owner = active && at.lane < plan.tile_width;
-  }
-};
-
-// Three neighbouring inputs 2 * column - 1 ... of one row; those outside are absent.
-template <typename T, int V>
-struct InputRow {
-  Vector<T, V> x[3];
-  bool present[3];
-
-  __device__ __forceinline__ void load(const Rows<const T>& rows, const StemPlan& plan,
-                                       const StemThread& at, int row DE_HERE) {
-    const bool inside = at.active && row >= 0 && row < plan.height;
-    const int64_t pixel = (at.image * plan.height + row) * plan.width + 2 * at.column - 1;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const int column = 2 * at.column - 1 + i;
-      present[i] = inside && column >= 0 && column < plan.width;
-      if (present[i]) x[i] = load_input<T, V>(rows[pixel + i] + at.channel DE_AT);
-    }
-  }
-};
-
-// The first maximum of one input row, or of several: the value behind the ReLU (0 where there is
-// none) and the window position or the input it came from.
-template <typename A, typename Tag, int V>
-struct Maximum {
-  A value[V];
-  Tag tag[V];
-
-  __device__ __forceinline__ static Maximum none() {
-    Maximum maximum;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      maximum.value[v] = A(0);
-      maximum.tag[v] = Tag(0);
-    }
-    return maximum;
-  }
-  // Later candidates win only where they are larger; a NaN always wins.
-  __device__ __forceinline__ void offer(int v, A candidate, Tag candidate_tag) {
-    if (candidate > value[v] || candidate != candidate) {
-      value[v] = candidate;
-      tag[v] = candidate_tag;
-    }
-  }
-};
-
-template <typename T, typename Tag, int V, typename MakeTag>
-__device__ __forceinline__ Maximum<Arithmetic<T>, Tag, V> row_maximum(
-    const InputRow<T, V>& row, const Arithmetic<T> (&scale)[V], const Arithmetic<T> (&shift)[V],
-    MakeTag make_tag) {
-  using A = Arithmetic<T>;
-  auto maximum = Maximum<A, Tag, V>::none();
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    if (!row.present[i]) continue;
-    A x[V];
-    unpack(row.x[i], x);
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-      maximum.offer(v, norm_relu(x[v], scale[v], shift[v]), make_tag(i, x[v]));
-  }
-  return maximum;
-}
-
-template <typename T, int V>
-__global__ void __launch_bounds__(kColumnThreads, 2)
-    stem_forward_kernel(Rows<const T> x, Rows<const Arithmetic<T>> norm, Rows<T> y, StemPlan plan,
-                        Arithmetic<T>* partials) {
-  using A = Arithmetic<T>;
-  const StemThread at(plan);
-  Pairs<A, V> pairs = Pairs<A, V>::zero();
-  const auto untagged = [](int, A) { return 0; };
-  if (at.active) {
-    A scale[V], shift[V];
-    load_values(norm[kScale] + at.channel, scale);
-    load_values(norm[kShift] + at.channel, shift);
-    InputRow<T, V> middle, below;
-    below.load(x, plan, at, 2 * at.first - 1);
-    auto above = row_maximum<T, int>(below, scale, shift, untagged);
-    for (int group = at.first; group < at.end; group += kGroup) {
-      Vector<T, V> stored[kGroup];
-      const int count = min(kGroup, at.end - group);
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const int row = group + i;
-        stored[i] = Vector<T, V>::zero();
-        if (row >= at.end) continue;
-        middle.load(x, plan, at, 2 * row);
-        below.load(x, plan, at, 2 * row + 1);
-        auto window = row_maximum<T, int>(middle, scale, shift, untagged);
-        const auto next = row_maximum<T, int>(below, scale, shift, untagged);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          window.offer(v, above.value[v], 0);
-          window.offer(v, next.value[v], 0);
-        }
-        above = next;
-        stored[i] = pack<T, V>(window.value);
-        const int64_t pixel = (at.image * plan.out_height + row) * plan.out_width + at.column;
-        store_vector(y[pixel] + at.channel, stored[i]);
-      }
-      if (partials) MergeMoments::merge(pairs, moments_of(stored, count));
-    }
-  }
-  if (partials) block_merge<MergeMoments>(plan.columns, at.at, pairs, partials);
-}
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
@@ -350,50 +181,6 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   }
 }
 
-void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {
-  const char* op = "stem_forward";
-  check_dim({op, "x", x}, 4);
-  const int64_t channels = x.size(3);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, channels, accumulate, x, "x");
-  const int64_t out_height = ceil_div(x.size(1), 2), out_width = ceil_div(x.size(2), 2);
-  const int64_t y_stride =
-      check_activation({op, "y", y}, {x.size(0), out_height, out_width, channels}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, channels, accumulate, x, "x") : 0;
-  if (channels == 0) return;
-  const Launcher launcher(op, x);
-  const int64_t rows = x.size(0) * out_height * out_width;
-  dispatch_activation({op, "x", x}, [&]<typename T>(T) {
-    using A = Arithmetic<T>;
-    if (rows == 0) {
-      if (stats) clear_table(launcher, output_rows<A>(*stats, stats_stride), kStatsRows, channels);
-      return;
-    }
-    const int width =
-        vector_width(channels, sizeof(T), kVector<T>,
-                     {{x.const_data_ptr(), x_stride}, {y.const_data_ptr(), y_stride}});
-    const StemPlan plan(x, width, 0);
-    const Tensor partials = torch::stable::new_empty(
-        x, {stats ? partials_size(plan.parts(), channels) : 0}, accumulate);
-    A* const data = stats ? static_cast<A*>(partials.mutable_data_ptr()) : nullptr;
-    dispatch_width<kVector<T>>(width, [&]<int V>() {
-      launcher.launch<&stem_forward_kernel<T, V>>({.grid_x = plan.parts(),
-                                                   .grid_y = plan.columns.groups,
-                                                   .block = kColumnThreads,
-                                                   .shared_bytes = stats ? kMergeBytes<A, V> : 0},
-                                                  input_rows<T>(x, x_stride),
-                                                  input_rows<A>(norm, norm_stride),
-                                                  output_rows<T>(y, y_stride), plan, data);
-    });
-    if (stats)
-      finish_partials<MergeMoments, FinishStats>(launcher, data, plan.parts(), channels,
-                                                 output_rows<A>(*stats, stats_stride));
-  });
-}
-
 void stem_backward(Tensor dy, Tensor x, Tensor norm, int64_t count, Tensor dx, Tensor dnorm) {
   const char* op = "stem_backward";
   check_dim({op, "x", x}, 4);
@@ -452,6 +239,5 @@ void stem_backward(Tensor dy, Tensor x, Tensor norm, int64_t count, Tensor dx, T
 }  // namespace densenet_efficient
 
 DE_REGISTER(library) {
-  library.impl("stem_forward", TORCH_BOX(&densenet_efficient::stem_forward));
   library.impl("stem_backward", TORCH_BOX(&densenet_efficient::stem_backward));
 }

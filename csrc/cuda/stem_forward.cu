@@ -1,0 +1,106 @@
+// stem, forward: norm, ReLU and max-pool (3 x 3, stride 2, padding 1) of x [N, H, W, C] in one pass.
+//
+//   y = max over the window of relu(a * x + s)   [N, OH, OW, C], OH = ceil(H / 2), OW = ceil(W / 2)
+//
+// Who owns what: stem.cuh. Bytes moved: x once (its columns asked for 1.5 times), y once, two partial
+// moments per channel and block. Moments of y as stored, by exact two-pass over kGroup rows, merged
+// by Chan's formula in a fixed order (reduce.cuh).
+#include "reduce.cuh"
+#include "stem.cuh"
+
+namespace densenet_efficient {
+namespace {
+
+constexpr int kGroup = 4;  // output rows whose moments are taken at once
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kColumnThreads, 2)
+    stem_forward_kernel(Rows<const T> x, Rows<const Arithmetic<T>> norm, Rows<T> y, StemPlan plan,
+                        Arithmetic<T>* partials) {
+  using A = Arithmetic<T>;
+  const StemThread at(plan);
+  Pairs<A, V> pairs = Pairs<A, V>::zero();
+  const auto untagged = [](int, A) { return 0; };
+  if (at.active) {
+    A scale[V], shift[V];
+    load_values(norm[kScale] + at.channel, scale);
+    load_values(norm[kShift] + at.channel, shift);
+    InputRow<T, V> middle, below;
+    below.load(x, plan, at, 2 * at.first - 1);
+    auto above = row_maximum<T, int>(below, scale, shift, untagged);
+    for (int group = at.first; group < at.end; group += kGroup) {
+      Vector<T, V> stored[kGroup];
+      const int count = min(kGroup, at.end - group);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int row = group + i;
+        stored[i] = Vector<T, V>::zero();
+        if (row >= at.end) continue;
+        middle.load(x, plan, at, 2 * row);
+        below.load(x, plan, at, 2 * row + 1);
+        auto window = row_maximum<T, int>(middle, scale, shift, untagged);
+        const auto next = row_maximum<T, int>(below, scale, shift, untagged);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          window.offer(v, above.value[v], 0);
+          window.offer(v, next.value[v], 0);
+        }
+        above = next;
+        stored[i] = pack<T, V>(window.value);
+        const int64_t pixel = (at.image * plan.out_height + row) * plan.out_width + at.column;
+        store_vector(y[pixel] + at.channel, stored[i]);
+      }
+      if (partials) MergeMoments::merge(pairs, moments_of(stored, count));
+    }
+  }
+  if (partials) block_merge<MergeMoments>(plan.columns, at.at, pairs, partials);
+}
+
+void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {
+  const char* op = "stem_forward";
+  check_dim({op, "x", x}, 4);
+  const int64_t channels = x.size(3);
+  const ScalarType accumulate = check_activation_dtype({op, "x", x});
+  const int64_t x_stride = check_rows({op, "x", x});
+  const int64_t norm_stride =
+      check_table({op, "norm", norm}, kNormRows, channels, accumulate, x, "x");
+  const int64_t out_height = ceil_div(x.size(1), 2), out_width = ceil_div(x.size(2), 2);
+  const int64_t y_stride =
+      check_activation({op, "y", y}, {x.size(0), out_height, out_width, channels}, x, "x");
+  const int64_t stats_stride =
+      stats ? check_table({op, "stats", *stats}, kStatsRows, channels, accumulate, x, "x") : 0;
+  if (channels == 0) return;
+  const Launcher launcher(op, x);
+  const int64_t rows = x.size(0) * out_height * out_width;
+  dispatch_activation({op, "x", x}, [&]<typename T>(T) {
+    using A = Arithmetic<T>;
+    if (rows == 0) {
+      if (stats) clear_table(launcher, output_rows<A>(*stats, stats_stride), kStatsRows, channels);
+      return;
+    }
+    const int width =
+        vector_width(channels, sizeof(T), kVector<T>,
+                     {{x.const_data_ptr(), x_stride}, {y.const_data_ptr(), y_stride}});
+    const StemPlan plan(x, width, 0);
+    const Tensor partials = torch::stable::new_empty(
+        x, {stats ? partials_size(plan.parts(), channels) : 0}, accumulate);
+    A* const data = stats ? static_cast<A*>(partials.mutable_data_ptr()) : nullptr;
+    dispatch_width<kVector<T>>(width, [&]<int V>() {
+      launcher.launch<&stem_forward_kernel<T, V>>({.grid_x = plan.parts(),
+                                                   .grid_y = plan.columns.groups,
+                                                   .block = kColumnThreads,
+                                                   .shared_bytes = stats ? kMergeBytes<A, V> : 0},
+                                                  input_rows<T>(x, x_stride),
+                                                  input_rows<A>(norm, norm_stride),
+                                                  output_rows<T>(y, y_stride), plan, data);
+    });
+    if (stats)
+      finish_partials<MergeMoments, FinishStats>(launcher, data, plan.parts(), channels,
+                                                 output_rows<A>(*stats, stats_stride));
+  });
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+DE_REGISTER(library) { library.impl("stem_forward", TORCH_BOX(&densenet_efficient::stem_forward)); }
