@@ -3,6 +3,7 @@
 from .arena import release
 from .convert import convert, register_adapter, unconvert
 from .explain import explain
+from .features import EfficientFeatures, EfficientTransition
 from .library import MissingLibraryError, info
 from .models import (
     EfficientDenseNet,
@@ -14,7 +15,7 @@ from .models import (
     densenet264_k48,
     densenet_cifar,
 )
-from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition, LayerParts
+from .modules import EfficientDenseBlock, LayerParts
 from .plan import Plan, max_batch, plan
 from .version import __version__
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition
+from .features import EfficientFeatures, EfficientTransition
+from .modules import EfficientDenseBlock
 from .paths import Path
 
 

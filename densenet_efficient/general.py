@@ -52,7 +52,6 @@ class ConvOptions:
         return dz, dweight
 
 
-_POINTWISE = ConvOptions((0,), (1,))
 _CONV3X3 = ConvOptions((1, 1), (1, 1))
 
 
@@ -80,8 +79,7 @@ def _channels_first(x: Tensor) -> Tensor:
     return x.movedim(-1, 1)
 
 
-def _rows(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of x [..., C] that are summed over in per-channel sums."""
+def _rows(x: Tensor) -> tuple[int, ...]:  # of x [..., C]: what per-channel sums run over
     return tuple(range(x.dim() - 1))
 
 
@@ -119,9 +117,8 @@ def norm_correction(
     dnorm: Tensor, norm: Tensor, count: int, accumulate: bool, correction: Tensor
 ) -> None:
     """See :func:`densenet_efficient.ops.norm_correction`."""
-    inverse = 1.0 / count if count else 0.0
-    p = norm[0] * dnorm[1] * inverse
-    q = norm[0] * norm[3] * dnorm[0] * inverse
+    share = norm[0] * (1.0 / count if count else 0.0)
+    p, q = share * dnorm[1], share * norm[3] * dnorm[0]
     if accumulate:
         channels = dnorm.shape[1]
         correction[1, :channels] += p

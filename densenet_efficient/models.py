@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from .architecture import CONFIGURATIONS, DenseNetBase, cifar_block_config
-from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition
+from .features import EfficientFeatures, EfficientTransition
+from .modules import EfficientDenseBlock
 from .weights import fetch_weights, load_weights
 
 __all__ = [

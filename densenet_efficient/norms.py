@@ -73,6 +73,7 @@ def update_running_statistics(
             assert norm.running_mean is not None and norm.running_var is not None
             momentum = norm.momentum
             if momentum is None:
+                assert norm.num_batches_tracked is not None
                 momentum = 1.0 / float(norm.num_batches_tracked)
             dtype = norm.running_mean.dtype
             values = values.to(dtype)

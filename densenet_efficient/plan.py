@@ -20,9 +20,11 @@ from torch import nn
 from . import arena, workspaces
 from .arena import Buffer
 from .calls import BlockCall, kept_table, scratch_table
+from .features import EfficientFeatures, EfficientTransition
 from .general import accumulation_dtype
 from .layers import layer_call
-from .modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition
+from .ledger import Ledger
+from .modules import EfficientDenseBlock
 from .norms import BATCH_NORMS
 from .paths import FLOATING, choose
 
@@ -70,40 +72,6 @@ class Plan:
             f"({each:.2f} MB per image), at {self.peak_at}"
         )
         return "\n".join(lines)
-
-
-class _Ledger:
-    """Allocations and releases in the order of a step."""
-
-    def __init__(self) -> None:
-        self.rows: list[Buffer] = []
-        self.live: dict[str, int] = {}
-        self.peak = 0
-        self.peak_at = "the beginning"
-        self.at_peak: dict[str, int] = {}
-
-    def allocate(self, row: Buffer, where: str) -> None:
-        self.rows.append(row)
-        self.live[row.name] = row.bytes
-        self.mark(where)
-
-    def grow(self, name: str, size: int, where: str) -> None:
-        """A buffer that is shared and only grows."""
-        self.live[name] = max(self.live.get(name, 0), size)
-        self.mark(where)
-
-    def mark(self, where: str, extra: int = 0) -> None:
-        """Note the sum, with ``extra`` bytes that live inside one operator."""
-        total = sum(self.live.values()) + extra
-        if total > self.peak:
-            self.peak, self.peak_at = total, where
-            self.at_peak = dict(self.live)
-            if extra:
-                self.at_peak["inside the operator"] = extra
-
-    def free(self, *names: str) -> None:
-        for name in names:
-            self.live.pop(name, None)
 
 
 @dataclass
@@ -215,7 +183,7 @@ def plan(
         raise ValueError(f"input_shape must be {dims + 2} positive sizes, got {list(input_shape)}")
     if shape[1] != conv.in_channels:
         raise ValueError(f"input_shape must have {conv.in_channels} channels, got {shape[1]}")
-    ledger = _Ledger()
+    ledger = Ledger()
     stages = _stages(features, (shape[0], *shape[2:]), shape[1])
     device = next(model.parameters()).device
     _replay(ledger, model, stages, dtype, device, training)
@@ -223,7 +191,7 @@ def plan(
 
 
 def _replay(
-    ledger: _Ledger,
+    ledger: Ledger,
     model: nn.Module,
     stages: list[_Stage],
     dtype: torch.dtype,

@@ -22,10 +22,9 @@ from densenet_efficient.convert import (
     inspect_conversion,
     unconvert,
 )
+from densenet_efficient.features import EfficientFeatures, EfficientTransition
 from densenet_efficient.modules import (
     EfficientDenseBlock,
-    EfficientFeatures,
-    EfficientTransition,
 )
 
 OPTIONS: dict[str, Any] = {

@@ -14,7 +14,8 @@ import re
 
 from torch import Tensor, nn
 
-from ..modules import EfficientDenseBlock, EfficientFeatures, EfficientTransition, standard_parts
+from ..features import EfficientFeatures, EfficientTransition
+from ..modules import EfficientDenseBlock, standard_parts
 from .adapters import (
     Adapter,
     Unsupported,

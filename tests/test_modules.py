@@ -1,0 +1,336 @@
+"""The modules' behaviour: layouts, checkpointing, failures, hooks, ownership, transitions."""
+
+import copy
+import functools
+import threading
+
+import pytest
+import torch
+from block_pair import MEMORY, assert_same, pair, step
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import densenet_efficient as de
+from densenet_efficient import arena, functions, ops, ownership, reference
+from densenet_efficient.models import EfficientDenseNet
+
+
+def test_memory_formats_slices_and_lists():
+    block, ours = pair()
+    wide = torch.randn(3, 20, 6, 5, dtype=torch.float64)
+    plain = wide[:, 5:15]
+    expected = block(plain)
+    for x in (
+        plain,
+        plain.contiguous(memory_format=torch.channels_last),
+        [plain[:, :4], plain[:, 4:]],
+    ):
+        ours.load_state_dict(pair()[0].state_dict())
+        torch.testing.assert_close(ours(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_frozen_parameters_and_inputs(memory):
+    block, ours = pair(memory)
+    for module in (block, ours):
+        module.denselayer2.conv1.requires_grad_(False)
+        module.denselayer1.norm1.requires_grad_(False)
+    x = torch.randn(2, 10, 4, 4, dtype=torch.float64)
+    assert_same(step(block, x), step(ours, x))
+    ours.zero_grad()
+    ours(x).sum().backward()  # an input without gradient
+    assert ours.denselayer1.conv1.weight.grad is not None
+    ours.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    ours(leaf).sum().backward()  # a gradient for the input alone
+    assert leaf.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_running_statistics_are_updated_once_under_checkpointing(reentrant):
+    block, ours = pair()
+    x = torch.randn(2, 10, 4, 4, dtype=torch.float64)
+    expected = step(block, x)
+    got = step(ours, x, call=lambda m, x: checkpoint(m, x, use_reentrant=reentrant))
+    assert_same(expected, got)
+    assert ours.denselayer1.norm1.num_batches_tracked == 1
+
+
+def test_a_failed_call_leaves_running_statistics_alone(monkeypatch):
+    _, ours = pair()
+    before = copy.deepcopy(ours.state_dict())
+    from densenet_efficient import block as algorithm
+
+    def broken(self, *args):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(algorithm._Layer, "conv2_forward", broken)
+    with pytest.raises(RuntimeError, match="planted"):
+        ours(torch.randn(2, 10, 4, 4, dtype=torch.float64))
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_empty_batch():
+    _, ours = pair()
+    before = copy.deepcopy(ours.state_dict())
+    x = torch.randn(0, 10, 4, 4, dtype=torch.float64, requires_grad=True)
+    y = ours(x)
+    assert y.shape == (0, 28, 4, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not p.grad.any() for p in ours.parameters())
+    assert all(torch.equal(v, before[n]) for n, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "text"),
+    [
+        (torch.zeros(2, 9, 4, 4, dtype=torch.float64), ValueError, "10 channels"),
+        (torch.zeros(2, 10, 4, dtype=torch.float64), ValueError, "4 dimensions"),
+        (torch.zeros(2, 10, 4, 4), TypeError, "float64 like denselayer1.conv1.weight"),
+        (torch.zeros(2, 10, 4, 4, dtype=torch.int64), TypeError, "got torch.int64"),
+        (torch.zeros(1, 10, 1, 1, dtype=torch.float64), ValueError, "more than 1 value"),
+        (torch.zeros(2, 10, 4, 4, dtype=torch.float64, device="meta"), ValueError, "on cpu"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_changes(x, error, text):
+    _, ours = pair()
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(error, match=text):
+        ours(x)
+    assert all(torch.equal(v, before[n]) for n, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"growth_rate": 0}, "growth_rate"),
+        ({"drop_rate": 1.5}, "drop_rate"),
+        ({"drop_rate": float("nan")}, "drop_rate"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"memory": "least"}, "memory"),
+        ({"dims": 4}, "dims"),
+        ({"eps": float("nan")}, "eps"),
+        ({"eps": 0.0}, "eps"),
+        ({"momentum": float("inf")}, "momentum"),
+    ],
+)
+def test_bad_options(options, text):
+    good = {
+        "num_layers": 2, "num_input_features": 8, "bn_size": 4, "growth_rate": 4, "drop_rate": 0.0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=text):
+        de.EfficientDenseBlock(**{**good, **options})
+
+
+def test_hooks_and_replaced_children_run_the_original_forward():
+    block, ours = pair()
+    x = torch.randn(2, 10, 4, 4, dtype=torch.float64)
+    seen = []
+    handle = ours.denselayer2.norm2.register_forward_hook(lambda *args: seen.append(1))
+    with pytest.warns(UserWarning, match="denselayer2.norm2 carries a hook"):
+        got = step(ours, x)
+    assert seen and ours.path(x).kind == "original"
+    assert_same(step(block, x), got)
+    handle.remove()
+    assert ours.path(x).kind != "original"
+    ours.denselayer1.relu1 = nn.ELU()
+    assert "replaced by a ELU" in ours.path(x).reason
+    assert "original" in str(de.explain(ours, x))
+
+
+def test_double_backward_and_forward_mode_are_refused():
+    _, ours = pair()
+    x = torch.randn(2, 10, 4, 4, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="EfficientDenseBlock has first derivatives only"):
+        torch.autograd.grad(g.sum(), x)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(ours, (x,), (x,))
+
+
+def test_two_forwards_before_a_backward_and_threads():
+    block, ours = pair()
+    xs = [torch.randn(2, 10, 5, 5, dtype=torch.float64) for _ in range(2)]
+    expected = [step(copy.deepcopy(block), x)["dx"] for x in xs]
+    leaves = [x.clone().requires_grad_() for x in xs]
+    ys = [ours(x) for x in leaves]
+    gradient = torch.linspace(-1, 1, ys[0].numel(), dtype=torch.float64).view(ys[0].shape)
+    for y in reversed(ys):
+        y.backward(gradient)
+    for leaf, dx in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, dx, rtol=1e-10, atol=1e-12)
+    blocks = [copy.deepcopy(ours) for _ in range(4)]
+    results = [None] * 4
+
+    def work(i):
+        results[i] = step(blocks[i], xs[0])["dx"]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for dx in results:
+        torch.testing.assert_close(dx, expected[0], rtol=1e-10, atol=1e-12)
+
+
+def test_scratch_is_shared_and_released():
+    arena.release()
+    _, ours = pair()
+    x = torch.randn(2, 10, 8, 8, dtype=torch.float64)
+    step(ours, x)
+    reserved = arena.reserved_bytes("cpu")
+    assert reserved >= 2 * 2 * 64 * 24 * 8
+    step(copy.deepcopy(ours), x)
+    assert arena.reserved_bytes() == reserved
+    arena.release("cpu")
+    assert arena.reserved_bytes() == 0
+
+
+def _keep(stored, tensor):
+    stored.append(tensor)
+    return tensor
+
+
+def test_recompute_keeps_the_feature_buffer_only():
+    for memory in MEMORY:
+        _, ours = pair(memory, layers=6)
+        stored = []
+        keep = functools.partial(_keep, stored)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = ours(torch.randn(2, 10, 8, 8, dtype=torch.float64))
+        own = {id(p) for p in ours.parameters()}
+        kept = {t.untyped_storage().data_ptr(): t.nbytes for t in stored if id(t) not in own}
+        bottlenecks = 6 * 2 * 64 * 24 * 8 if memory == "store" else 0
+        assert y.nbytes + bottlenecks <= sum(kept.values()) < (y.nbytes + bottlenecks) * 1.2
+
+
+def test_the_gradient_is_written_in_place_only_when_nobody_else_sees_it(monkeypatch):
+    answers = []
+    ask = ownership.is_sole_owner
+    monkeypatch.setattr(
+        functions.ownership, "is_sole_owner", lambda held: answers.append(ask(held)) or answers[-1]
+    )
+    _, ours = pair()
+    x = torch.randn(2, 10, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    expected = step(copy.deepcopy(ours), x, gradient=torch.full((2, 28, 4, 4), 2.0).double())["dx"]
+
+    def run(act):
+        leaf = x.clone().requires_grad_()
+        answers.clear()
+        module = copy.deepcopy(ours)
+        watched = act(module(leaf))
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-10, atol=1e-12)
+        for g in watched or []:
+            assert bool((g == 2).all()), "a gradient somebody holds was overwritten"
+        return answers
+
+    def alone(y):
+        (y * torch.full_like(y, 2.0)).sum().backward()
+
+    def kept_by_a_hook(y):
+        seen = []
+        y.register_hook(seen.append)
+        (y * torch.full_like(y, 2.0)).sum().backward()
+        return seen
+
+    def retained(y):
+        y.retain_grad()
+        (y * torch.full_like(y, 2.0)).sum().backward()
+        return [y.grad]
+
+    def shared_with_a_leaf(y):
+        z = torch.zeros_like(y).requires_grad_()
+        ((y + z) * torch.full_like(y, 2.0)).sum().backward()
+        return [z.grad]
+
+    def given_by_the_caller(y):
+        g = torch.full_like(y, 2.0)
+        y.backward(g)
+        return [g]
+
+    def a_view_of_what_the_caller_gave(y):
+        g = torch.full((y.numel(),), 2.0, dtype=y.dtype)
+        strided = g.view(2, 4, 4, 28).permute(0, 3, 1, 2)
+        y.backward(strided)
+        return [g]
+
+    assert run(alone) == [True]
+    assert run(kept_by_a_hook) == [False]
+    for act in (retained, shared_with_a_leaf, given_by_the_caller, a_view_of_what_the_caller_gave):
+        run(act)
+
+
+def test_deepcopy_pickle_and_state_dict_keys():
+    import io
+
+    block, ours = pair()
+    buffer = io.BytesIO()
+    torch.save(copy.deepcopy(ours), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    x = torch.randn(2, 10, 4, 4, dtype=torch.float64)
+    assert_same(step(block, x), step(loaded, x))
+    assert list(loaded.state_dict()) == list(block.state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("image", [(7, 6), (2, 2), (5, 2)])
+def test_transition_matches_reference(training, image):
+    torch.manual_seed(0)
+    module = reference.Transition(10, 5).double()
+    ours = de.EfficientTransition(10, 5).double()
+    ours.load_state_dict(module.state_dict())
+    x = torch.randn(3, 10, *image, dtype=torch.float64)
+    assert_same(step(module.train(training), x), step(ours.train(training), x))
+
+
+def test_gradcheck_of_transition_and_stem():
+    """In one chain: stem convolution, norm + ReLU + max-pooling, block, transition, last norm."""
+    torch.manual_seed(0)
+    model = EfficientDenseNet(2, (1, 1), 3, 2, num_classes=2).double()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.5)
+    x = torch.randn(2, 3, 14, 11, dtype=torch.float64, requires_grad=True)
+    parameters = [p for n, p in model.named_parameters() if "norm" in n or "transition" in n]
+
+    def run(x, *parameters):
+        return model.features(x)
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+def test_transition_children_can_be_called_one_by_one():
+    torch.manual_seed(0)
+    ours = de.EfficientTransition(10, 5).double().eval()
+    x = torch.randn(2, 10, 6, 6, dtype=torch.float64)
+    by_hand = ours.pool(ours.conv(ours.relu(ours.norm(x))))
+    torch.testing.assert_close(ours(x), by_hand, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(
+    "not __import__('densenet_efficient').library.is_available()",
+    reason="the compiled library is not built",
+)
+@pytest.mark.parametrize("memory", MEMORY)
+def test_operators_pass_opcheck(memory, monkeypatch):
+    """Every operator, with the arguments of a real step: slices of larger buffers among them."""
+    calls = {}
+    for name in ops.NAMES:
+        real = getattr(ops, name)
+
+        def record(*args, real=real, name=name):
+            copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+            calls.setdefault(name, copies)
+            return real(*args)
+
+        monkeypatch.setattr(ops, name, record)
+    model = EfficientDenseNet(4, (2, 2), 6, 2, num_classes=3, memory=memory).double()
+    model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
+    calls.setdefault("norm_correction_apply", None)
+    assert set(calls) == set(ops.NAMES)
+    for name, args in calls.items():
+        torch.library.opcheck(getattr(torch.ops.densenet_efficient, name).default, args)
