@@ -135,13 +135,13 @@ def _draw(
     training.set_ylim(top=1)
 
     rows = compared[-1]["peers"]
-    names = [LABELS[row["peer"]] for row in rows]
+    names = [LABELS[row["peer"]].replace(", ", ",\n") for row in rows]
     peaks = [row["peak"] / 1e6 for row in rows]
     drawn = bars.bar(names, peaks, color=[colours[row["peer"]] for row in rows])
     bars.bar_label(drawn, fmt="%.0f")
     bars.set_title("DenseNet-121, 224 px, batch 8, fp32")
     bars.set_ylabel("peak of a training step, MB")
-    bars.tick_params(axis="x", labelrotation=12)
+    bars.margins(y=0.1)
 
     for peer, values in curves.items():
         depth.plot(DEPTHS, [v / 1e6 for v in values], "o-", color=colours[peer], label=LABELS[peer])
