@@ -221,7 +221,8 @@ def _replay(
             ledger.grow("scratch", arena.slab_bytes(scratch), where)
             ledger.mark(where, workspaces.block(block, stage.image, dtype, device, backward=False))
         else:
-            kept = index == 0 and training
+            # A block copies its input into its own buffer; only the stem's norm keeps it.
+            kept = training and index == 0 and not isinstance(stages[1].module, EfficientDenseBlock)
             ledger.allocate(out(stage, "kept" if kept else "transient"), where)
             ledger.mark(where, _inside(stage, dtype, device, "forward"))
         if previous is not None:
@@ -236,10 +237,8 @@ def _replay(
                         if n.startswith(f"{stage.name} ") and n != previous
                     )
                 )
-        elif index == 0:
-            previous = None if training else f"{stage.name} output"
         else:
-            previous = f"{stage.name} output"
+            previous = None if index == 0 and kept else f"{stage.name} output"
 
     # norm5's output becomes its ReLU's; then pooled features, logits, their log-softmax.
     last = stages[-1]
