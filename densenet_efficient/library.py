@@ -160,7 +160,7 @@ class Device:
     gap: str | None
 
     def __str__(self) -> str:
-        path = "compiled kernels" if self.gap is None else f"general path, because {self.gap}"
+        path = "compiled kernels" if self.gap is None else f"general path: {self.gap}"
         return f"{self.name}: {path}"
 
 
