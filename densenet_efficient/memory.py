@@ -10,6 +10,7 @@ measures, the same for every peer.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,21 @@ def _status(key: str) -> int:
     raise RuntimeError(f"{_STATUS}: expected a line {key}, got none")
 
 
+def _settled_bytes() -> int:
+    """What the process holds once the C library has given back the free pages of its heap, where
+    small tensors live, such as the gradients of an earlier step; then the mark is set to it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    try:
+        _CLEAR.write_text("5")
+    except OSError as error:
+        raise RuntimeError(
+            f"memory on the CPU: expected a Linux that lets {_CLEAR} be written, got: {error}"
+        ) from error
+    return _status("VmRSS")
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held so far: of the CUDA device's allocator, or, on
     the CPU, of the whole process."""
@@ -87,13 +103,7 @@ def measure_step(
         kept = torch.cuda.memory_allocated(device) - before - idle()
         rest(loss)
         return StepMemory(before, torch.cuda.max_memory_allocated(device) - before, kept)
-    try:
-        _CLEAR.write_text("5")
-    except OSError as error:
-        raise RuntimeError(
-            f"memory on the CPU: expected a Linux that lets {_CLEAR} be written, got: {error}"
-        ) from error
-    before = _status("VmRSS")
+    before = _settled_bytes()
     loss = forward()
     kept = _status("VmRSS") - before - idle()
     rest(loss)
