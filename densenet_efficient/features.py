@@ -97,6 +97,7 @@ class EfficientTransition(reference.Transition):
             return Path("general", f"transition kernels are two-dimensional, input has {dims}")
         return path
 
+    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         path = self.path(x)
@@ -167,6 +168,7 @@ class EfficientFeatures(nn.Sequential):
             return Path("general", f"stem kernels are two-dimensional, input has {dims}")
         return path
 
+    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def forward(self, x: Tensor) -> Tensor:
         """x ``[N, C_in, *spatial]`` -> the last child's output."""
         children = list(self._modules.values())

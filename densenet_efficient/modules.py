@@ -147,6 +147,7 @@ class EfficientDenseBlock(reference.DenseBlock):
             path = Path("original", reason)
         return path, tuple(layers)
 
+    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         """See the class."""
         x = x if isinstance(x, Tensor) else torch.cat(list(x), 1)
