@@ -1,10 +1,10 @@
 // What both directions of the stem share: who owns which windows, and the maximum of an input row.
 //
 // A thread owns V neighbouring channels of one output column ow and walks down a band of output
-// rows: the maximum of an input row serves two windows, so vertically x is read once; horizontally a
-// third of the reads finds the neighbour's column in the L1 cache. A block is (lanes output columns)
-// x (vectors of channels) of one band. Padding never wins: the ReLU's values are not negative, and
-// zero takes no gradient.
+// rows: the maximum of an input row serves two windows, so vertically x is read once; horizontally
+// a third of the reads finds the neighbour's column in the L1 cache. A block is (lanes output
+// columns) x (vectors of channels) of one band. Padding never wins: the ReLU's values are not
+// negative, and zero takes no gradient.
 #pragma once
 
 #include "columns.h"

@@ -1,11 +1,12 @@
-// stem, backward: from dy [N, OH, OW, C] to dx [N, H, W, C], through the max-pool, the ReLU and the norm.
+// stem, backward: from dy [N, OH, OW, C] to dx [N, H, W, C], through the max-pool, the ReLU and the
+// norm.
 //
 //   dz goes to the window's first maximum (row-major); dx = a * dz - p - (x - mean) * q
 //
 // Two passes over x and dy, cheaper than storing dz in between: the sums need only each window's
 // maximum; then dx gathers, for each of a thread's two input columns, from the thread's own window
-// and from its right neighbour's, by their winners' positions, exchanged in shared memory. Blocks of
-// the second pass compute one column and one row of windows more than they own.
+// and from its right neighbour's, by their winners' positions, exchanged in shared memory. Blocks
+// of the second pass compute one column and one row of windows more than they own.
 //
 // Who owns what: stem.cuh. Bytes moved: x twice (its columns asked for 1.5 times), dy twice (in the
 // second pass twice over), dx once, two partial sums per channel and block. Sums in fixed order

@@ -1,10 +1,11 @@
-// stem, forward: norm, ReLU and max-pool (3 x 3, stride 2, padding 1) of x [N, H, W, C] in one pass.
+// stem, forward: norm, ReLU and max-pool (3 x 3, stride 2, padding 1) of x [N, H, W, C] in one
+// pass.
 //
 //   y = max over the window of relu(a * x + s)   [N, OH, OW, C], OH = ceil(H / 2), OW = ceil(W / 2)
 //
-// Who owns what: stem.cuh. Bytes moved: x once (its columns asked for 1.5 times), y once, two partial
-// moments per channel and block. Moments of y as stored, by exact two-pass over kGroup rows, merged
-// by Chan's formula in a fixed order (reduce.cuh).
+// Who owns what: stem.cuh. Bytes moved: x once (its columns asked for 1.5 times), y once, two
+// partial moments per channel and block. Moments of y as stored, by exact two-pass over kGroup
+// rows, merged by Chan's formula in a fixed order (reduce.cuh).
 #include "reduce.cuh"
 #include "stem.cuh"
 
