@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -89,26 +91,31 @@ def nvcc_version(nvcc: str) -> str:
 def compile_kernels(arch: str, sources: tuple[str, ...] = SOURCES) -> list[Kernel]:
     """Compiles the sources for one architecture and reads every tensor-core kernel. Raises
     MissingToolError where a tool is missing and CalledProcessError where compiling fails."""
-    nvcc, cuobjdump = find_tools()
+    tools = find_tools()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda source: compile_source(source, arch, Path(folder), tools), sources)
+        return sorted((k for part in parts for k in part), key=lambda kernel: kernel.name)
+
+
+def compile_source(source: str, arch: str, folder: Path, tools: tuple[str, str]) -> list[Kernel]:
+    nvcc, cuobjdump = tools
     include = Path(torch.__file__).parent / "include"
-    kernels: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            cubin = Path(folder) / f"{source}.cubin"
-            command = [nvcc, "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"]
-            command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}"]
-            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-cubin"]
-            command += [str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin)]
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            code = subprocess.run(
-                [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
-            ).stdout
-            resources = dict(read_resources(report))
-            for symbol, instructions in read_functions(code):
-                kernel = describe(symbol, source, instructions, resources[symbol])
-                if kernel.tensor:
-                    kernels.append(kernel)
-    return sorted(kernels, key=lambda kernel: kernel.name)
+    cubin = folder / f"{source}.cubin"
+    command = [nvcc, "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+    command += [str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin)]
+    report = run(command).stderr
+    resources = dict(read_resources(report))
+    kernels = [
+        describe(symbol, source, instructions, resources[symbol])
+        for symbol, instructions in read_functions(run([cuobjdump, "-sass", str(cubin)]).stdout)
+    ]
+    return [kernel for kernel in kernels if kernel.tensor]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def read_resources(report: str) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -10,7 +10,6 @@ namespace densenet_efficient::conv1x1_backward {
 
 using Tiling = workspace::cuda::Conv1x1Backward;
 
-constexpr int kStages = 3;
 constexpr int kTileRows = Tiling::kTileRows;
 constexpr int kPanelBytes = kTileRows * device::kPanelRowBytes;
 constexpr int kMaxThreads = 128;
@@ -37,6 +36,8 @@ struct Backward {
 // warps].
 template <int kOutputs>
 struct BackwardLayout {
+  // The widest kernel's third stage would not fit devices with 99 KB for a block.
+  static constexpr int kStages = kOutputs <= 128 ? 3 : 2;
   static constexpr int kPanels = kOutputs / device::kPanelChannels;
   static constexpr int kCorrectionPitch = (kOutputs / device::kChunk + 1) * 16;
   int warps;

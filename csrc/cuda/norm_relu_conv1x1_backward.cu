@@ -7,7 +7,7 @@
 // as tensor-core operands for the whole run), their dx, their sums, and their columns of dweight
 // (K x 16 accumulators in registers). A block of up to four warps owns up to 64 channels and a
 // static range of row tiles; its warps share the tile of dy, which they form in place from dz_y.
-// Nothing else passes between warps, so one barrier a tile is enough; cp.async runs two tiles
+// Nothing else passes between warps, so one barrier a tile is enough; cp.async runs up to two tiles
 // ahead. Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 64 channels (2 * 2 M K,
 // from the L2 cache after the first: blocks of the same rows are neighbours), partial sums
 // 4 (K + 2) C for each row block, twice.
@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
     backward_kernel(Backward args) {
   using namespace device;
   const BackwardLayout<kOutputs> layout{args.warps};
+  constexpr int kStages = BackwardLayout<kOutputs>::kStages;
   const int threads = 32 * args.warps, thread = thread_index(), warp = warp_index();
   const int channel_block = block_x() % args.channel_blocks;
   const int row_block = block_x() / args.channel_blocks;

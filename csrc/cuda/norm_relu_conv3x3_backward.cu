@@ -28,7 +28,9 @@ SumPartials launch_data_gradient(const Launcher& launcher, const Arg& x, DataGra
   const Tile3x3 tile(x.tensor.size(0), x.tensor.size(1), x.tensor.size(2), shared,
                      device.multiprocessors, device.shared_bytes);
   check_fits(x, tile);
-  const int64_t blocks = workspace::cuda::conv3x3_blocks(tile.tiles, device.multiprocessors);
+  const int64_t blocks = workspace::cuda::conv3x3_blocks(
+      tile.tiles, device.multiprocessors,
+      workspace::cuda::resident_blocks(tile.shared_bytes(shared), device.shared_bytes));
   args.pitch = round_up(args.channels, device::kPanelChannels);
   partial = Workspace(x.tensor, blocks * kDnormRows * args.pitch * 4);
   args.partial = partial.data();
@@ -56,8 +58,10 @@ SumPartials launch_weight_gradient(const Launcher& launcher, const Arg& x, Weigh
   const Device& device = launcher.device();
   const workspace::cuda::Conv3x3WeightGradient split(args.channels, args.outputs);
   const auto shared = WeightGradientLayout::shared(split.panels, (split.depths + 1) / 2);
+  // The other blocks of the same tiles fill the device as well.
+  const int shares = static_cast<int>(split.channel_blocks * split.output_blocks);
   const Tile3x3 tile(x.tensor.size(0), x.tensor.size(1), x.tensor.size(2), shared,
-                     device.multiprocessors, device.shared_bytes);
+                     device.multiprocessors / shares, device.shared_bytes);
   check_fits(x, tile);
   const int64_t row_blocks = split.row_blocks(tile.tiles, device.multiprocessors);
   args.panels = split.panels;

@@ -224,7 +224,9 @@ void launch_forward(const Launcher& launcher, Forward args, const Tensor& x,
   const Tile tile(x.size(0), x.size(1), x.size(2), shared, device.multiprocessors,
                   device.shared_bytes);
   check_fits({"norm_relu_conv3x3_forward", "x", x}, tile);
-  const int64_t blocks = workspace::cuda::conv3x3_blocks(tile.tiles, device.multiprocessors);
+  const int64_t blocks = workspace::cuda::conv3x3_blocks(
+      tile.tiles, device.multiprocessors,
+      workspace::cuda::resident_blocks(tile.shared_bytes(shared), device.shared_bytes));
   const Workspace partial(x, stats ? blocks * 3 * args.outputs * 4 : 0);
   args.partial = partial.data();
   if (blocks > 0)

@@ -64,13 +64,20 @@ struct Conv1x1Backward {
 
 // ---- norm_relu_conv3x3 --------------------------------------------------------------------------
 
+// Blocks that fit a multiprocessor's shared memory (a kilobyte is the system's in each); four at
+// most: only the tiles of small problems are so small, and these have not many more.
+constexpr int64_t kMaxResidentBlocks = 4;
+inline int64_t resident_blocks(int64_t bytes, int64_t shared_limit) {
+  return std::clamp<int64_t>((shared_limit + 1024) / (bytes + 1024), 1, kMaxResidentBlocks);
+}
+
 // A tile is tile_height rows of pixels, counted through all images, by tile_width columns: the
 // whole width, or a strip of it where images are wider than 64. Its pixels are numbered row by row
 // and worked on in groups of 64. Its halo (one row above and below, and one column beside a strip)
 // lies in shared memory at `positions`, tile rows `pitch` apart.
 struct Tile3x3 {
   static constexpr int kGroup = 64, kMaxGroups = 6;
-  int groups = 0;                                    // 0: no tile fits the device's shared memory
+  int groups = 0;  // 0: no tile fits the device's shared memory
   int tile_height = 0, tile_width = 0;
   int strips = 1, margin = 0, pitch = 0, positions = 0;
   int64_t tiles = 0;
@@ -84,26 +91,24 @@ struct Tile3x3 {
           int64_t shared_limit) {
     const int64_t pixels = images * height * width;
     if (pixels == 0) return;
-    // Two blocks to a multiprocessor if they fit, each with a kilobyte of its own.
-    for (const int64_t limit : {shared_limit / 2 - 1024, shared_limit}) {
-      double best = 0;
-      for (int64_t pieces = parts(width, kGroup); !best && pieces <= width; pieces *= 2) {
-        for (int candidate = kMaxGroups; candidate > 0; --candidate) {
-          const Tile3x3 tile(images * height, width, static_cast<int>(pieces), candidate);
-          const bool fills = tile.tiles >= 2 * multiprocessors || candidate == 1;
-          if (!fills ||
-              shared.fixed + tile.positions * shared.position + candidate * shared.group > limit)
-            continue;
-          // Per pixel: a group's products, and loading and normalising a position, in clocks.
-          const double cost = (7.0 * kGroup * candidate + 3.0 * tile.positions) /
-                              (tile.tile_height * tile.tile_width);
-          if (!best || cost < best) {
-            best = cost;
-            *this = tile;
-          }
+    double best = 0;
+    for (int64_t pieces = parts(width, kGroup); !best && pieces <= width; pieces *= 2) {
+      for (int candidate = kMaxGroups; candidate > 0; --candidate) {
+        const Tile3x3 tile(images * height, width, static_cast<int>(pieces), candidate);
+        const int64_t bytes =
+            shared.fixed + tile.positions * shared.position + candidate * shared.group;
+        const bool fills = tile.tiles >= 2 * multiprocessors || candidate == 1;
+        if (!fills || bytes > shared_limit) continue;
+        // Clocks per pixel: a group's products; loading and normalising a position; and a quarter
+        // more where a multiprocessor has no second block to work on while one loads.
+        double cost = (7.0 * kGroup * candidate + 3.0 * tile.positions) /
+                      (tile.tile_height * tile.tile_width);
+        if (resident_blocks(bytes, shared_limit) < 2) cost *= 1.25;
+        if (!best || cost < best) {
+          best = cost;
+          *this = tile;
         }
       }
-      if (best) return;
     }
   }
   int64_t shared_bytes(const Shared& shared) const {
@@ -127,10 +132,10 @@ inline int64_t conv3x3_weight_bytes(int64_t outputs, int64_t channels) {
   return outputs * 9 * padded(channels, 8) * 2;
 }
 
-// Blocks walk over static ranges of tiles: as many as are resident at once, two to a
-// multiprocessor.
-inline int64_t conv3x3_blocks(int64_t tiles, int multiprocessors) {
-  return std::min<int64_t>(tiles, 2 * multiprocessors);
+// Blocks walk over static ranges of tiles: as many as are resident at once.
+inline int64_t conv3x3_blocks(int64_t tiles, int multiprocessors,
+                              int64_t resident = kMaxResidentBlocks) {
+  return std::min<int64_t>(tiles, multiprocessors * resident);
 }
 
 // The weight gradient's blocks: 64 channels (32 where there are no more), up to 48 outputs and a
