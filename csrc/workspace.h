@@ -44,8 +44,9 @@ struct RowTiles {
   int64_t count(int64_t tile) const { return std::min(tile_rows, rows - first(tile)); }
 };
 
-inline RowTiles row_tiles(int64_t rows, int64_t row_bytes, int64_t at_least) {
-  const int64_t tallest = clamp(kTileBytes / std::max<int64_t>(row_bytes, 1) / 14 * 14, 28, 252);
+inline RowTiles row_tiles(int64_t rows, int64_t row_bytes, int64_t tile_bytes, int64_t at_least) {
+  const int64_t tallest =
+      clamp(tile_bytes / std::max<int64_t>(row_bytes, 1) / 14 * 14, 28, tile_bytes / 1536);
   int64_t tiles = std::max<int64_t>(1, ceil_div(rows, tallest));
   tiles = std::max(tiles, std::min<int64_t>(at_least, rows / 28));
   if (tiles > 1) tiles = round_up(tiles, 2);
@@ -91,7 +92,7 @@ struct ChannelStats {
   int64_t bytes;
 
   ChannelStats(int64_t M, int64_t C, int64_t size, int64_t threads)
-      : tiles(row_tiles(M, C * size, 8)),
+      : tiles(row_tiles(M, C * size, kTileBytes, 8)),
         groups(groups_of(tiles.tiles, kMaxGroups)),
         bytes(moments_bytes(groups.groups, C, size, threads)) {}
 };
@@ -105,7 +106,7 @@ struct ProductForward {
   int64_t bytes;
 
   ProductForward(int64_t M, int64_t C, int64_t K, int64_t size, int64_t threads)
-      : tiles(row_tiles(M, (C + K) * size, 8)),
+      : tiles(row_tiles(M, (C + K) * size, kTileBytes, 8)),
         groups(groups_of(tiles.tiles, kMaxGroups)),
         depth(round_up(C, 2)),
         weight(pad(K) * depth),
@@ -128,7 +129,7 @@ struct ProductBackward {
   int64_t bytes;
 
   ProductBackward(int64_t M, int64_t C, int64_t K, int64_t size, int64_t threads)
-      : tiles(row_tiles(M, (2 * K + 2 * std::min(C, kColumns)) * size, 2)),
+      : tiles(row_tiles(M, (2 * K + 2 * std::min(C, kColumns)) * size, 2 * kTileBytes, 2)),
         groups(
             groups_of(tiles.tiles,
                       std::min(M / 512, kPartialBytes / std::max<int64_t>(1, K * pad(C) * size)))),
