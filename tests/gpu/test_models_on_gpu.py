@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-import torchvision
 from conftest import error_ratio, training_step
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ import densenet_efficient as de
 from densenet_efficient import arena, reference
 from densenet_efficient.models import EfficientDenseNet, densenet264, densenet_cifar
 
+torchvision = pytest.importorskip("torchvision")
 pytestmark = pytest.mark.gpu
 
 MEMORY = pytest.mark.parametrize("memory", ["recompute", "store"])
