@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .checkpoint import write_atomically
+from .version import __version__
 
 __all__ = ["environment", "markdown_table", "megabytes", "write_results"]
 
@@ -81,7 +82,7 @@ def environment(device: str | torch.device) -> dict[str, str]:
         found["device"] = f"{_processor()}, {capability}, {threads}"
     found["torch"] = torch.__version__
     found["torchvision"] = _version("torchvision")
-    found["densenet_efficient"] = _version("densenet_efficient")
+    found["densenet_efficient"] = __version__
     found["python"] = platform.python_version()
     found["commit"] = _commit()
     found["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
