@@ -17,6 +17,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <mutex>
 #endif
 
 // Registers a file's launchers: DE_REGISTER(m) { m.impl("stage", TORCH_BOX(&stage)); }
@@ -92,10 +93,10 @@ constexpr int kMaxDevices = 64;
 // Figures of a device, asked once per device.
 inline const Device& device_figures(int index) {
   static Device devices[kMaxDevices];
-  static std::atomic<bool> known[kMaxDevices];
+  static std::once_flag asked[kMaxDevices];
   if (index < 0 || index >= kMaxDevices) throw std::runtime_error("device index out of range");
-  if (!known[index].load(std::memory_order_acquire)) {
-    Device device;
+  std::call_once(asked[index], [index] {
+    Device& device = devices[index];
     device.index = index;
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
@@ -103,9 +104,7 @@ inline const Device& device_figures(int index) {
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
     cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     device.capability = 10 * major + minor;
-    devices[index] = device;  // two threads may both write here, the same values
-    known[index].store(true, std::memory_order_release);
-  }
+  });
   return devices[index];
 }
 

@@ -23,20 +23,19 @@ struct Pairs {
   }
 };
 
-// Chan's formula; see norm_relu.h. The share of `right` is the same for all channels.
+// Chan's formula (norm_relu.h), with the same counts for all channels.
 struct MergeMoments {
   template <typename A, int V>
   __device__ __forceinline__ static void merge(Pairs<A, V>& left, const Pairs<A, V>& right) {
-    const A count = left.count + right.count;
-    const A share = right.count > A(0) ? right.count / count : A(0);
-    const A weight = left.count * share;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const A delta = right.first[v] - left.first[v];
-      left.first[v] += delta * share;
-      left.second[v] += right.second[v] + delta * delta * weight;
+      const Moments<A> both =
+          densenet_efficient::merge(Moments<A>{left.count, left.first[v], left.second[v]},
+                                    Moments<A>{right.count, right.first[v], right.second[v]});
+      left.first[v] = both.mean;
+      left.second[v] = both.m2;
     }
-    left.count = count;
+    left.count += right.count;
   }
 };
 
