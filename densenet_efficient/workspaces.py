@@ -32,7 +32,11 @@ def operator(
     path = choose(device, dtype)
     if path.stages is not ops:
         return _general(shape, dtype)
-    return _compiled(name, shape, channels, dtype, device.type, torch.get_num_threads())
+    if device.type == "cuda":
+        workers = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        workers = torch.get_num_threads()
+    return _compiled(name, shape, channels, dtype, device.type, workers)
 
 
 def _general(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -48,14 +52,16 @@ def _compiled(
     channels: int,
     dtype: torch.dtype,
     device_type: str,
-    threads: int,
+    workers: int,
 ) -> int:
+    """workers: threads of the CPU, or multiprocessors of the GPU."""
     from . import _module
 
     if device_type != "cpu":
-        return _module.cuda_workspace_bytes(name, list(shape), channels, dtype.itemsize)
+        size = dtype.itemsize
+        return _module.cuda_workspace_bytes(name, list(shape), channels, size, workers)
     element = accumulation_dtype(dtype).itemsize
-    return _module.workspace_bytes(name, list(shape), channels, element, threads)
+    return _module.workspace_bytes(name, list(shape), channels, element, workers)
 
 
 def _layer_calls(
