@@ -55,9 +55,9 @@ inline const Sizes& cpu_sizes() {
          return cpu::ProductForward(c.pooled_rows(), c.C, c.K, c.size, c.threads).bytes;
        }},
       {"transition_backward",
-       [](const Call& c) {  // one after the other
-         return std::max(cpu::ProductBackward(c.pooled_rows(), c.C, c.K, c.size, c.threads).bytes,
-                         cpu::transition_correction_bytes(c.C, c.size));
+       [](const Call& c) {  // the correction stays while dx is written
+         return cpu::ProductBackward(c.pooled_rows(), c.C, c.K, c.size, c.threads).bytes +
+                cpu::transition_correction_bytes(c.C, c.size);
        }},
       {"stem_forward",
        [](const Call& c) { return cpu::Stem(c.N, c.H, c.W, c.C, c.size, c.threads).bytes; }},
