@@ -154,7 +154,7 @@ def benchmarks(runner: Runner) -> None:
     python = [sys.executable]
     runner.run("stages", [*python, "benchmarks/bench_stages.py"], 90)
     options = ["--device", "cuda", "--quick"]
-    runner.run("training", [*python, "benchmarks/bench_training.py", *options], 200)
+    runner.run("training", [*python, "benchmarks/bench_training.py", *options], 260)
     runner.run("memory", [*python, "benchmarks/bench_memory.py", *options], 60)
 
 
