@@ -266,8 +266,7 @@ def _average(z: Tensor) -> Tensor:
 
 def _spread(dpooled: Tensor, spatial: torch.Size) -> Tensor:
     """The gradient of :func:`_average`: each value to its 2^dims pixels, zero on dropped edges."""
-    dims = dpooled.dim() - 2
-    out = dpooled / 2**dims
+    out = dpooled / 2 ** (dims := dpooled.dim() - 2)
     for d in range(1, dims + 1):
         out = out.repeat_interleave(2, dim=d)
     padding: list[int] = [0, 0]
@@ -326,10 +325,9 @@ _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
     """See :func:`densenet_efficient.ops.stem_forward`; any number of dimensions."""
-    pool = _MAX_POOL[x.dim() - 2]
     for images in _chunks(x):
         z = _channels_first(_normalise(x[images], norm).relu_())
-        y[images].copy_(pool(z, 3, 2, 1).movedim(1, -1))
+        y[images].copy_(_MAX_POOL[x.dim() - 2](z, 3, 2, 1).movedim(1, -1))
     if stats is not None:
         channel_stats(y, stats)
 

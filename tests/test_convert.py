@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
 from densenet_efficient import reference
-from densenet_efficient.convert import (
-    convert,
-    inspect_conversion,
-    unconvert,
-)
+from densenet_efficient.convert import convert, inspect_conversion, unconvert
 from densenet_efficient.features import EfficientFeatures, EfficientTransition
 from densenet_efficient.modules import (
     EfficientDenseBlock,

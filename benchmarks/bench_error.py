@@ -1,0 +1,99 @@
+"""Error against float64 in bfloat16, tensor by tensor: ours over eager execution's, same input.
+
+    python benchmarks/bench_error.py [--image-size 224] [--batch 2] [--draws 4]
+
+torchvision's DenseNet-121 under bfloat16 autocast, converted and not: the output, the input's
+gradient and all parameter gradients, every tensor counted, each error ||x - float64|| / ||float64||
+as the median over the draws. Once at torchvision's initial values, where the gradient of the first
+norm is zero but for rounding, and once with norms that have moved away from them.
+Writes benchmarks/results/error-cpu.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+import densenet_efficient
+from densenet_efficient.reports import markdown_table, write_results
+from densenet_efficient.vision import import_torchvision
+
+
+def step(model: nn.Module, x: Tensor, target: Tensor, autocast: bool) -> dict[str, Tensor]:
+    """The output, the input's gradient and every parameter's, by name."""
+    x = x.clone().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(x)
+    nn.functional.cross_entropy(output.to(x.dtype), target).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"output": output.detach(), "input": x.grad, **gradients}
+
+
+def errors(moved: bool, size: int, batch: int, draws: int) -> dict[str, tuple[float, float]]:
+    """Name -> (ours, eager's), the medians over the draws."""
+    torch.manual_seed(0)
+    models = import_torchvision("torchvision.models")
+    eager = models.densenet121(weights=None, num_classes=10)
+    if moved:
+        for norm in (m for m in eager.modules() if isinstance(m, nn.BatchNorm2d)):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.5)
+    exact = copy.deepcopy(eager).double()
+    ours = densenet_efficient.convert(copy.deepcopy(eager))
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for _ in range(draws):
+        x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+        target = torch.randint(10, (batch,))
+        truth = step(exact, x.double(), target, autocast=False)
+        for which, model in enumerate((ours, eager)):
+            for name, value in step(model, x, target, autocast=True).items():
+                error = (value.double() - truth[name]).norm() / truth[name].norm()
+                found.setdefault(name, ([], []))[which].append(error.item())
+    return {k: (statistics.median(a), statistics.median(b)) for k, (a, b) in found.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--draws", type=int, default=4)
+    options = parser.parse_args()
+    sections, data = [], {}
+    for title, moved in (("initial values", False), ("moved norms", True)):
+        found = errors(moved, options.image_size, options.batch, options.draws)
+        worst = sorted(found, key=lambda name: found[name][0] / found[name][1], reverse=True)
+        together = math.hypot(*(a for a, _ in found.values())) / math.hypot(
+            *(b for _, b in found.values())
+        )
+        rows = [
+            (name, f"{found[name][0]:.2e}", f"{found[name][1]:.2e}", f"{a / b:.2f}")
+            for name in worst[:5]
+            for a, b in (found[name],)
+        ]
+        rows.append(("all tensors together", "", "", f"{together:.2f}"))
+        sections.append(
+            f"## {title}\n\n" + markdown_table(("tensor", "ours", "eager", "ratio"), rows)
+        )
+        data[title] = {name: list(pair) for name, pair in found.items()}
+    text = "\n\n".join(sections)
+    print(text)
+    results = Path(__file__).resolve().parent / "results"
+    path = write_results(results, "error-cpu", "Error in bfloat16", data, text, "cpu")
+    print(f"\nwritten: {path} and .json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
