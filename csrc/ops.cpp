@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
       "norm_correction(Tensor dnorm, Tensor norm, int count, bool accumulate, "
       "Tensor(a!) correction) -> ()");
 
-  // dx [M, C] := a * dx - p - (x - mean) * q, in place.
+  // dx [M, C] := a * dx - p - (x - mean) * q, in place; 16-bit values by dithered rounding.
   library.def("norm_correction_apply(Tensor(a!) dx, Tensor x, Tensor correction) -> ()");
 
   // y [M, K] = relu(a * x + s) @ weight^T, x [M, C], weight [K, C]; optionally the stats of y.

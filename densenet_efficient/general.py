@@ -132,9 +132,30 @@ def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
     return a * dy.to(a.dtype) - p - (y.to(a.dtype) - mean) * q
 
 
+def _dithered(value: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+    """float32 values on the grid of a 16-bit dtype by csrc/dither.h's rounding; others untouched.
+
+    first: index of the first element, for the noise: a hash in wrapping 32-bit arithmetic.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return value
+    dropped, smallest = (16, 0.0) if dtype == torch.bfloat16 else (13, 2.0**-14)
+    index = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+    noise = (index + (first % 2**32 - 2**31)).bitwise_xor_(-(2**31)).mul_(0x9E3779B1 - 2**32)
+    noise = noise.bitwise_xor_((noise >> 15).bitwise_and_(0x1FFFF)).mul_(0x85EBCA77 - 2**32)
+    noise = (noise >> 16).bitwise_and_(0xFFFF) >> (16 - dropped)
+    magnitude = value.abs()
+    lift = (magnitude < smallest) * smallest
+    bits = (magnitude + lift).view(torch.int32) + noise
+    rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32) - lift
+    return torch.where(value.isnan(), value, torch.copysign(rounded, value))
+
+
 def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> None:
-    """See :func:`densenet_efficient.ops.norm_correction_apply`."""
-    dx.copy_(_corrected(dx, x, correction))
+    """See :func:`densenet_efficient.ops.norm_correction_apply`; dx and x may be [..., C]."""
+    for rows in _chunks(x):
+        first = rows.start * x[0].numel()
+        dx[rows] = _dithered(_corrected(dx[rows], x[rows], correction), dx.dtype, first)
 
 
 def norm_relu_conv_forward(
@@ -316,8 +337,7 @@ def _through_norm(dx: Tensor, x: Tensor, norm: Tensor, count: int, dnorm: Tensor
     """dx holds dz; make it the gradient in front of the norm."""
     correction = torch.empty_like(norm)
     norm_correction(dnorm, norm, count, False, correction)
-    for images in _chunks(x):
-        norm_correction_apply(dx[images], x[images], correction)
+    norm_correction_apply(dx, x, correction)
 
 
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

@@ -71,7 +71,7 @@ def norm_correction(
 
 
 def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> None:
-    """``dx [M, C] = a dx - p - (x - mean) q``, in place."""
+    """``dx [M, C] = a dx - p - (x - mean) q``, in place; 16-bit values by dithered rounding."""
     _operator("norm_correction_apply")(dx, x, correction)
 
 

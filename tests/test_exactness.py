@@ -134,6 +134,22 @@ def test_densenet121_in_bfloat16_errs_no_more_than_the_framework(
     assert ratio.worst <= 2.0, ratio
 
 
+def test_untrained_densenet121_in_bfloat16_errs_no_more_than_the_framework() -> None:
+    """At the initial values the network does not depend on the scale of its first norm: that
+    gradient is a sum in which everything cancels, and shows any bias in what is summed."""
+    theirs = torchvision.models.densenet121(num_classes=10)
+    model, exact = ours(theirs, "recompute"), copy.deepcopy(theirs).double()
+    runs: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
+    for _ in range(3):
+        x, target = torch.randn(2, 3, 224, 224), torch.randint(10, (2,))
+        runs[0].append(training_step(model, x, target, dtype=torch.bfloat16))
+        runs[1].append(training_step(theirs, x, target, dtype=torch.bfloat16))
+        runs[2].append(training_step(exact, x.double(), target))
+    ratio = error_ratio(*runs)
+    assert ratio.together <= 1.2, ratio
+    assert ratio.worst <= 2.0, ratio
+
+
 @MEMORY
 def test_densenet121s_blocks_in_float32_err_no_more_than_the_framework(
     source: nn.Module, memory: str

@@ -4,9 +4,10 @@
 //   dx = a * dx - p - (x - mean) * q                                 (norm_correction_apply)
 //
 // norm_correction handles C elements on one thread, in double. norm_correction_apply reads and
-// writes dx and reads x once, rows shared out among the threads.
+// writes dx and reads x once, rows shared out among the threads; 16-bit results are dithered.
 #include <vector>
 
+#include "../dither.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -49,15 +50,17 @@ void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, 
                accumulate, channels, output_rows<float>(correction, correction_stride));
 }
 
+// index: of the row's first element in the whole tensor, for the noise.
 template <typename T>
 void apply_row(T* __restrict dx, const T* __restrict x, Rows<const Arithmetic<T>> correction,
-               int64_t channels) {
+               int64_t channels, uint32_t index) {
   const Arithmetic<T>* __restrict a = correction[kA];
   const Arithmetic<T>* __restrict p = correction[kP];
   const Arithmetic<T>* __restrict q = correction[kQ];
   const Arithmetic<T>* __restrict mean = correction[kCenter];
   for (int64_t c = 0; c < channels; ++c)
-    dx[c] = store<T>(correct(load(dx[c]), load(x[c]), a[c], p[c], q[c], mean[c]));
+    dx[c] = store<T>(dithered_as<T>(correct(load(dx[c]), load(x[c]), a[c], p[c], q[c], mean[c]),
+                                    index + static_cast<uint32_t>(c)));
 }
 
 template <typename T>
@@ -66,7 +69,7 @@ void apply(Rows<T> dx, Rows<const T> x, Rows<const Arithmetic<T>> correction, in
   constexpr int64_t kRows = 64;
   parallel(ceil_div(rows, kRows), [&](int64_t task) {
     for (int64_t r = task * kRows; r < std::min(rows, (task + 1) * kRows); ++r)
-      apply_row<T>(dx[r], x[r], correction, channels);
+      apply_row<T>(dx[r], x[r], correction, channels, static_cast<uint32_t>(r * channels));
   });
 }
 

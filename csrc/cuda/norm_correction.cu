@@ -5,8 +5,10 @@
 //
 // norm_correction: one thread per channel, in double, rounded once.
 // norm_correction_apply: a thread owns V neighbouring channels, whose correction it keeps in
-// registers, and every lanes-th row of its block's part (columns.h), kLoads rows in flight.
+// registers, and every lanes-th row of its block's part (columns.h), kLoads rows in flight. 16-bit
+// results are dithered (dither.h).
 // Bytes moved: x once, dx twice (read and written), the correction once per block.
+#include "../dither.h"
 #include "columns.h"
 #include "launch.h"
 #include "vector.cuh"
@@ -98,11 +100,13 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
     for (int i = 0; i < kLoads; ++i) {
       const int64_t row = base + int64_t(i) * plan.lanes;
       if (row >= end) break;
+      const auto index = static_cast<uint32_t>(row * plan.channels + at.channel);
       A dz[V], value[V];
       unpack(gradients[i], dz);
       unpack(inputs[i], value);
 #pragma unroll
-      for (int v = 0; v < V; ++v) dz[v] = correct(dz[v], value[v], a[v], p[v], q[v], mean[v]);
+      for (int v = 0; v < V; ++v)
+        dz[v] = dithered_as<T>(correct(dz[v], value[v], a[v], p[v], q[v], mean[v]), index + v);
       store_vector(dx[row] + at.channel, pack<T, V>(dz));
     }
   }

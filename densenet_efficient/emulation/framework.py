@@ -60,7 +60,15 @@ def norm_correction(dnorm: Tensor, norm: Tensor, count: int, **_: Any) -> dict[s
 
 
 def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> dict[str, Tensor]:
-    return {"dx": reference.norm_correction_apply(dx, x, correction)}
+    """Rounded to either neighbour by chance, as the operator's schema has it."""
+    exact = reference.norm_correction_apply(dx.double(), x.double(), correction.double())
+    near = exact.to(dx.dtype)
+    if dx.element_size() != 2:
+        return {"dx": near}
+    step = torch.where((exact > near) == (near >= 0), 1, -1).to(torch.int16)
+    other = (near.view(torch.int16) + step).view(dx.dtype)
+    share = (exact - near) / (other.double() - near)
+    return {"dx": torch.where(torch.rand_like(share) < share, other, near)}
 
 
 def _with_stats(y: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from emulators import emulator_of
 from kernel_check import compare
 from torch import Tensor
 
-from densenet_efficient import reference
+from densenet_efficient import ops, reference
 from densenet_efficient.emulation import Emulator
 from densenet_efficient.emulation.cases import (
     Case,
@@ -201,3 +201,14 @@ def test_shared_correction_accumulates() -> None:
     added = reference.norm_correction(case.arguments["dnorm"], case.arguments["norm"], 49, True)
     torch.testing.assert_close(shared[:, :20], before[:, :20] + added)
     assert torch.equal(shared[:, 20:], before[:, 20:])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=identifier)
+def test_dithering_is_the_cpus(dtype: torch.dtype) -> None:
+    """The same noise for the same element: the bits differ only where the two compilers fuse other
+    multiply-adds."""
+    case = make("norm_correction_apply", (300, 40), dtype, before=8)
+    expected = {name: value.clone() for name, value in case.inputs().items()}
+    ops.norm_correction_apply(*expected.values())
+    result = run(emulator_of("norm_correction"), case, seed=0)["dx"]
+    assert (result == expected["dx"]).double().mean() > 0.999

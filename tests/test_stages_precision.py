@@ -1,0 +1,130 @@
+"""What the operators on the CPU lose to rounding: no more than the framework's own layers do."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import error_ratio, relative_error
+from torch import Tensor
+
+from densenet_efficient import general, ops, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_statistics_do_not_cancel() -> None:
+    """A mean a million times the deviation: E[x^2] - E[x]^2 would lose every digit."""
+    x = torch.randn(5000, 3, dtype=torch.float64) + 1e6
+    stats = torch.empty(2, 3, dtype=torch.float64)
+    ops.channel_stats(x, stats)
+    exact = torch.stack([x.mean(0), x.var(0, unbiased=False)])
+    assert relative_error(stats[1], exact[1]) < 1e-9
+    x32 = (x - 1e6 + 1e3).float()
+    stats32 = torch.empty(2, 3)
+    ops.channel_stats(x32, stats32)
+    assert relative_error(stats32[1], x32.double().var(0, unbiased=False)) < 1e-6
+
+
+def framework_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor) -> dict:
+    """Norm, ReLU, convolution and their gradients by the framework, x [N, C, H, W]; the norm in
+    float32, as autocast runs it beside bfloat16 activations."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, gamma, beta, weight)]
+    x, gamma, beta, weight = leaves
+    h = F.relu(F.batch_norm(x, None, None, gamma, beta, training=True))
+    y = F.conv2d(h, weight, padding=weight.shape[-1] // 2)
+    y.backward(dy)
+    names = ("dx", "dgamma", "dbeta", "dweight")
+    return {"y": y.detach()} | {n: t.grad for n, t in zip(names, leaves, strict=True)}
+
+
+def our_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor) -> dict:
+    """The same with our stages; x and the result are views of channels-last rows."""
+    rows, dy = x.permute(0, 2, 3, 1).contiguous(), dy.permute(0, 2, 3, 1).contiguous()
+    N, H, W, C = rows.shape
+    K, M = weight.shape[0], N * H * W
+    stats, norm, dnorm = torch.empty(2, C), torch.empty(4, C), torch.empty(2, C)
+    ops.channel_stats(rows.view(M, C), stats)
+    ops.norm_fold(stats, gamma, beta, 1e-5, norm)
+    y, dx, dweight = torch.empty_like(dy), torch.zeros_like(rows), torch.empty(weight.shape)
+    if weight.shape[-1] == 1:
+        plain = torch.zeros(4, K)
+        plain[0] = 1
+        weight = weight.view(K, C)
+        ops.norm_relu_conv1x1_forward(rows.view(M, C), norm, weight, y.view(M, K), None)
+        ops.norm_relu_conv1x1_backward(
+            dy.view(M, K), y.view(M, K), plain, rows.view(M, C), norm, weight, dx.view(M, C),
+            dweight.view(K, C), dnorm,
+        )  # fmt: skip
+    else:
+        ops.norm_relu_conv3x3_forward(rows, norm, weight, y, None)
+        ops.norm_relu_conv3x3_backward(dy, None, None, rows, norm, weight, True, dx, dweight, dnorm)
+    correction = torch.zeros(4, C)
+    ops.norm_correction(dnorm, norm, M, False, correction)
+    correction[0] = 1  # dx holds a * dz already
+    ops.norm_correction_apply(dx.view(M, C), rows.view(M, C), correction)
+    return dict(
+        y=y.permute(0, 3, 1, 2), dx=dx.permute(0, 3, 1, 2), dgamma=dnorm[0], dbeta=dnorm[1],
+        dweight=dweight,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_error_against_float64_is_not_larger_than_the_frameworks(
+    dtype: torch.dtype, kernel: int
+) -> None:
+    """Norm, ReLU and convolution with their gradients on the same input."""
+    N, C, K, size = 4, 96, 64, 14
+    x = (
+        (torch.randn(N, C, size, size) * 2 + 1)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+    )
+    gamma, beta = torch.rand(C) + 0.5, torch.randn(C)
+    weight = (torch.randn(K, C, kernel, kernel) / math.sqrt(C * kernel**2)).to(dtype)
+    dy = torch.randn(N, K, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
+    exact = framework_layer(*(t.double() for t in (x, gamma, beta, weight, dy)))
+    arguments = (x, gamma, beta, weight, dy)
+    ratio = error_ratio([our_layer(*arguments)], [framework_layer(*arguments)], [exact])
+    assert ratio.together <= 1.2, ratio
+    assert ratio.worst <= 2.0, ratio
+
+
+@pytest.mark.parametrize("stages", [ops, general], ids=["kernels", "general"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_correction_below_the_last_digit_is_not_lost(
+    stages: ModuleType, dtype: torch.dtype
+) -> None:
+    """Gradients on the dtype's grid, minus less than half a step of it: rounding to nearest gives
+    them back unchanged. Of every channel the sum is right to four standard deviations."""
+    M, C = 60_000, 24
+    for size in (1.0, 2.0**-20):  # the second in float16: subnormal numbers
+        dx = (torch.rand(M, C) + 1).mul_(size).to(dtype)
+        step = torch.finfo(dtype).eps * size
+        if dtype == torch.float16:
+            step = max(step, 2.0**-24)
+        correction = torch.zeros(4, C)
+        correction[0] = 1
+        correction[1] = torch.linspace(0.01, 0.45, C) * step
+        before, x = dx.clone(), torch.zeros_like(dx)
+        stages.norm_correction_apply(dx, x, correction)
+        taken = (before.double() - dx.double()) / step
+        assert taken.abs().max() <= 1
+        bound = 4 * 0.5 / math.sqrt(M)
+        assert (taken.mean(0) - correction[1].double() / step).abs().max() < bound
+
+
+@pytest.mark.parametrize("stages", [ops, general], ids=["kernels", "general"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_correction_of_nothing_changes_nothing(stages: ModuleType, dtype: torch.dtype) -> None:
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, -65504.0, 1.0]
+    dx = torch.cat([torch.tensor(special).repeat(4, 1), torch.randn(40, 8)]).to(dtype)
+    before = dx.clone()
+    correction = torch.zeros(4, 8, dtype=reference.stages.wide_dtype(dtype))
+    correction[0] = 1
+    stages.norm_correction_apply(dx, torch.zeros_like(dx), correction)
+    torch.testing.assert_close(dx, before, rtol=0, atol=0, equal_nan=True)
