@@ -73,7 +73,7 @@ inline int64_t column_partials(int64_t blocks, const Call& c) {
 }
 
 inline Columns columns(int64_t rows, const Call& c, int64_t widest, int loads) {
-  return Columns(rows, c.C, vector_width(c.C, c.size, widest, {}), loads);
+  return Columns(rows, c.C, vector_width(c.C, c.size, widest, {}), c.size, loads);
 }
 
 inline const Sizes& cuda_sizes() {

@@ -26,14 +26,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import arena, general
+from . import arena, general, rows
 from .calls import PARAMETERS_PER_LAYER, BlockCall, LayerCall, scratch_table
 from .general import accumulation_dtype
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[N, *spatial, C], possibly a channel slice -> [M, C], the same memory."""
-    return x.view(-1, x.shape[-1]) if x.dim() != 2 else x
+from .rows import flat
 
 
 def _front(buffer: Tensor, channels: int) -> Tensor:
@@ -84,7 +80,7 @@ class _Layer:
             )
         elif self.call.bottleneck:
             weight = self.weight1.view(self.weight1.shape[:2])
-            self.stages.norm_relu_conv1x1_forward(_rows(x), norm, weight, _rows(y), stats)
+            self.stages.norm_relu_conv1x1_forward(flat(x), norm, weight, flat(y), stats)
         else:
             self.stages.norm_relu_conv3x3_forward(x, norm, self.weight1, y, stats)
 
@@ -145,7 +141,7 @@ def block_forward(
     layer's b, and every b (``store``) or an empty list.
     """
     image = (x.shape[0], *x.shape[2:])
-    features = torch.empty((*image, call.out_channels), dtype=x.dtype, device=x.device)
+    features = rows.empty(image, call.out_channels, x.dtype, x.device)
     acc = accumulation_dtype(x.dtype)
     stats = torch.zeros((2, call.out_channels), dtype=acc, device=x.device)
     bottleneck_stats: list[Tensor] = []
@@ -157,7 +153,7 @@ def block_forward(
         if known_stats is not None:
             stats[:, : call.in_channels].copy_(known_stats)
         else:
-            call.stages.channel_stats(_rows(first), stats[:, : call.in_channels])
+            call.stages.channel_stats(flat(first), stats[:, : call.in_channels])
 
     with arena.lease(scratch_table(call, image, x.dtype, backward=False), x.device) as scratch:
         for index, make in enumerate(_layers(call, parameters, x.dtype)):
@@ -187,7 +183,7 @@ def block_forward(
             if dropped:
                 new.mul_(_dropout_mask(call, index, new, scratch))
                 if new_stats is not None:
-                    call.stages.channel_stats(_rows(new), new_stats)
+                    call.stages.channel_stats(flat(new), new_stats)
     return features, stats, bottleneck_stats, kept
 
 
@@ -234,7 +230,7 @@ def block_backward(
             need = wanted[start : start + PARAMETERS_PER_LAYER]
             if layer.call.drop_rate > 0:
                 if fix is not None:
-                    stages.norm_correction_apply(_rows(d_new), _rows(new), fix)
+                    stages.norm_correction_apply(flat(d_new), flat(new), fix)
                     fix = None
                 d_new.mul_(_dropout_mask(call, index, new, scratch))
             fixed = None if fix is None else new
@@ -279,8 +275,8 @@ def block_backward(
                 else:
                     shape = layer.weight1.shape[:2]
                     stages.norm_relu_conv1x1_backward(
-                        _rows(dz2), _rows(b), fix2, _rows(inputs), norm1,
-                        layer.weight1.view(shape), _rows(d_inputs),
+                        flat(dz2), flat(b), fix2, flat(inputs), norm1,
+                        layer.weight1.view(shape), flat(d_inputs),
                         None if dweight1 is None else dweight1.view(shape), dnorm1,
                     )  # fmt: skip
             elif layer.call.conv1 is not None:
@@ -315,8 +311,8 @@ def block_backward(
     d_first = gradient[..., : call.in_channels]
     if call.batch_stats:
         stages.norm_correction_apply(
-            _rows(d_first),
-            _rows(features[..., : call.in_channels]),
+            flat(d_first),
+            flat(features[..., : call.in_channels]),
             correction[:, : call.in_channels],
         )
     return d_first, gradients

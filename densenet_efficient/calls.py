@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import rows
 from .arena import Buffer
 from .general import ConvOptions, accumulation_dtype
 
@@ -100,9 +101,12 @@ def scratch_table(
     return table
 
 
-def kept_table(call: BlockCall, image: Sequence[int], dtype: torch.dtype) -> list[Buffer]:
+def kept_table(
+    call: BlockCall, image: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> list[Buffer]:
     """What a block keeps from forward to backward."""
-    table = [Buffer("features", (*image, call.out_channels), dtype, "output")]
+    row = rows.row_length(call.out_channels, dtype, device)
+    table = [Buffer("features", (*image, row), dtype, "output")]
     acc = accumulation_dtype(dtype)
     table.append(Buffer("statistics", (2, call.out_channels), acc, "kept"))
     for index, layer in enumerate(call.layers):

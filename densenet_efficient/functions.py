@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ownership
+from . import ownership, rows
 from .block import block_backward, block_forward
 from .calls import BlockCall, NormCall
 from .general import accumulation_dtype
@@ -57,9 +57,16 @@ def gradient_buffer(held: list[Tensor], may_own: bool) -> Tensor:
     ``held``, taken over in place where its layout and its ownership allow, copied otherwise (and
     always where a graph of the gradient is recorded)."""
     with torch.no_grad():
-        if may_own and held[0].movedim(1, -1).is_contiguous() and ownership.is_sole_owner(held):
+        if may_own and _is_buffer(held[0].movedim(1, -1)) and ownership.is_sole_owner(held):
             return held[0].movedim(1, -1)
-        return held[0].movedim(1, -1).clone(memory_format=torch.contiguous_format)
+        gradient = held[0].movedim(1, -1)
+        e = rows.empty(gradient.shape[:-1], gradient.shape[-1], gradient.dtype, gradient.device)
+        return e.copy_(gradient)
+
+
+def _is_buffer(x: Tensor) -> bool:
+    """Whether x [N, *spatial, C] lies in memory as a new buffer of ours would."""
+    return rows.row_stride(x) == rows.row_length(x.shape[-1], x.dtype, x.device)
 
 
 class DenseBlockFunction(torch.autograd.Function):
@@ -99,12 +106,15 @@ class DenseBlockFunction(torch.autograd.Function):
         y, stats, *rest = ctx.saved_tensors
         inner, parameters = rest[: ctx.inner - 1], rest[ctx.inner - 1 :]
         layers = sum(1 for layer in call.layers if layer.bottleneck)
+        # Hooks on saved tensors may have brought them back in another layout.
+        features = rows.channels_last(y)
+        kept = [b.contiguous() for b in inner[layers:]]
         e = gradient_buffer(held, may_own=not torch.is_grad_enabled())
         held.clear()
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
             dx, computed = block_backward(
-                call, e, y.movedim(1, -1), stats, inner[:layers], inner[layers:],
-                parameters, ctx.needs_input_grad[3:],
+                call, e, features, stats, inner[:layers], kept, parameters,
+                ctx.needs_input_grad[3:],
             )  # fmt: skip
             gradient = dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None
         return first_order(
@@ -137,7 +147,7 @@ class PoolCall:
             return known
         acc = accumulation_dtype(x.dtype)
         stats = torch.empty((2, x.shape[-1]), dtype=acc, device=x.device)
-        self.stages.channel_stats(x.view(-1, x.shape[-1]), stats)
+        self.stages.channel_stats(rows.flat(x), stats)
         return stats
 
     def fold(self, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -152,30 +162,13 @@ class PoolCall:
         return x.numel() // x.shape[-1] if self.norm.running is None else 0
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """[N, C, *spatial] -> [N, *spatial, C] with neighbouring channels; a copy only where needed."""
-    return x.movedim(1, -1).contiguous()
-
-
-def _empty_gradient(x: Tensor) -> Tensor:
-    """For x [N, *spatial, C], uninitialised memory of its layout seen channels first. Not a view:
-    the block before may then own it (see :mod:`densenet_efficient.ownership`)."""
-    sizes, strides = x.movedim(-1, 1).shape, x.movedim(-1, 1).stride()
-    return torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device)
-
-
-def _rows_of(gradient: Tensor) -> Tensor:
-    """[N, C, *spatial] -> [N, *spatial, C], in place where the rows are evenly spaced: the block
-    before hands over a channel slice of its gradient buffer."""
-    rows = gradient.movedim(1, -1)
-    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
-        return rows.contiguous()
-    try:
-        rows.view(-1, rows.shape[-1])
-    except RuntimeError:
-        return rows.contiguous()
-    stride = rows.view(-1, rows.shape[-1]).stride(0)
-    return rows if stride >= rows.shape[-1] else rows.contiguous()
+def _empty_gradient(x: Tensor, row_length: int) -> Tensor:
+    """For x [N, *spatial, C], uninitialised memory seen channels first, rows ``row_length`` apart.
+    Not a view: the block before may then own it (see :mod:`densenet_efficient.ownership`)."""
+    *image, channels = x.shape
+    first, *others, last = rows.strides(image, row_length)
+    shape, steps = (image[0], channels, *image[1:]), (first, last, *others)
+    return torch.empty_strided(shape, steps, dtype=x.dtype, device=x.device)
 
 
 def _like(gradient: Tensor, parameter: Tensor | None, wanted: bool) -> Tensor | None:
@@ -194,9 +187,9 @@ class TransitionFunction(torch.autograd.Function):
     def forward(call: PoolCall, x: Tensor, stats, gamma, beta, weight):
         """See ``transition_forward`` in :mod:`densenet_efficient.ops`."""
         with torch.autocast(x.device.type, enabled=False):
-            x = _channels_last(x)
+            x = rows.channels_last(x)
             image = (x.shape[0], *(size // 2 for size in x.shape[1:-1]))
-            y = torch.empty((*image, weight.shape[0]), dtype=x.dtype, device=x.device)
+            y = rows.empty(image, weight.shape[0], x.dtype, x.device)
             stats = call.statistics(x, stats)
             norm = call.fold(stats, gamma, beta)
             y_stats = norm.new_zeros((2, weight.shape[0]))
@@ -223,14 +216,21 @@ class TransitionFunction(torch.autograd.Function):
         x, stats, gamma, beta, weight = saved = ctx.saved_tensors  # checkpointing allows it once
         wanted = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x = _channels_last(x)
+            x = rows.channels_last(x)
             norm = call.fold(stats, gamma, beta)
-            dx = _empty_gradient(x)
+            dx = _empty_gradient(x, rows.row_length(x.shape[-1], x.dtype, x.device))
             dnorm = norm.new_empty((2, x.shape[-1]))
             kernel = weight.detach().to(x.dtype).reshape(weight.shape[:2])
             dweight = norm.new_empty(kernel.shape) if wanted[5] else None
             call.stages.transition_backward(
-                _rows_of(dy), x, norm, kernel, call.count(x), dx.movedim(1, -1), dweight, dnorm
+                rows.channels_last(dy),
+                x,
+                norm,
+                kernel,
+                call.count(x),
+                dx.movedim(1, -1),
+                dweight,
+                dnorm,
             )
         return first_order(
             (
@@ -262,9 +262,9 @@ class StemFunction(torch.autograd.Function):
     def forward(call: PoolCall, x: Tensor, gamma, beta):
         """See ``stem_forward`` in :mod:`densenet_efficient.ops`."""
         with torch.autocast(x.device.type, enabled=False):
-            x = _channels_last(x)
+            x = rows.channels_last(x)
             image = (x.shape[0], *(-(-size // 2) for size in x.shape[1:-1]))
-            y = torch.empty((*image, x.shape[-1]), dtype=x.dtype, device=x.device)
+            y = rows.empty(image, x.shape[-1], x.dtype, x.device)
             stats = call.statistics(x, None)
             norm = call.fold(stats, gamma, beta)
             y_stats = norm.new_zeros((2, x.shape[-1]))
@@ -290,12 +290,12 @@ class StemFunction(torch.autograd.Function):
         x, stats, gamma, beta = saved = ctx.saved_tensors  # checkpointing allows it once
         wanted = ctx.needs_input_grad
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x = _channels_last(x)
+            x = rows.channels_last(x)
             norm = call.fold(stats, gamma, beta)
-            dx = _empty_gradient(x)
+            dx = _empty_gradient(x, x.shape[-1])  # the framework's convolution wants it dense
             dnorm = norm.new_empty((2, x.shape[-1]))
             out = dx.movedim(1, -1)
-            call.stages.stem_backward(_rows_of(dy), x, norm, call.count(x), out, dnorm)
+            call.stages.stem_backward(rows.channels_last(dy), x, norm, call.count(x), out, dnorm)
         return first_order(
             (
                 None,

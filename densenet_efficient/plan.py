@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import arena, workspaces
+from . import arena, rows, workspaces
 from .arena import Buffer
 from .calls import BlockCall, kept_table, scratch_table
 from .features import EfficientFeatures, EfficientTransition
@@ -202,20 +202,23 @@ def _replay(
     acc = accumulation_dtype(dtype)
 
     def out(stage: _Stage, lifetime: str) -> Buffer:
-        return Buffer(
-            f"{stage.name} output", (*stage.out_image, stage.out_channels), dtype, lifetime
-        )
+        row = stage.out_channels
+        if stage.name == "stem" or isinstance(stage.module, EfficientTransition):
+            row = rows.row_length(row, dtype, device)  # the framework's results are dense
+        return Buffer(f"{stage.name} output", (*stage.out_image, row), dtype, lifetime)
 
     def grad(stage: _Stage) -> Buffer:
-        shape = (*stage.image, stage.channels)
-        return Buffer(f"gradient before {stage.name}", shape, dtype, "transient")
+        row = stage.channels
+        if isinstance(stage.module, EfficientTransition):
+            row = rows.row_length(row, dtype, device)
+        return Buffer(f"gradient before {stage.name}", (*stage.image, row), dtype, "transient")
 
     previous = None  # the output that the next stage consumes and nobody keeps
     for index, stage in enumerate(stages):
         where = f"the forward of {stage.name}"
         if isinstance(stage.module, EfficientDenseBlock):
             block = _block_call(stage.module, dtype, device)
-            for row in kept_table(block, stage.image, dtype):
+            for row in kept_table(block, stage.image, dtype, device):
                 ledger.allocate(_renamed(row, stage.name, training), where)
             scratch = scratch_table(block, stage.image, dtype, backward=False)
             ledger.grow("scratch", arena.slab_bytes(scratch), where)
@@ -259,28 +262,36 @@ def _replay(
     for index in reversed(range(len(stages))):
         stage = stages[index]
         where = f"the backward of {stage.name}"
+        after = stages[index + 1].module if index + 1 < len(stages) else None
         gradients["parameter gradients"] += _gradient_bytes(stage.module)
         if isinstance(stage.module, EfficientDenseBlock):
-            # The arriving gradient is the block's gradient buffer; its first channels go on.
+            # The arriving gradient is the block's gradient buffer; its first channels go on. One
+            # of the framework's is copied where rows are padded.
             block = _block_call(stage.module, dtype, device)
+            length = rows.row_length(block.out_channels, dtype, device)
+            if length != block.out_channels and not isinstance(after, EfficientTransition):
+                buffer = Buffer(
+                    f"gradient buffer of {stage.name}", (*stage.image, length), dtype, "transient"
+                )
+                ledger.allocate(buffer, where)
+                ledger.free(arriving)
+                arriving = buffer.name
             scratch = scratch_table(block, stage.image, dtype, backward=True)
             ledger.grow("scratch", arena.slab_bytes(scratch), where)
             ledger.mark(where, workspaces.block(block, stage.image, dtype, device, backward=True))
             ledger.free(*(n for n in list(ledger.live) if n.startswith(f"{stage.name} ")))
         elif index > 0:
-            row = grad(stage)
-            ledger.allocate(row, where)
+            sent = grad(stage)
+            ledger.allocate(sent, where)
             ledger.mark(where, _inside(stage, dtype, device, "backward"))
             ledger.free(arriving)
-            arriving = row.name
+            arriving = sent.name
             if index == 1 and not isinstance(stage.module, EfficientTransition):
                 ledger.free(f"{stages[0].name} output")
         else:
             ledger.mark(where, _inside(stage, dtype, device, "backward"))
-    row = Buffer(
-        "parameter gradients", (gradients["parameter gradients"],), torch.uint8, "gradient"
-    )
-    ledger.rows.append(row)
+    parameters = (gradients["parameter gradients"],)
+    ledger.rows.append(Buffer("parameter gradients", parameters, torch.uint8, "gradient"))
     scratch_row = Buffer("scratch", (ledger.live.get("scratch", 0),), torch.uint8, "scratch")
     ledger.rows.append(scratch_row)
 

@@ -71,7 +71,7 @@ void channel_stats(Tensor x, Tensor stats) {
     if (rows == 0) return clear_table(launcher, table, kStatsRows, channels);
     const int width =
         vector_width(channels, sizeof(T), 16 / sizeof(T), {{x.const_data_ptr(), x_stride}});
-    const Columns plan(rows, channels, width, kLoads);
+    const Columns plan(rows, channels, width, sizeof(T), kLoads);
     const Tensor partials =
         torch::stable::new_empty(x, {partials_size(plan.parts, channels)}, accumulate);
     dispatch_width<16 / sizeof(T)>(

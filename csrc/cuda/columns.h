@@ -43,12 +43,17 @@ struct Columns {
   int64_t parts;
 
   // loads: rows that a thread has in flight; a part is cut in whole steps of lanes * loads rows.
-  Columns(int64_t rows, int64_t channels, int vector, int loads)
+  // Groups end at sectors of 32 bytes where that leaves at most a quarter of the threads idle: no
+  // two warps then meet inside a sector.
+  Columns(int64_t rows, int64_t channels, int vector, int64_t element_bytes, int loads)
       : rows(rows), channels(static_cast<int>(channels)), vector(vector) {
-    constexpr int kGroupVectors = 64;
+    constexpr int kGroupVectors = 64, kSector = 32;
     const int64_t vectors = std::max<int64_t>(1, channels / vector);
     groups = static_cast<int>((vectors + kGroupVectors - 1) / kGroupVectors);
     group_vectors = static_cast<int>((vectors + groups - 1) / groups);
+    const int in_sector = std::max(1, kSector / static_cast<int>(vector * element_bytes));
+    const int whole = (group_vectors + in_sector - 1) / in_sector * in_sector;
+    if (3 * whole <= 4 * group_vectors) group_vectors = whole;
     lanes = kColumnThreads / group_vectors;
     const int64_t step = int64_t(lanes) * loads;
     const int64_t steps = std::max<int64_t>(1, (rows + step - 1) / step);

@@ -127,7 +127,7 @@ void norm_correction_apply(Tensor dx, Tensor x, Tensor correction) {
     const int width =
         vector_width(channels, sizeof(T), 16 / sizeof(T),
                      {{x.const_data_ptr(), x_stride}, {dx.const_data_ptr(), dx_stride}});
-    const Columns plan(rows, channels, width, kLoads);
+    const Columns plan(rows, channels, width, sizeof(T), kLoads);
     dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
       launcher.launch<&apply_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads},

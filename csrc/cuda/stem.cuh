@@ -34,7 +34,7 @@ struct StemPlan {
         out_height((height + 1) / 2),
         out_width((width + 1) / 2),
         halo(halo),
-        columns(1, x.size(3), vector, 1) {
+        columns(1, x.size(3), vector, x.element_size(), 1) {
     constexpr int64_t kBlocks = 512;  // enough for every multiprocessor
     constexpr int kShortest = 4;      // a band reads one row more than it owns
     const int widest = columns.lanes > halo ? columns.lanes - halo : 1;

@@ -72,9 +72,10 @@ __device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* globa
   if (vector == 8) {
     cp_async<16>(shared, global, 2 * valid DE_AT);
   } else if (vector == 4) {
-    const int low = valid < 4 ? valid : 4;
-    cp_async<8>(shared, global, 2 * low DE_AT);
-    cp_async<8>(shared + 8, global + 4, 2 * (valid - low) DE_AT);
+    // Half of the chunks of 256 bytes copy their upper half first, or half the banks would idle.
+    const int first = reinterpret_cast<uintptr_t>(shared) >> 7 & 1 ? 4 : 0, second = 4 - first;
+    cp_async<8>(shared + 2 * first, global + first, 2 * min(max(valid - first, 0), 4) DE_AT);
+    cp_async<8>(shared + 2 * second, global + second, 2 * min(max(valid - second, 0), 4) DE_AT);
   } else {
 #pragma unroll 1
     for (int c = 0; c < kChunk; ++c)

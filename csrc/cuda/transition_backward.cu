@@ -210,7 +210,7 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
                   row_tensor(dx, dx_stride), quads, static_cast<int>(C), static_cast<int>(K)});
       // Eight channels a thread would spill; two windows in flight make up for it.
       const int sums_width = std::min(width, 4);
-      const Columns plan(quads.windows, C, sums_width, 4);
+      const Columns plan(quads.windows, C, sums_width, sizeof(T), 4);
       const Workspace partials(x, partials_size(plan.parts, C) * 4);
       dispatch_width<4>(sums_width, [&]<int V>() {
         launcher.launch<&transition_sums_kernel<T, V>>(
@@ -225,7 +225,7 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
       if (dweight && K > 0)
         launch_dweight<T>(launcher, dy, dy_stride, dx, dx_stride, quads, *dweight, dweight_stride);
     }
-    const Columns plan(all_quads.windows, C, width, 4);
+    const Columns plan(all_quads.windows, C, width, sizeof(T), 4);
     dispatch_width<8>(width, [&]<int V>() {
       launcher.launch<&transition_dx_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads}, x_rows, norm_rows,

@@ -7,11 +7,11 @@
 namespace densenet_efficient::emulation {
 namespace {
 
-// Memory that belongs to one tensor, and which of its sectors a launch has touched.
+// Memory that belongs to one tensor, and which bytes of its sectors a launch has touched.
 struct Range {
   std::string name;
   uintptr_t begin, end;
-  std::vector<bool> touched[2];  // by loads, by stores
+  std::vector<uint32_t> touched[2];  // by loads, by stores
 };
 std::vector<Range> ranges;
 
@@ -21,6 +21,18 @@ size_t owner_of(uintptr_t address) {
   while (index < ranges.size() && (address < ranges[index].begin || address >= ranges[index].end))
     ++index;
   return index;
+}
+
+// Marks bytes [first, first + count) behind the first sector of a range.
+void touch(std::vector<uint32_t>& touched, uintptr_t first, int count, TrafficCounters& traffic) {
+  for (uintptr_t byte = first; byte < first + count; ++byte) {
+    if (byte / 32 >= touched.size()) return;
+    uint32_t& sector = touched[byte / 32];
+    const uint32_t bit = 1u << byte % 32;
+    traffic.distinct += sector == 0;
+    traffic.distinct_bytes += !(sector & bit);
+    sector |= bit;
+  }
 }
 
 }  // namespace
@@ -34,8 +46,8 @@ void name_range(const char* name, const void* begin, int64_t bytes) {
 void start_counting(std::vector<TensorCounters>& tensors) {
   for (Range& range : ranges) {
     tensors.push_back({range.name, {}, {}});
-    for (std::vector<bool>& touched : range.touched)
-      touched.assign((range.end - 1) / 32 - range.begin / 32 + 1, false);
+    for (std::vector<uint32_t>& touched : range.touched)
+      touched.assign((range.end - 1) / 32 - range.begin / 32 + 1, 0);
   }
   tensors.push_back({"workspace", {}, {}});
 }
@@ -43,12 +55,14 @@ void start_counting(std::vector<TensorCounters>& tensors) {
 void count_global(const Request& request, SiteCounters& site,
                   std::vector<TensorCounters>& tensors) {
   uintptr_t sectors[2 * kWarp], seen[kWarp];
+  int widths[kWarp];
   int num_sectors = 0, num_seen = 0;
   int64_t bytes = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(request.lanes >> lane & 1) || !request.bytes[lane]) continue;
     const uintptr_t address = request.address[lane];
     if (std::find(seen, seen + num_seen, address) != seen + num_seen) continue;
+    widths[num_seen] = request.bytes[lane];
     seen[num_seen++] = address;
     bytes += request.bytes[lane];
     sectors[num_sectors++] = address / 32;
@@ -68,16 +82,10 @@ void count_global(const Request& request, SiteCounters& site,
   TrafficCounters& traffic = store ? tensors[owner].store : tensors[owner].load;
   traffic.bytes += bytes;
   traffic.sectors += num_sectors;
-  traffic.ideal += (bytes + 31) / 32;
   if (owner == ranges.size()) return;
-  std::vector<bool>& touched = ranges[owner].touched[store];
-  for (int i = 0; i < num_sectors; ++i) {
-    const size_t sector = sectors[i] - ranges[owner].begin / 32;
-    if (sector < touched.size() && !touched[sector]) {
-      touched[sector] = true;
-      ++traffic.distinct;
-    }
-  }
+  for (int i = 0; i < num_seen; ++i)
+    touch(ranges[owner].touched[store], seen[i] - ranges[owner].begin / 32 * 32, widths[i],
+          traffic);
 }
 
 void count_shared(const Request& request, uintptr_t base, SiteCounters& site) {

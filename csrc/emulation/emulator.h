@@ -36,8 +36,8 @@ struct SiteCounters {
 struct TrafficCounters {
   int64_t bytes = 0;
   int64_t sectors = 0;   // of 32 bytes
-  int64_t ideal = 0;     // what the same bytes cost at best
   int64_t distinct = 0;  // sectors touched at all: what must come from or go to memory
+  int64_t distinct_bytes = 0;
 };
 
 // Of one tensor, which the caller has named (name_range); all others are the workspace.

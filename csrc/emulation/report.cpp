@@ -25,7 +25,8 @@ std::string quoted(const std::string& text) {
 
 void write(std::ostringstream& out, const TrafficCounters& traffic) {
   out << "{\"bytes\":" << traffic.bytes << ",\"sectors\":" << traffic.sectors
-      << ",\"ideal\":" << traffic.ideal << ",\"distinct\":" << traffic.distinct << "}";
+      << ",\"distinct\":" << traffic.distinct << ",\"distinct_bytes\":" << traffic.distinct_bytes
+      << "}";
 }
 
 void write(std::ostringstream& out, const Counters& launch) {

@@ -34,26 +34,36 @@ class Site:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Global traffic in one direction, by the warps' requests (not what the caches let through):
-    bytes and sectors asked for, the fewest sectors for those bytes, distinct sectors touched."""
+    """Global traffic in one direction, by the warps' requests (not what the caches let through).
+
+    bytes and sectors asked for; distinct: sectors touched at all; needed: the sectors that hold the
+    bytes where they lie in memory, as often as these are asked for: 24 bytes of a row need one
+    sector or two, whoever reads them.
+    """
 
     bytes: int = 0
     sectors: int = 0
-    ideal: int = 0
     distinct: int = 0
+    needed: float = 0.0
+
+    @classmethod
+    def from_json(cls, row: dict[str, int]) -> Traffic:
+        """Of one launch. Workspaces, whose distinct bytes are not known, are taken as packed."""
+        per_byte = row["distinct"] / row["distinct_bytes"] if row["distinct_bytes"] else 1 / SECTOR
+        return cls(row["bytes"], row["sectors"], row["distinct"], row["bytes"] * per_byte)
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(
             self.bytes + other.bytes,
             self.sectors + other.sectors,
-            self.ideal + other.ideal,
             self.distinct + other.distinct,
+            self.needed + other.needed,
         )
 
     @property
     def efficiency(self) -> float:
         """Sectors needed over sectors requested."""
-        return self.ideal / self.sectors if self.sectors else 1.0
+        return self.needed / self.sectors if self.sectors else 1.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,9 @@ class Launch:
         row["grid"] = (row.pop("grid_x"), row.pop("grid_y"))
         row["sites"] = tuple(Site(**site) for site in row["sites"])
         row["tensors"] = {
-            tensor["name"]: TensorTraffic(Traffic(**tensor["load"]), Traffic(**tensor["store"]))
+            tensor["name"]: TensorTraffic(
+                Traffic.from_json(tensor["load"]), Traffic.from_json(tensor["store"])
+            )
             for tensor in row["tensors"]
         }
         return cls(**row)
