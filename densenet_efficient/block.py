@@ -19,7 +19,7 @@ runs stage A again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -34,6 +34,8 @@ from .rows import flat
 
 def _front(buffer: Tensor, channels: int) -> Tensor:
     """The first channels of every pixel of a scratch buffer, packed."""
+    if buffer.shape[-1] == channels:
+        return buffer
     image = buffer.shape[:-1]
     return buffer.view(-1)[: image.numel() * channels].view(*image, channels)
 
@@ -95,26 +97,36 @@ class _Layer:
             self.stages.norm_relu_conv3x3_forward(b, norm, self.weight2, y, stats)
 
 
-def _layers(
-    call: BlockCall, parameters: Sequence[Tensor | None], dtype: torch.dtype
-) -> Iterator[Callable[[], _Layer]]:
-    """The layers' tensors, one layer at a time; weights are cast when their layer is reached."""
+def _layer(
+    call: BlockCall, index: int, parameters: Sequence[Tensor | None], dtype: torch.dtype
+) -> _Layer:
+    """A layer's tensors, its parameters cast to what the kernels take; made when it is reached, so
+    that one layer's casts exist at a time."""
     acc = accumulation_dtype(dtype)
+    start = index * PARAMETERS_PER_LAYER
+    gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = parameters[
+        start : start + PARAMETERS_PER_LAYER
+    ]
+    return _Layer(
+        call.layers[index],
+        call.stages,
+        _cast(gamma1, acc),
+        _cast(beta1, acc),
+        _cast(weight1, dtype),  # type: ignore[arg-type]
+        _cast(bias1, dtype),
+        _cast(gamma2, acc),
+        _cast(beta2, acc),
+        _cast(weight2, dtype),
+        _cast(bias2, dtype),
+    )
 
-    def cast(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
-        if tensor is None or (tensor.dtype == to and tensor.is_contiguous()):
-            return tensor
-        return tensor.to(to).contiguous()
 
-    dtypes = (acc, acc, dtype, dtype) * 2
-    for index, layer in enumerate(call.layers):
-        start = index * PARAMETERS_PER_LAYER
-        mine = parameters[start : start + PARAMETERS_PER_LAYER]
-        yield lambda layer=layer, mine=mine: _Layer(  # type: ignore[misc]
-            layer,
-            call.stages,
-            *(cast(t, to) for t, to in zip(mine, dtypes, strict=True)),  # type: ignore[arg-type]
-        )
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _dropout_mask(call: BlockCall, index: int, y: Tensor, scratch: dict[str, Tensor]) -> Tensor:
@@ -156,8 +168,8 @@ def block_forward(
             call.stages.channel_stats(flat(first), stats[:, : call.in_channels])
 
     with arena.lease(scratch_table(call, image, x.dtype, backward=False), x.device) as scratch:
-        for index, make in enumerate(_layers(call, parameters, x.dtype)):
-            layer = make()
+        for index in range(len(call.layers)):
+            layer = _layer(call, index, parameters, x.dtype)
             channels, growth = layer.call.in_channels, layer.call.growth
             inputs = features[..., :channels]
             new = features[..., channels : channels + growth]
@@ -172,9 +184,9 @@ def block_forward(
                     kept.append(b)
                 else:
                     b = _front(scratch["bottleneck"], width)
-                b_stats = torch.zeros((2, width), dtype=acc, device=x.device)
-                bottleneck_stats.append(b_stats)
                 assert layer.call.norm2 is not None
+                b_stats = stats.new_empty((2, width))
+                bottleneck_stats.append(b_stats)
                 wanted = b_stats if layer.call.norm2.running is None else None
                 layer.conv1_forward(inputs, norm1, b, wanted)
                 layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
@@ -216,11 +228,10 @@ def block_backward(
     correction[3].copy_(stats[0])
     gradients: list[Tensor | None] = [None] * len(parameters)
 
-    makers = list(_layers(call, parameters, features.dtype))
     table = scratch_table(call, image, features.dtype, backward=True)
     with arena.lease(table, features.device) as scratch:
-        for index in reversed(range(len(makers))):
-            layer = makers[index]()
+        for index in reversed(range(len(call.layers))):
+            layer = _layer(call, index, parameters, features.dtype)
             channels, growth = layer.call.in_channels, layer.call.growth
             slot = slice(channels, channels + growth)
             inputs, d_inputs = features[..., :channels], gradient[..., :channels]
@@ -306,7 +317,7 @@ def block_backward(
             for offset, value in enumerate(computed):
                 parameter = parameters[start + offset]
                 if parameter is not None and need[offset] and value is not None:
-                    gradients[start + offset] = value.to(parameter.dtype)
+                    gradients[start + offset] = _cast(value, parameter.dtype)
 
     d_first = gradient[..., : call.in_channels]
     if call.batch_stats:

@@ -76,11 +76,14 @@ def update_running_statistics(
                 assert norm.num_batches_tracked is not None
                 momentum = 1.0 / float(norm.num_batches_tracked)
             dtype = norm.running_mean.dtype
-            values = values.to(dtype)
-            group = groups.setdefault((momentum, dtype), ([], [], [], []))
-            pair = (norm.running_mean, values[0], norm.running_var, values[1])
-            for column, tensor in zip(group, pair, strict=True):
-                column.append(tensor)
+            mean, variance = values if values.dtype == dtype else values.to(dtype)
+            means, batch_means, variances, batch_variances = groups.setdefault(
+                (momentum, dtype), ([], [], [], [])
+            )
+            means.append(norm.running_mean)
+            batch_means.append(mean)
+            variances.append(norm.running_var)
+            batch_variances.append(variance)
         for (momentum, _), (means, batch_means, variances, batch_variances) in groups.items():
             torch._foreach_mul_(means + variances, 1.0 - momentum)
             torch._foreach_add_(means, batch_means, alpha=momentum)

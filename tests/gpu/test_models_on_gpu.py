@@ -62,6 +62,22 @@ def test_block_error_is_the_frameworks(memory: str, dtype: torch.dtype) -> None:
     assert ratio.worst <= 2.0, ratio
 
 
+def assert_errs_no_more(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], **autocast):
+    """Ours beside the framework's under autocast or, without, in the models' own dtype."""
+    exact = copy.deepcopy(theirs).double()
+    dtype = next(theirs.parameters()).dtype
+    runs: tuple[list, list, list] = ([], [], [])
+    for _ in range(3):
+        x = images(*shape, dtype=dtype)
+        target = torch.randint(10, shape[:1], device="cuda")
+        runs[0].append(training_step(ours, x, target, **autocast))
+        runs[1].append(training_step(theirs, x, target, **autocast))
+        runs[2].append(training_step(exact, x.double(), target))
+    ratio = error_ratio(*runs)
+    assert ratio.together <= 1.2, ratio
+    assert ratio.worst <= 2.0, ratio
+
+
 @MEMORY
 @pytest.mark.parametrize("precision", ["bfloat16 autocast", "float16 autocast", "bfloat16"])
 def test_densenet121_error_is_the_frameworks(precision: str, memory: str) -> None:
@@ -74,18 +90,30 @@ def test_densenet121_error_is_the_frameworks(precision: str, memory: str) -> Non
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.5)
     theirs = theirs.to(dtype, memory_format=torch.channels_last)
-    exact = copy.deepcopy(theirs).double()
     ours = de.convert(copy.deepcopy(theirs), memory=memory)
-    runs: tuple[list, list, list] = ([], [], [])
-    for _ in range(3):
-        x = images(8, 3, 96, 96, dtype=dtype)
-        target = torch.randint(10, (8,), device="cuda")
-        runs[0].append(training_step(ours, x, target, **autocast))
-        runs[1].append(training_step(theirs, x, target, **autocast))
-        runs[2].append(training_step(exact, x.double(), target))
-    ratio = error_ratio(*runs)
-    assert ratio.together <= 1.2, ratio
-    assert ratio.worst <= 2.0, ratio
+    assert_errs_no_more(ours, theirs, (8, 3, 96, 96), **autocast)
+
+
+def test_untrained_densenet121_error_is_the_frameworks() -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.densenet121(weights=None, num_classes=10).cuda()
+    theirs = theirs.to(memory_format=torch.channels_last)
+    ours = de.convert(copy.deepcopy(theirs))
+    assert_errs_no_more(ours, theirs, (4, 3, 224, 224), dtype=torch.bfloat16)
+
+
+@MEMORY
+def test_padded_rows_change_nothing(memory: str) -> None:
+    """Growth rate 12: no block's channels are a multiple of 16."""
+    torch.manual_seed(0)
+    options = dict(small_inputs=True, num_classes=10)
+    theirs = reference.DenseNet(12, (3, 3, 3), 24, **options).cuda()
+    ours = EfficientDenseNet(12, (3, 3, 3), 24, memory=memory, **options).cuda()
+    ours.load_state_dict(theirs.state_dict())
+    for norm in (m for model in (theirs, ours) for m in model.modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.bias.data.fill_(0.1)
+    assert_errs_no_more(ours, theirs, (16, 3, 32, 32), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
