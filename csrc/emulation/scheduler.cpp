@@ -1,108 +1,17 @@
-// The emulator's scheduler, checks and counters; see emulator.h.
-#include "emulator.h"
-
+// The scheduler: threads as fibers, barriers, launches; see emulator.h.
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <memory>
 #include <numeric>
-#include <random>
 #include <sstream>
 #include <stdexcept>
-#include <unordered_map>
 
-#include "counting.h"
-#include "fiber.h"
-#include "shared_memory.h"
+#include "machine.h"
 
 namespace densenet_efficient::emulation {
-namespace {
 
-constexpr int kNobody = -1;
-
-std::string where(const Site& site) {
-  const std::string file = site.file_name();
-  return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line());
-}
-
-// The accesses of one warp at one place since its last synchronisation.
-struct SiteLog {
-  uint32_t occurrences[kWarp] = {};
-  std::vector<Request> requests;
-};
-
-struct SiteKey {
-  const char* file;
-  uint64_t place;
-  bool operator==(const SiteKey&) const = default;
-};
-struct SiteHash {
-  size_t operator()(const SiteKey& key) const {
-    return (reinterpret_cast<size_t>(key.file) ^ key.place) * 0x9e3779b97f4a7c15ull >> 17;
-  }
-};
-SiteKey key_of(const Site& site, int kind) {
-  return {site.file_name(), uint64_t(site.line()) << 24 | uint64_t(site.column()) << 4 | kind};
-}
-
-// ---- Threads and warps --------------------------------------------------------------------------
-
-struct Warp {
-  int arrived = 0;
-  uint32_t interval = 1;  // counts sync_warp, which orders the warp's memory accesses
-  WarpOp op = WarpOp::kSync;
-  Site site;
-  void* inputs[kWarp];
-  void* outputs[kWarp];
-  std::vector<SiteLog> logs;  // by site
-  std::vector<int> touched;   // sites with requests in logs
-};
-
-struct Copy {
-  void* shared;
-  const void* global;
-  int bytes, source_bytes;
-  int group;
-  Site site;  // where it was started
-};
-
-struct Thread {
-  Context context;
-  void* fake_stack = nullptr;
-  ThreadPosition position;
-  bool done = false;
-  const char* waits_for = nullptr;
-  Site waits_at;
-  std::vector<Copy> copies;  // on their way, oldest first
-  int open_group = 0;
-};
-
-struct Machine {
-  uint64_t seed = 0;
-  std::mt19937_64 random;
-  std::vector<Counters> launches;
-
-  // The launch and block under way.
-  const std::function<void()>* body = nullptr;
-  Counters* counters = nullptr;
-  std::unordered_map<SiteKey, int, SiteHash> sites;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  std::deque<int> runnable;
-  std::unique_ptr<Stacks> stacks;
-  SharedMemory shared;
-  uint32_t interval = 1;
-  int at_barrier = 0, running = kNobody, left = 0;
-  Site barrier_site;
-  std::string error;
-
-  Context host;
-  void* host_fake_stack = nullptr;
-  const void* host_bottom = nullptr;
-  size_t host_size = 0;
-};
 Machine machine;
+
+namespace {
 
 // ---- Switching ----------------------------------------------------------------------------------
 
@@ -136,16 +45,6 @@ void switch_to(int target, bool for_good = false) {
 #endif
   switch_context(from, to);
   arrived_from(*fake);
-}
-
-[[noreturn]] void fatal(const std::string& message) {
-  const ThreadPosition& at = position();
-  std::ostringstream text;
-  text << message << " (thread " << at.thread << " of block " << at.block_x << ", " << at.block_y
-       << ")";
-  machine.error = text.str();
-  switch_to(kNobody, true);
-  std::abort();
 }
 
 int next_thread() {
@@ -184,8 +83,6 @@ void release(int first, int last) {
   }
 }
 
-void complete(const Copy& copy);
-
 void thread_entry() {
   Machine& m = machine;
   arrived_from(nullptr);
@@ -197,73 +94,6 @@ void thread_entry() {
   --m.left;
   switch_to(next_thread(), true);
   std::abort();
-}
-
-// ---- Flushing the log ---------------------------------------------------------------------------
-
-void flush(Warp& warp) {
-  Machine& m = machine;
-  for (const int index : warp.touched) {
-    SiteLog& log = warp.logs[index];
-    SiteCounters& site = m.counters->sites[index];
-    for (const Request& request : log.requests) {
-      if (site.access == Access::kGlobalLoad || site.access == Access::kGlobalStore)
-        count_global(request, site, m.counters->tensors);
-      else
-        count_shared(request, reinterpret_cast<uintptr_t>(m.shared.data()), site);
-    }
-    log.requests.clear();
-    std::fill(log.occurrences, log.occurrences + kWarp, 0);
-  }
-  warp.touched.clear();
-}
-
-// ---- Accesses -----------------------------------------------------------------------------------
-
-void check_shared(bool write, const void* pointer, int bytes, const Site& site) {
-  Machine& m = machine;
-  const ThreadPosition& at = m.threads[m.running].position;
-  const std::string wrong =
-      m.shared.touch(write, pointer, bytes, {at.thread, m.interval, m.warps[at.warp].interval});
-  if (!wrong.empty()) fatal(wrong + ", at " + where(site));
-}
-
-void complete(const Copy& copy) {
-  std::memcpy(copy.shared, copy.global, copy.source_bytes);
-  std::memset(static_cast<char*>(copy.shared) + copy.source_bytes, 0,
-              copy.bytes - copy.source_bytes);
-  machine.shared.set_pending(copy.shared, copy.bytes, false);
-  check_shared(true, copy.shared, copy.bytes, copy.site);
-}
-
-void log_access(Access access, const void* pointer, int bytes, const Site& site) {
-  Machine& m = machine;
-  const SiteKey key = key_of(site, static_cast<int>(access));
-  auto [entry, is_new] = m.sites.try_emplace(key, static_cast<int>(m.counters->sites.size()));
-  if (is_new) {
-    SiteCounters counters;
-    const std::string file = site.file_name();
-    counters.file = file.substr(file.find_last_of('/') + 1);
-    counters.line = static_cast<int>(site.line());
-    counters.access = access;
-    m.counters->sites.push_back(counters);
-  }
-  const ThreadPosition& at = m.threads[m.running].position;
-  Warp& warp = m.warps[at.warp];
-  if (static_cast<int>(warp.logs.size()) <= entry->second) warp.logs.resize(entry->second + 1);
-  SiteLog& log = warp.logs[entry->second];
-  if (log.requests.empty()) warp.touched.push_back(entry->second);
-  const uint32_t occurrence = log.occurrences[at.lane]++;
-  if (log.requests.size() <= occurrence) log.requests.resize(occurrence + 1);
-  Request& request = log.requests[occurrence];
-  request.lanes |= 1u << at.lane;
-  request.address[at.lane] = reinterpret_cast<uintptr_t>(pointer);
-  request.bytes[at.lane] = static_cast<uint8_t>(bytes);
-}
-
-void check_aligned(const void* pointer, int bytes, const Site& site) {
-  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
-    fatal("misaligned access of " + std::to_string(bytes) + " bytes at " + where(site));
 }
 
 // ---- Running a block ----------------------------------------------------------------------------
@@ -317,6 +147,16 @@ void run_block(int block_x, int block_y) {
 
 }  // namespace
 
+[[noreturn]] void fatal(const std::string& message) {
+  const ThreadPosition& at = position();
+  std::ostringstream text;
+  text << message << " (thread " << at.thread << " of block " << at.block_x << ", " << at.block_y
+       << ")";
+  machine.error = text.str();
+  switch_to(kNobody, true);
+  std::abort();
+}
+
 // ---- Interface ----------------------------------------------------------------------------------
 
 void set_seed(uint64_t seed) { machine.seed = seed; }
@@ -364,13 +204,6 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
   throw std::runtime_error("emulation of " + std::string(op) + ": " + m.error);
 }
 
-void note(Access access, const void* pointer, int bytes, const Site& site) {
-  check_aligned(pointer, bytes, site);
-  if (access == Access::kSharedLoad || access == Access::kSharedStore)
-    check_shared(access == Access::kSharedStore, pointer, bytes, site);
-  log_access(access, pointer, bytes, site);
-}
-
 void block_barrier(const Site& site) {
   Machine& m = machine;
   if (m.at_barrier == 0) m.barrier_site = site;
@@ -411,32 +244,6 @@ void warp_rendezvous(WarpOp op, const void* input, void* output, Combine combine
     m.counters->mma_flops += flops;
   }
   release(at.warp * kWarp, (at.warp + 1) * kWarp);
-}
-
-void async_copy(void* shared, const void* global, int bytes, int source_bytes, const Site& site) {
-  Machine& m = machine;
-  check_aligned(shared, bytes, site);
-  check_aligned(global, bytes, site);
-  if (source_bytes < 0 || source_bytes > bytes)
-    fatal("cp_async of " + std::to_string(source_bytes) + " source bytes at " + where(site));
-  check_shared(true, shared, bytes, site);
-  log_access(Access::kSharedStore, shared, bytes, site);
-  if (source_bytes) log_access(Access::kGlobalLoad, global, source_bytes, site);
-  Thread& self = m.threads[m.running];
-  const Copy copy{shared, global, bytes, source_bytes, self.open_group, site};
-  if (m.seed % 2) return complete(copy);
-  m.shared.set_pending(shared, bytes, true);
-  self.copies.push_back(copy);
-}
-
-void async_commit() { ++machine.threads[machine.running].open_group; }
-
-void async_wait(int pending) {
-  Thread& self = machine.threads[machine.running];
-  size_t finished = 0;
-  while (finished < self.copies.size() && self.copies[finished].group < self.open_group - pending)
-    complete(self.copies[finished++]);
-  self.copies.erase(self.copies.begin(), self.copies.begin() + finished);
 }
 
 }  // namespace densenet_efficient::emulation
