@@ -1,5 +1,5 @@
-// Argument checks shared by the CPU and CUDA launchers. A message names the operator and the
-// tensor, what was expected and what came; nothing is written before every check has passed.
+// Single checks of arguments. A message names the operator and the tensor, what was expected and
+// what came; nothing is written before every check has passed (arguments.h).
 #pragma once
 
 #include <sstream>
@@ -65,20 +65,20 @@ inline void check_dtype(const Arg& arg, ScalarType expected) {
     fail(arg, "must be ", dtype_text(expected), ", got ", dtype_text(arg.tensor.scalar_type()));
 }
 
-// The dtype of activations; returns the dtype its statistics and parameter gradients are kept in.
-inline ScalarType check_activation_dtype(const Arg& arg) {
+inline void check_activation_dtype(const Arg& arg) {
   switch (arg.tensor.scalar_type()) {
-    case ScalarType::Double: return ScalarType::Double;
+    case ScalarType::Double:
     case ScalarType::Float:
     case ScalarType::BFloat16:
-    case ScalarType::Half: return ScalarType::Float;
+    case ScalarType::Half: return;
     default: fail(arg, "must be float64, float32, bfloat16 or float16");
   }
 }
 
-inline void check_device(const Arg& arg, const Tensor& like, const char* like_name) {
-  if (arg.tensor.is_cpu() != like.is_cpu() || arg.tensor.get_device() != like.get_device())
-    fail(arg, "must be on the same device as ", like_name);
+inline void check_device(const Arg& arg, const Arg& like) {
+  if (arg.tensor.is_cpu() != like.tensor.is_cpu() ||
+      arg.tensor.get_device() != like.tensor.get_device())
+    fail(arg, "must be on the same device as ", like.name);
 }
 
 inline void check_contiguous(const Arg& arg) {
@@ -109,25 +109,6 @@ inline int64_t check_rows(const Arg& arg) {
     inner *= t.size(d);
   }
   return row_stride;
-}
-
-// A [rows, C] table of per-channel vectors (norm, stats, dnorm, correction): contiguous, except
-// that a table may be a column slice of a wider one. Returns its row stride.
-inline int64_t check_table(const Arg& arg, int64_t rows, int64_t channels, ScalarType dtype,
-                           const Tensor& like, const char* like_name) {
-  check_shape(arg, {rows, channels});
-  check_dtype(arg, dtype);
-  check_device(arg, like, like_name);
-  return check_rows(arg);
-}
-
-// An activation tensor of a given shape, with x's dtype and device. Returns its row stride.
-inline int64_t check_activation(const Arg& arg, std::initializer_list<int64_t> shape,
-                                const Tensor& x, const char* x_name) {
-  check_shape(arg, shape);
-  check_dtype(arg, x.scalar_type());
-  check_device(arg, x, x_name);
-  return check_rows(arg);
 }
 
 }  // namespace densenet_efficient

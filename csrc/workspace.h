@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "integers.h"
+
 namespace densenet_efficient::workspace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return std::max(low, std::min(x, high));
 }

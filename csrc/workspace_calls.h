@@ -107,7 +107,7 @@ inline const Sizes& cuda_sizes() {
          const cuda::Conv3x3WeightGradient split(c.C, c.K);
          const int64_t row_blocks = split.row_blocks(c.rows(), c.multiprocessors());
          return cuda::conv3x3_weight_bytes(c.K, c.C) + row_blocks * 9 * c.K * split.pitch() * 4 +
-                conv3x3_blocks(c) * 2 * cuda::padded(c.C, 64) * 4;
+                conv3x3_blocks(c) * 2 * round_up(c.C, 64) * 4;
        }},
       {"transition_forward",
        [](const Call& c) {

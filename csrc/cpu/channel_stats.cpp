@@ -8,30 +8,25 @@ namespace densenet_efficient::cpu {
 namespace {
 
 template <typename T>
-void run(const Tensor& x, int64_t x_stride, const Tensor& stats, int64_t stats_stride) {
+void run(const arguments::ChannelStats& call) {
   using A = Arithmetic<T>;
-  const int64_t channels = x.size(1), slots = threads();
-  const workspace::cpu::ChannelStats plan(x.size(0), channels, sizeof(A), slots);
-  Workspace workspace(x, plan.bytes);
-  GroupMoments moments(workspace, plan.groups.groups, channels);
-  A* spare = workspace.take<A>(slots * moments.kSpare * channels);
-  const auto rows = input_rows<T>(x, x_stride);
+  const int64_t slots = threads();
+  const workspace::cpu::ChannelStats plan(call.M, call.C, sizeof(A), slots);
+  Workspace workspace(call.lead.tensor, plan.bytes);
+  GroupMoments moments(workspace, plan.groups.groups, call.C);
+  A* spare = workspace.take<A>(slots * moments.kSpare * call.C);
+  const auto x = input_rows<T>(call.x);
   parallel(plan.groups.groups, [&](int64_t group) {
-    A* own = spare + own_slot(slots) * moments.kSpare * channels;
+    A* own = spare + own_slot(slots) * moments.kSpare * call.C;
     for (int64_t tile = plan.groups.first(group); tile < plan.groups.first(group + 1); ++tile)
-      moments.add<T>(group, {rows[plan.tiles.first(tile)], x_stride}, plan.tiles.count(tile), own);
+      moments.add<T>(group, {x[plan.tiles.first(tile)], x.stride}, plan.tiles.count(tile), own);
   });
-  moments.finish(output_rows<A>(stats, stats_stride));
+  moments.finish(output_rows<A>(call.stats));
 }
 
 void channel_stats(Tensor x, Tensor stats) {
-  const char* op = "channel_stats";
-  check_dim({op, "x", x}, 2);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t stats_stride =
-      check_table({op, "stats", stats}, kStatsRows, x.size(1), accumulate, x, "x");
-  DE_DISPATCH(x.scalar_type(), T, run<T>(x, x_stride, stats, stats_stride));
+  const arguments::ChannelStats call(x, stats);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) { run<T>(call); });
 }
 
 }  // namespace

@@ -25,29 +25,11 @@ void run(Rows<const A> dnorm, Rows<const A> norm, int64_t count, bool accumulate
 }
 
 void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, Tensor correction) {
-  const char* op = "norm_correction";
-  check_dim({op, "norm", norm}, 2);
-  const int64_t channels = norm.size(1);
-  const ScalarType dtype = norm.scalar_type();
-  if (dtype != ScalarType::Double) check_dtype({op, "norm", norm}, ScalarType::Float);
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, channels, dtype, norm, "norm");
-  const int64_t dnorm_stride =
-      check_table({op, "dnorm", dnorm}, kDnormRows, channels, dtype, norm, "norm");
-  check_dim({op, "correction", correction}, 2);
-  const int64_t width = correction.size(1);
-  if (accumulate ? width < channels : width != channels)
-    fail({op, "correction", correction}, "must have ", accumulate ? "at least " : "", channels,
-         " columns, got ", width);
-  const int64_t correction_stride =
-      check_table({op, "correction", correction}, kCorrectionRows, width, dtype, norm, "norm");
-  if (count < 0) fail({op, "count", norm}, "must not be negative, got ", count);
-  if (dtype == ScalarType::Double)
-    run<double>(input_rows<double>(dnorm, dnorm_stride), input_rows<double>(norm, norm_stride),
-                count, accumulate, channels, output_rows<double>(correction, correction_stride));
-  else
-    run<float>(input_rows<float>(dnorm, dnorm_stride), input_rows<float>(norm, norm_stride), count,
-               accumulate, channels, output_rows<float>(correction, correction_stride));
+  const arguments::NormCorrection call(dnorm, norm, count, accumulate, correction);
+  dispatch_arithmetic(call.arithmetic, [&]<typename A>(A) {
+    run<A>(input_rows<A>(call.dnorm), input_rows<A>(call.norm), call.count, accumulate, call.C,
+           output_rows<A>(call.correction));
+  });
 }
 
 // index: of the row's first element in the whole tensor, for the noise.
@@ -74,17 +56,11 @@ void apply(Rows<T> dx, Rows<const T> x, Rows<const Arithmetic<T>> correction, in
 }
 
 void norm_correction_apply(Tensor dx, Tensor x, Tensor correction) {
-  const char* op = "norm_correction_apply";
-  check_dim({op, "x", x}, 2);
-  const int64_t rows = x.size(0), channels = x.size(1);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t dx_stride = check_activation({op, "dx", dx}, {rows, channels}, x, "x");
-  const int64_t stride =
-      check_table({op, "correction", correction}, kCorrectionRows, channels, accumulate, x, "x");
-  DE_DISPATCH(x.scalar_type(), T,
-              apply<T>(output_rows<T>(dx, dx_stride), input_rows<T>(x, x_stride),
-                       input_rows<Arithmetic<T>>(correction, stride), rows, channels));
+  const arguments::NormCorrectionApply call(dx, x, correction);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
+    apply<T>(output_rows<T>(call.dx), input_rows<T>(call.x),
+             input_rows<Arithmetic<T>>(call.correction), call.M, call.C);
+  });
 }
 
 }  // namespace

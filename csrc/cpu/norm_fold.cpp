@@ -24,36 +24,12 @@ void run(Rows<const A> stats, const A* gamma, const A* beta, double eps, int64_t
   }
 }
 
-template <typename A>
-const A* vector_data(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
-}
-
 void norm_fold(Tensor stats, OptionalTensor gamma, OptionalTensor beta, double eps, Tensor norm) {
-  const char* op = "norm_fold";
-  check_dim({op, "stats", stats}, 2);
-  const int64_t channels = stats.size(1);
-  const ScalarType dtype = stats.scalar_type();
-  if (dtype != ScalarType::Double) check_dtype({op, "stats", stats}, ScalarType::Float);
-  const int64_t stats_stride =
-      check_table({op, "stats", stats}, kStatsRows, channels, dtype, stats, "stats");
-  const auto check_vector = [&](const char* name, const OptionalTensor& tensor) {
-    if (!tensor) return;
-    check_shape({op, name, *tensor}, {channels});
-    check_dtype({op, name, *tensor}, dtype);
-    check_device({op, name, *tensor}, stats, "stats");
-    check_contiguous({op, name, *tensor});
-  };
-  check_vector("gamma", gamma);
-  check_vector("beta", beta);
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, channels, dtype, stats, "stats");
-  if (dtype == ScalarType::Double)
-    run<double>(input_rows<double>(stats, stats_stride), vector_data<double>(gamma),
-                vector_data<double>(beta), eps, channels, output_rows<double>(norm, norm_stride));
-  else
-    run<float>(input_rows<float>(stats, stats_stride), vector_data<float>(gamma),
-               vector_data<float>(beta), eps, channels, output_rows<float>(norm, norm_stride));
+  const arguments::NormFold call(stats, gamma, beta, norm);
+  dispatch_arithmetic(call.arithmetic, [&]<typename A>(A) {
+    run<A>(input_rows<A>(call.stats), input_rows<A>(call.gamma).data, input_rows<A>(call.beta).data,
+           eps, call.C, output_rows<A>(call.norm));
+  });
 }
 
 }  // namespace

@@ -100,8 +100,7 @@ Product<Unit<T>> row_product(const Unit<T>* a, int64_t pixels, int64_t steps, in
 }
 
 template <typename T>
-void forward(const Source<T>& source, const Tensor& weight, Rows<T> y,
-             std::optional<Rows<Arithmetic<T>>> stats) {
+void forward(const Source<T>& source, const Tensor& weight, Rows<T> y, Rows<Arithmetic<T>> stats) {
   using A = Arithmetic<T>;
   using U = Unit<T>;
   const int64_t H = source.H, W = source.W, C = source.C, K = weight.size(0), slots = threads();
@@ -132,12 +131,12 @@ void forward(const Source<T>& source, const Tensor& weight, Rows<T> y,
         for (int64_t w = 0; w < W; ++w)
           store_row<T>(result + w * width, K, y[first_pixel + r * W + w]);
       }
-      if (stats)
+      if (stats.data)
         moments.add<T>(group, {y[first_pixel], y.stride}, band.rows * W,
                        spares + slot * moments.kSpare * K);
     }
   });
-  if (stats) moments.finish(*stats);
+  if (stats.data) moments.finish(stats);
 }
 
 template <typename T>
@@ -282,73 +281,37 @@ struct Backward {
   }
 };
 
+template <typename T, typename Call>
+Source<T> source(const Call& call) {
+  return {
+      input_rows<T>(call.x), input_rows<Arithmetic<T>>(call.norm), call.N, call.H, call.W, call.C};
+}
+
 void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                                OptionalTensor stats) {
-  const char* op = "norm_relu_conv3x3_forward";
-  check_dim({op, "x", x}, 4);
-  check_dim({op, "weight", weight}, 4);
-  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
-  check_shape({op, "weight", weight}, {K, C, 3, 3});
-  check_dtype({op, "weight", weight}, x.scalar_type());
-  check_device({op, "weight", weight}, x, "x");
-  const int64_t y_stride = check_activation({op, "y", y}, {N, H, W, K}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, K, accumulate, x, "x") : 0;
-  DE_DISPATCH(x.scalar_type(), T, {
-    using A = Arithmetic<T>;
-    std::optional<Rows<A>> stats_rows;
-    if (stats) stats_rows = output_rows<A>(*stats, stats_stride);
-    forward<T>({input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C}, weight,
-               output_rows<T>(y, y_stride), stats_rows);
+  const arguments::NormReluConv3x3Forward call(x, norm, weight, y, stats);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
+    forward<T>(source<T>(call), weight, output_rows<T>(call.y),
+               output_rows<Arithmetic<T>>(call.stats));
   });
 }
 
 void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor correction, Tensor x,
-                                Tensor norm, Tensor weight, bool accumulate_dx, Tensor dx,
+                                Tensor norm, Tensor weight, bool accumulate, Tensor dx,
                                 OptionalTensor dweight, Tensor dnorm) {
-  const char* op = "norm_relu_conv3x3_backward";
-  check_dim({op, "x", x}, 4);
-  check_dim({op, "weight", weight}, 4);
-  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t dy_stride = check_activation({op, "dy", dy}, {N, H, W, K}, x, "x");
-  if (y.has_value() != correction.has_value())
-    fail({op, "y", x}, "and correction must be given together");
-  const int64_t y_stride = y ? check_activation({op, "y", *y}, {N, H, W, K}, x, "x") : 0;
-  const int64_t correction_stride = correction ? check_table({op, "correction", *correction},
-                                                             kCorrectionRows, K, accumulate, x, "x")
-                                               : 0;
-  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
-  check_shape({op, "weight", weight}, {K, C, 3, 3});
-  check_dtype({op, "weight", weight}, x.scalar_type());
-  check_device({op, "weight", weight}, x, "x");
-  const int64_t dx_stride = check_activation({op, "dx", dx}, {N, H, W, C}, x, "x");
-  if (dweight) {
-    check_shape({op, "dweight", *dweight}, {K, C, 3, 3});
-    check_dtype({op, "dweight", *dweight}, accumulate);
-    check_device({op, "dweight", *dweight}, x, "x");
-    check_contiguous({op, "dweight", *dweight});
-  }
-  const int64_t dnorm_stride = check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
-  DE_DISPATCH(x.scalar_type(), T, {
+  const arguments::NormReluConv3x3Backward call(dy, y, correction, x, norm, weight, dx, dweight,
+                                                dnorm);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    Backward<T> backward{{input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C},
-                         input_rows<T>(dy, dy_stride),
-                         {},
-                         {},
-                         accumulate_dx,
-                         output_rows<T>(dx, dx_stride),
-                         dweight ? static_cast<A*>(dweight->mutable_data_ptr()) : nullptr,
-                         output_rows<A>(dnorm, dnorm_stride)};
-    if (y) {
-      backward.y = input_rows<T>(*y, y_stride);
-      backward.correction = input_rows<A>(*correction, correction_stride);
-    }
-    backward.run(weight);
+    Backward<T>{source<T>(call),
+                input_rows<T>(call.dy),
+                input_rows<T>(call.y),
+                input_rows<A>(call.correction),
+                accumulate,
+                output_rows<T>(call.dx),
+                output_rows<A>(call.dweight).data,
+                output_rows<A>(call.dnorm)}
+        .run(weight);
   });
 }
 

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../integers.h"
 #include "../stable.h"
 
 namespace densenet_efficient::cpu {
@@ -96,30 +97,5 @@ inline Element<T> element(Arithmetic<T> x) {
   else
     return x;
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Runs the statement with T bound to the C++ type of an activation dtype (checked before).
-#define DE_DISPATCH(dtype, T, ...) \
-  switch (dtype) {                 \
-    case ScalarType::Double: {     \
-      using T = double;            \
-      __VA_ARGS__;                 \
-    } break;                       \
-    case ScalarType::Float: {      \
-      using T = float;             \
-      __VA_ARGS__;                 \
-    } break;                       \
-    case ScalarType::BFloat16: {   \
-      using T = BFloat16;          \
-      __VA_ARGS__;                 \
-    } break;                       \
-    case ScalarType::Half: {       \
-      using T = Half;              \
-      __VA_ARGS__;                 \
-    } break;                       \
-    default: break;                \
-  }
 
 }  // namespace densenet_efficient::cpu

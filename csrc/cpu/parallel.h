@@ -39,17 +39,16 @@ inline int64_t own_slot(int64_t slots) {
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes)
-      : tensor_(torch::stable::new_empty(like, {workspace::round_up(bytes, 64) + 64},
-                                         ScalarType::Byte)) {
+      : tensor_(torch::stable::new_empty(like, {round_up(bytes, 64) + 64}, ScalarType::Byte)) {
     at_ = reinterpret_cast<char*>(tensor_.mutable_data_ptr());
     at_ += (64 - reinterpret_cast<uintptr_t>(at_) % 64) % 64;
-    end_ = at_ + workspace::round_up(bytes, 64);
+    end_ = at_ + round_up(bytes, 64);
   }
 
   template <typename A>
   A* take(int64_t count) {
     A* piece = reinterpret_cast<A*>(at_);
-    at_ += workspace::round_up(count * static_cast<int64_t>(sizeof(A)), 64);
+    at_ += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
     if (at_ > end_) throw std::logic_error("densenet_efficient: workspace.h counts too little");
     return piece;
   }

@@ -25,6 +25,12 @@ struct Gradients {
   const A* rstd;  // [C], of the norm in front
 };
 
+template <typename A, typename Call>
+Gradients<A> gradients(const Call& call) {
+  return {output_rows<A>(call.dweight).data, output_rows<A>(call.dnorm),
+          input_rows<A>(call.norm)[kRstd]};
+}
+
 // Rows and columns of x that a block of dh belongs to.
 struct Part {
   int64_t first_row, rows, column, columns, width;

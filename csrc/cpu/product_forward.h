@@ -1,5 +1,6 @@
 // y [M, K] = h @ weight^T with the stats of y: the loop that norm_relu_conv1x1_forward and
-// transition_forward share. `load(row, out)` makes row `row` of h, C elements padded to `depth`.
+// transition_forward share. `load(row, out)` makes row `row` of h, C elements padded to `depth`;
+// stats are taken where they have data.
 //
 // A task is a group of row tiles. A tile of h and its product stay in the core's L2; the weight is
 // packed once per call. Bytes moved: h's source once, y once.
@@ -11,8 +12,8 @@
 namespace densenet_efficient::cpu {
 
 template <typename T, typename Load>
-void product_forward(const Tensor& weight, int64_t M, Rows<T> y,
-                     std::optional<Rows<Arithmetic<T>>> stats, const Load& load_row) {
+void product_forward(const Tensor& weight, int64_t M, Rows<T> y, Rows<Arithmetic<T>> stats,
+                     const Load& load_row) {
   using A = Arithmetic<T>;
   using U = Unit<T>;
   const int64_t K = weight.size(0), C = weight.size(1), slots = threads();
@@ -56,11 +57,11 @@ void product_forward(const Tensor& weight, int64_t M, Rows<T> y,
                          .c_row = width,
                          .accumulate = false});
       for (int64_t r = 0; r < rows; ++r) store_row<T>(result + r * width, K, y[first + r]);
-      if (stats)
+      if (stats.data)
         moments.add<T>(group, {y[first], y.stride}, rows, spares + slot * moments.kSpare * K);
     }
   });
-  if (stats) moments.finish(*stats);
+  if (stats.data) moments.finish(stats);
 }
 
 }  // namespace densenet_efficient::cpu

@@ -1,30 +1,12 @@
-// Rows of channels: views of tensors, and the loops over them that several stages share.
+// Rows of channels: the loops over them that several stages share.
 #pragma once
 
 #include <algorithm>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "vector.h"
 
 namespace densenet_efficient::cpu {
-
-// Rows of a channels-last tensor or of a table of per-channel vectors.
-template <typename T>
-struct Rows {
-  T* data;
-  int64_t stride;
-  T* operator[](int64_t row) const { return data + row * stride; }
-};
-
-template <typename T>
-Rows<const T> input_rows(const Tensor& tensor, int64_t stride) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), stride};
-}
-
-template <typename T>
-Rows<T> output_rows(const Tensor& tensor, int64_t stride) {
-  return {static_cast<T*>(tensor.mutable_data_ptr()), stride};
-}
 
 // Asks for a row that is read soon: the rows of a slice are too far apart for the processor to
 // guess.

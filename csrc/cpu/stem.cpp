@@ -66,8 +66,7 @@ struct Stem {
 };
 
 template <typename T>
-void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y,
-             std::optional<Rows<Arithmetic<T>>> stats) {
+void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y, Rows<Arithmetic<T>> stats) {
   using A = Arithmetic<T>;
   const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
   const int64_t slots = threads();
@@ -83,10 +82,10 @@ void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y,
                      [&](int64_t c, int64_t count, auto best, auto, auto) {
                        store_vector(relu_vector(best), y[line * width + u] + c, count);
                      });
-      if (stats) moments.add<T>(group, {y[line * width], y.stride}, width, spare);
+      if (stats.data) moments.add<T>(group, {y[line * width], y.stride}, width, spare);
     }
   });
-  if (stats) moments.finish(*stats);
+  if (stats.data) moments.finish(stats);
 }
 
 template <typename T>
@@ -189,44 +188,25 @@ struct Backward {
   }
 };
 
+template <typename T, typename Call>
+Stem<T> stem(const Call& call) {
+  return {
+      input_rows<T>(call.x), input_rows<Arithmetic<T>>(call.norm), call.N, call.H, call.W, call.C};
+}
+
 void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {
-  const char* op = "stem_forward";
-  check_dim({op, "x", x}, 4);
-  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
-  const int64_t y_stride = check_activation({op, "y", y}, {N, (H + 1) / 2, (W + 1) / 2, C}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, C, accumulate, x, "x") : 0;
-  DE_DISPATCH(x.scalar_type(), T, {
-    using A = Arithmetic<T>;
-    std::optional<Rows<A>> stats_rows;
-    if (stats) stats_rows = output_rows<A>(*stats, stats_stride);
-    forward<T>({input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C}, x,
-               output_rows<T>(y, y_stride), stats_rows);
+  const arguments::StemForward call(x, norm, y, stats);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
+    forward<T>(stem<T>(call), x, output_rows<T>(call.y), output_rows<Arithmetic<T>>(call.stats));
   });
 }
 
 void stem_backward(Tensor dy, Tensor x, Tensor norm, int64_t count, Tensor dx, Tensor dnorm) {
-  const char* op = "stem_backward";
-  check_dim({op, "x", x}, 4);
-  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t dy_stride =
-      check_activation({op, "dy", dy}, {N, (H + 1) / 2, (W + 1) / 2, C}, x, "x");
-  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
-  if (count < 0) fail({op, "count", x}, "must not be negative, got ", count);
-  const int64_t dx_stride = check_activation({op, "dx", dx}, {N, H, W, C}, x, "x");
-  const int64_t dnorm_stride = check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
-  DE_DISPATCH(x.scalar_type(), T, {
-    using A = Arithmetic<T>;
-    Backward<T>{{input_rows<T>(x, x_stride), input_rows<A>(norm, norm_stride), N, H, W, C},
-                input_rows<T>(dy, dy_stride),
-                output_rows<T>(dx, dx_stride),
-                output_rows<A>(dnorm, dnorm_stride)}
-        .run(x, count);
+  const arguments::StemBackward call(dy, x, norm, count, dx, dnorm);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
+    Backward<T>{stem<T>(call), input_rows<T>(call.dy), output_rows<T>(call.dx),
+                output_rows<Arithmetic<T>>(call.dnorm)}
+        .run(x, call.count);
   });
 }
 

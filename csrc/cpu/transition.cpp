@@ -41,26 +41,25 @@ inline void pooled_row(Rows<const T> x, int64_t corner, int64_t x_width,
   });
 }
 
-Pooling pooling(const Tensor& x) { return {x.size(1) / 2, x.size(2) / 2, x.size(1), x.size(2)}; }
+template <typename Call>
+Pooling pooling(const Call& call) {
+  return {call.H / 2, call.W / 2, call.H, call.W};
+}
 
 template <typename T>
-void forward(const Tensor& x, int64_t x_stride, const Tensor& norm, int64_t norm_stride,
-             const Tensor& weight, const Tensor& y, int64_t y_stride, const OptionalTensor& stats,
-             int64_t stats_stride) {
+void forward(const arguments::TransitionForward& call) {
   using A = Arithmetic<T>;
-  const int64_t C = x.size(3), padded = round_up(C, kGroup<T>);
-  const Pooling pool = pooling(x);
-  const auto source = input_rows<T>(x, x_stride);
-  const auto table = input_rows<A>(norm, norm_stride);
-  std::optional<Rows<A>> stats_rows;
-  if (stats) stats_rows = output_rows<A>(*stats, stats_stride);
-  product_forward<T>(weight, x.size(0) * pool.height * pool.width, output_rows<T>(y, y_stride),
-                     stats_rows, [=](int64_t row, Element<T>* out) {
+  const int64_t C = call.C, padded = round_up(C, kGroup<T>);
+  const Pooling pool = pooling(call);
+  const auto x = input_rows<T>(call.x);
+  const auto norm = input_rows<A>(call.norm);
+  product_forward<T>(call.weight, call.N * pool.height * pool.width, output_rows<T>(call.y),
+                     output_rows<A>(call.stats), [=](int64_t row, Element<T>* out) {
                        const int64_t ahead = pool.corner(row) + 8;
                        for (const int64_t next : {ahead, ahead + 1})
                          for (const int64_t below : {int64_t(0), pool.x_width})
-                           prefetch_row(source[next + below], C);
-                       pooled_row<T>(source, pool.corner(row), pool.x_width, table, C, padded, out);
+                           prefetch_row(x[next + below], C);
+                       pooled_row<T>(x, pool.corner(row), pool.x_width, norm, C, padded, out);
                      });
 }
 
@@ -168,57 +167,24 @@ struct Backward {
 };
 
 void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats) {
-  const char* op = "transition_forward";
-  check_dim({op, "x", x}, 4);
-  check_dim({op, "weight", weight}, 2);
-  const int64_t C = x.size(3), K = weight.size(0);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
-  check_shape({op, "weight", weight}, {K, C});
-  check_dtype({op, "weight", weight}, x.scalar_type());
-  check_device({op, "weight", weight}, x, "x");
-  const int64_t y_stride =
-      check_activation({op, "y", y}, {x.size(0), x.size(1) / 2, x.size(2) / 2, K}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, K, accumulate, x, "x") : 0;
-  DE_DISPATCH(x.scalar_type(), T,
-              forward<T>(x, x_stride, norm, norm_stride, weight, y, y_stride, stats, stats_stride));
+  const arguments::TransitionForward call(x, norm, weight, y, stats);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) { forward<T>(call); });
 }
 
 void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
                          OptionalTensor dweight, Tensor dnorm) {
-  const char* op = "transition_backward";
-  check_dim({op, "x", x}, 4);
-  check_dim({op, "weight", weight}, 2);
-  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t dy_stride = check_activation({op, "dy", dy}, {N, H / 2, W / 2, K}, x, "x");
-  const int64_t norm_stride = check_table({op, "norm", norm}, kNormRows, C, accumulate, x, "x");
-  check_shape({op, "weight", weight}, {K, C});
-  check_dtype({op, "weight", weight}, x.scalar_type());
-  check_device({op, "weight", weight}, x, "x");
-  if (count < 0) fail({op, "count", x}, "must not be negative, got ", count);
-  const int64_t dx_stride = check_activation({op, "dx", dx}, {N, H, W, C}, x, "x");
-  if (dweight) {
-    check_table({op, "dweight", *dweight}, K, C, accumulate, x, "x");
-    check_contiguous({op, "dweight", *dweight});
-  }
-  const int64_t dnorm_stride = check_table({op, "dnorm", dnorm}, kDnormRows, C, accumulate, x, "x");
-  DE_DISPATCH(x.scalar_type(), T, {
+  const arguments::TransitionBackward call(dy, x, norm, weight, count, dx, dweight, dnorm);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    const auto norm_rows = input_rows<A>(norm, norm_stride);
-    Backward<T>{pooling(x),
-                N,
-                C,
-                input_rows<T>(dy, dy_stride),
-                input_rows<T>(x, x_stride),
-                norm_rows,
-                output_rows<T>(dx, dx_stride),
-                {dweight ? static_cast<A*>(dweight->mutable_data_ptr()) : nullptr,
-                 output_rows<A>(dnorm, dnorm_stride), norm_rows[kRstd]}}
-        .run(weight, count);
+    Backward<T>{pooling(call),
+                call.N,
+                call.C,
+                input_rows<T>(call.dy),
+                input_rows<T>(call.x),
+                input_rows<A>(call.norm),
+                output_rows<T>(call.dx),
+                gradients<A>(call)}
+        .run(weight, call.count);
   });
 }
 

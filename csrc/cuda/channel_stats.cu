@@ -43,41 +43,27 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   block_merge<MergeMoments>(plan, at, pairs, partials);
 }
 
-template <typename T, int V>
-void run(const Launcher& launcher, const Tensor& x, int64_t x_stride, const Columns& plan,
-         const Tensor& partials) {
-  using A = Arithmetic<T>;
-  launcher.launch<&channel_stats_kernel<T, V>>({.grid_x = plan.parts,
-                                                .grid_y = plan.groups,
-                                                .block = kColumnThreads,
-                                                .shared_bytes = kMergeBytes<A, V>},
-                                               input_rows<T>(x, x_stride), plan,
-                                               static_cast<A*>(partials.mutable_data_ptr()));
-}
-
 void channel_stats(Tensor x, Tensor stats) {
-  const char* op = "channel_stats";
-  check_dim({op, "x", x}, 2);
-  const int64_t rows = x.size(0), channels = x.size(1);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t stats_stride =
-      check_table({op, "stats", stats}, kStatsRows, channels, accumulate, x, "x");
-  if (channels == 0) return;
-  const Launcher launcher(op, x);
-  dispatch_activation({op, "x", x}, [&]<typename T>(T) {
+  const arguments::ChannelStats call(x, stats);
+  if (call.C == 0) return;
+  const Launcher launcher(call.lead);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    const Rows<A> table = output_rows<A>(stats, stats_stride);
-    if (rows == 0) return clear_table(launcher, table, kStatsRows, channels);
-    const int width =
-        vector_width(channels, sizeof(T), 16 / sizeof(T), {{x.const_data_ptr(), x_stride}});
-    const Columns plan(rows, channels, width, sizeof(T), kLoads);
+    const Rows<A> table = output_rows<A>(call.stats);
+    if (call.M == 0) return clear_table(launcher, table, kStatsRows, call.C);
+    const int width = vector_width(call.C, sizeof(T), 16 / sizeof(T), {call.x});
+    const Columns plan(call.M, call.C, width, sizeof(T), kLoads);
     const Tensor partials =
-        torch::stable::new_empty(x, {partials_size(plan.parts, channels)}, accumulate);
-    dispatch_width<16 / sizeof(T)>(
-        width, [&]<int V>() { run<T, V>(launcher, x, x_stride, plan, partials); });
-    finish_partials<MergeMoments, FinishStats>(
-        launcher, static_cast<const A*>(partials.const_data_ptr()), plan.parts, channels, table);
+        torch::stable::new_empty(x, {partials_size(plan.parts, call.C)}, call.arithmetic);
+    A* const data = static_cast<A*>(partials.mutable_data_ptr());
+    dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
+      launcher.launch<&channel_stats_kernel<T, V>>({.grid_x = plan.parts,
+                                                    .grid_y = plan.groups,
+                                                    .block = kColumnThreads,
+                                                    .shared_bytes = kMergeBytes<A, V>},
+                                                   input_rows<T>(call.x), plan, data);
+    });
+    finish_partials<MergeMoments, FinishStats>(launcher, data, plan.parts, call.C, table);
   });
 }
 

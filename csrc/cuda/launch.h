@@ -7,7 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../checks.h"
+#include "../arguments.h"
+#include "../integers.h"
 #include "device.cuh"
 
 #if defined(DE_EMULATE)
@@ -37,27 +38,6 @@ struct LaunchShape {
   int64_t shared_bytes = 0;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Rows of a channels-last tensor or of a table of per-channel vectors.
-template <typename T>
-struct Rows {
-  T* data;
-  int64_t stride;
-  DE_HOST_DEVICE T* operator[](int64_t row) const { return data + row * stride; }
-};
-
-template <typename T>
-Rows<const T> input_rows(const Tensor& tensor, int64_t stride) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), stride};
-}
-
-template <typename T>
-Rows<T> output_rows(const Tensor& tensor, int64_t stride) {
-  return {static_cast<T*>(tensor.mutable_data_ptr()), stride};
-}
-
 // What launchers size their grids and tiles by. The emulation pretends to be a small Hopper device.
 struct Device {
   int index = 0;
@@ -70,7 +50,7 @@ struct Device {
 
 class Launcher {
  public:
-  Launcher(const char* op, const Tensor&) : op_(op) {}
+  explicit Launcher(const Arg& lead) : op_(lead.op) {}
   const Device& device() const { return device_; }
 
   template <auto kernel, typename... Args>
@@ -127,11 +107,11 @@ inline cudaStream_t current_stream(int device) {
 // Makes the tensor's device current for its lifetime and launches kernels on torch's stream there.
 class Launcher {
  public:
-  Launcher(const char* op, const Tensor& tensor)
-      : op_(op),
-        guard_(tensor.get_device()),
-        device_(device_figures(tensor.get_device())),
-        stream_(current_stream(tensor.get_device())) {}
+  explicit Launcher(const Arg& lead)
+      : op_(lead.op),
+        guard_(lead.tensor.get_device()),
+        device_(device_figures(lead.tensor.get_device())),
+        stream_(current_stream(lead.tensor.get_device())) {}
 
   const Device& device() const { return device_; }
 
@@ -177,32 +157,15 @@ class Launcher {
 
 #endif  // DE_EMULATE
 
-// Calls f with a value whose type stands for the dtype: f(BFloat16{}) and so on. The tensor-core
-// stages take 16-bit types only; everything else takes the general path in Python.
+// dispatch_activation for the tensor-core stages, which take 16-bit types only; everything else
+// takes the general path in Python.
 template <typename F>
-void dispatch_16bit(const Arg& arg, F&& f) {
-  switch (arg.tensor.scalar_type()) {
+void dispatch_16bit(const Arg& lead, F&& f) {
+  switch (lead.tensor.scalar_type()) {
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
-    default: fail(arg, "must be bfloat16 or float16, got ", dtype_text(arg.tensor.scalar_type()));
+    default: fail(lead, "must be bfloat16 or float16, got ", dtype_text(lead.tensor.scalar_type()));
   }
-}
-
-template <typename F>
-void dispatch_activation(const Arg& arg, F&& f) {
-  switch (arg.tensor.scalar_type()) {
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    default: fail(arg, "must be float64, float32, bfloat16 or float16");
-  }
-}
-
-// For the stages that see per-channel tables only: float32 or float64.
-template <typename F>
-void dispatch_arithmetic(ScalarType dtype, F&& f) {
-  return dtype == ScalarType::Double ? f(double{}) : f(float{});
 }
 
 // Calls f<V>() with V = width, a power of two up to Most.

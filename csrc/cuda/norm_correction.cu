@@ -45,30 +45,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, Tensor correction) {
-  const char* op = "norm_correction";
-  check_dim({op, "norm", norm}, 2);
-  const int64_t channels = norm.size(1);
-  const ScalarType dtype = norm.scalar_type();
-  if (dtype != ScalarType::Double) check_dtype({op, "norm", norm}, ScalarType::Float);
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, channels, dtype, norm, "norm");
-  const int64_t dnorm_stride =
-      check_table({op, "dnorm", dnorm}, kDnormRows, channels, dtype, norm, "norm");
-  check_dim({op, "correction", correction}, 2);
-  const int64_t width = correction.size(1);
-  if (accumulate ? width < channels : width != channels)
-    fail({op, "correction", correction}, "must have ", accumulate ? "at least " : "", channels,
-         " columns, got ", width);
-  const int64_t correction_stride =
-      check_table({op, "correction", correction}, kCorrectionRows, width, dtype, norm, "norm");
-  if (count < 0) fail({op, "count", norm}, "must not be negative, got ", count);
-  if (channels == 0) return;
-  const Launcher launcher(op, norm);
-  dispatch_arithmetic(dtype, [&]<typename A>(A) {
+  const arguments::NormCorrection call(dnorm, norm, count, accumulate, correction);
+  if (call.C == 0) return;
+  const Launcher launcher(call.lead);
+  dispatch_arithmetic(call.arithmetic, [&]<typename A>(A) {
     launcher.launch<&norm_correction_kernel<A>>(
-        {.grid_x = ceil_div(channels, kThreads), .block = kThreads},
-        input_rows<A>(dnorm, dnorm_stride), input_rows<A>(norm, norm_stride), count, accumulate,
-        static_cast<int>(channels), output_rows<A>(correction, correction_stride));
+        {.grid_x = ceil_div(call.C, kThreads), .block = kThreads}, input_rows<A>(call.dnorm),
+        input_rows<A>(call.norm), call.count, accumulate, static_cast<int>(call.C),
+        output_rows<A>(call.correction));
   });
 }
 
@@ -113,26 +97,17 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 }
 
 void norm_correction_apply(Tensor dx, Tensor x, Tensor correction) {
-  const char* op = "norm_correction_apply";
-  check_dim({op, "x", x}, 2);
-  const int64_t rows = x.size(0), channels = x.size(1);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t dx_stride = check_activation({op, "dx", dx}, {rows, channels}, x, "x");
-  const int64_t stride =
-      check_table({op, "correction", correction}, kCorrectionRows, channels, accumulate, x, "x");
-  if (rows == 0 || channels == 0) return;
-  const Launcher launcher(op, x);
-  dispatch_activation({op, "x", x}, [&]<typename T>(T) {
-    const int width =
-        vector_width(channels, sizeof(T), 16 / sizeof(T),
-                     {{x.const_data_ptr(), x_stride}, {dx.const_data_ptr(), dx_stride}});
-    const Columns plan(rows, channels, width, sizeof(T), kLoads);
+  const arguments::NormCorrectionApply call(dx, x, correction);
+  if (call.M == 0 || call.C == 0) return;
+  const Launcher launcher(call.lead);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
+    const int width = vector_width(call.C, sizeof(T), 16 / sizeof(T), {call.x, call.dx});
+    const Columns plan(call.M, call.C, width, sizeof(T), kLoads);
     dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
       launcher.launch<&apply_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads},
-          output_rows<T>(dx, dx_stride), input_rows<T>(x, x_stride),
-          input_rows<Arithmetic<T>>(correction, stride), plan);
+          output_rows<T>(call.dx), input_rows<T>(call.x),
+          input_rows<Arithmetic<T>>(call.correction), plan);
     });
   });
 }

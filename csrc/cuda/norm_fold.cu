@@ -31,34 +31,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void norm_fold(Tensor stats, OptionalTensor gamma, OptionalTensor beta, double eps, Tensor norm) {
-  const char* op = "norm_fold";
-  check_dim({op, "stats", stats}, 2);
-  const int64_t channels = stats.size(1);
-  const ScalarType dtype = stats.scalar_type();
-  if (dtype != ScalarType::Double) check_dtype({op, "stats", stats}, ScalarType::Float);
-  const int64_t stats_stride =
-      check_table({op, "stats", stats}, kStatsRows, channels, dtype, stats, "stats");
-  const auto check_vector = [&](const char* name, const OptionalTensor& tensor) {
-    if (!tensor) return;
-    check_shape({op, name, *tensor}, {channels});
-    check_dtype({op, name, *tensor}, dtype);
-    check_device({op, name, *tensor}, stats, "stats");
-    check_contiguous({op, name, *tensor});
-  };
-  check_vector("gamma", gamma);
-  check_vector("beta", beta);
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, channels, dtype, stats, "stats");
-  if (channels == 0) return;
-  const Launcher launcher(op, stats);
-  dispatch_arithmetic(dtype, [&]<typename A>(A) {
-    const auto data = [](const OptionalTensor& tensor) {
-      return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
-    };
-    launcher.launch<&norm_fold_kernel<A>>(
-        {.grid_x = ceil_div(channels, kThreads), .block = kThreads},
-        input_rows<A>(stats, stats_stride), data(gamma), data(beta), eps,
-        static_cast<int>(channels), output_rows<A>(norm, norm_stride));
+  const arguments::NormFold call(stats, gamma, beta, norm);
+  if (call.C == 0) return;
+  const Launcher launcher(call.lead);
+  dispatch_arithmetic(call.arithmetic, [&]<typename A>(A) {
+    launcher.launch<&norm_fold_kernel<A>>({.grid_x = ceil_div(call.C, kThreads), .block = kThreads},
+                                          input_rows<A>(call.stats), input_rows<A>(call.gamma).data,
+                                          input_rows<A>(call.beta).data, eps,
+                                          static_cast<int>(call.C), output_rows<A>(call.norm));
   });
 }
 

@@ -127,25 +127,21 @@ void launch_backward(const Launcher& launcher, const Backward& args, int64_t blo
 
 // For at most 192 outputs, those from `first` on. More outputs take several calls: the ReLU's mask
 // does not depend on them, so dx and dnorm accumulate.
-void backward(const Launcher& launcher, const Arg& x, Backward args, int first, float* dweight,
-              float* dnorm, int64_t dnorm_stride) {
+template <typename T>
+void backward(const Launcher& launcher, const Tensor& like, Backward args, int first,
+              float* dweight, Rows<float> dnorm) {
   const Tiling tiling(args.rows, args.channels, args.outputs, launcher.device().multiprocessors);
-  const Workspace partial(x.tensor, tiling.bytes);
+  const Workspace partial(like, tiling.bytes);
   args.partial = partial.data();
   args.pitch = tiling.pitch;
   args.warps = tiling.warps;
   args.channel_blocks = static_cast<int>(tiling.channel_blocks);
   args.weight_gradient = dweight != nullptr;
   const int64_t blocks = tiling.row_blocks * tiling.channel_blocks;
-  dispatch_16bit(x, [&]<typename T>(T) {
-    if (blocks == 0 || args.channels == 0) return;
-    if (args.outputs <= 64)
-      launch_backward<T, 64>(launcher, args, blocks);
-    else if (args.outputs <= 128)
-      launch_backward<T, 128>(launcher, args, blocks);
-    else
-      launch_backward<T, 192>(launcher, args, blocks);
-  });
+  const auto launch = args.outputs <= 64    ? launch_backward<T, 64>
+                      : args.outputs <= 128 ? launch_backward<T, 128>
+                                            : launch_backward<T, 192>;
+  if (blocks > 0 && args.channels > 0) launch(launcher, args, blocks);
   SumPartials weight_sums;
   weight_sums.partial = args.partial;
   weight_sums.blocks = static_cast<int>(tiling.row_blocks);
@@ -158,52 +154,36 @@ void backward(const Launcher& launcher, const Arg& x, Backward args, int first, 
   SumPartials norm_sums = weight_sums;
   norm_sums.partial += args.outputs * tiling.pitch;
   norm_sums.rows = kDnormRows;
-  norm_sums.out = dnorm;
-  norm_sums.out_stride = dnorm_stride;
+  norm_sums.out = dnorm.data;
+  norm_sums.out_stride = dnorm.stride;
   norm_sums.accumulate = first > 0;
   sum_partials<1>(launcher, weight_sums, norm_sums);
 }
 
 void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm,
                                 Tensor weight, Tensor dx, OptionalTensor dweight, Tensor dnorm) {
-  const char* op = "norm_relu_conv1x1_backward";
-  check_dim({op, "x", x}, 2);
-  check_dim({op, "weight", weight}, 2);
-  const int64_t M = x.size(0), C = x.size(1), K = weight.size(0);
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t dz_y_stride = check_activation({op, "dz_y", dz_y}, {M, K}, x, "x");
-  const int64_t y_stride = check_activation({op, "y", y}, {M, K}, x, "x");
-  const int64_t correction_stride =
-      check_table({op, "correction", correction}, kCorrectionRows, K, ScalarType::Float, x, "x");
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
-  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
-  const int64_t dx_stride = check_activation({op, "dx", dx}, {M, C}, x, "x");
-  if (dweight) {
-    check_table({op, "dweight", *dweight}, K, C, ScalarType::Float, x, "x");
-    check_contiguous({op, "dweight", *dweight});
-  }
-  const int64_t dnorm_stride =
-      check_table({op, "dnorm", dnorm}, kDnormRows, C, ScalarType::Float, x, "x");
-  const Launcher launcher(op, x);
-  Backward args{};
-  args.x = row_tensor(x, x_stride);
-  args.norm = float_table(norm, norm_stride);
-  args.dx = row_tensor(dx, dx_stride);
-  args.rows = M;
-  args.channels = static_cast<int>(C);
-  int first = 0;
-  do {
-    args.outputs = static_cast<int>(std::min<int64_t>(K - first, Tiling::kMaxOutputs));
-    args.dz_y = row_tensor(dz_y, dz_y_stride).from_channel(first);
-    args.y = row_tensor(y, y_stride).from_channel(first);
-    args.correction = float_table(correction, correction_stride).from_channel(first);
-    args.weight = row_tensor(weight, weight_stride).from_row(first);
-    backward(launcher, {op, "x", x}, args, first,
-             dweight ? static_cast<float*>(dweight->mutable_data_ptr()) : nullptr,
-             static_cast<float*>(dnorm.mutable_data_ptr()), dnorm_stride);
-    first += args.outputs;
-  } while (first < K);
+  const arguments::NormReluConv1x1Backward call(dz_y, y, correction, x, norm, weight, dx, dweight,
+                                                dnorm);
+  dispatch_16bit(call.lead, [&]<typename T>(T) {
+    const Launcher launcher(call.lead);
+    Backward args{};
+    args.x = row_tensor(call.x);
+    args.norm = float_table(call.norm);
+    args.dx = output_row_tensor(call.dx);
+    args.rows = call.M;
+    args.channels = static_cast<int>(call.C);
+    int first = 0;
+    do {
+      args.outputs = static_cast<int>(std::min<int64_t>(call.K - first, Tiling::kMaxOutputs));
+      args.dz_y = row_tensor(call.dz_y).from_channel(first);
+      args.y = row_tensor(call.y).from_channel(first);
+      args.correction = float_table(call.correction).from_channel(first);
+      args.weight = weight_rows(call).from_row(first);
+      backward<T>(launcher, x, args, first, output_rows<float>(call.dweight).data,
+                  output_rows<float>(call.dnorm));
+      first += args.outputs;
+    } while (first < call.K);
+  });
 }
 
 }  // namespace

@@ -204,42 +204,27 @@ void launch_forward(const Launcher& launcher, const Forward& args, int64_t block
 
 void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                                OptionalTensor stats) {
-  const char* op = "norm_relu_conv1x1_forward";
-  check_dim({op, "x", x}, 2);
-  check_dim({op, "weight", weight}, 2);
-  const int64_t M = x.size(0), C = x.size(1), K = weight.size(0);
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
-  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
-  const int64_t y_stride = check_activation({op, "y", y}, {M, K}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, K, ScalarType::Float, x, "x") : 0;
-  const Launcher launcher(op, x);
-  const workspace::cuda::Conv1x1Forward tiling(M, K, launcher.device().multiprocessors);
-  const Workspace partial(x, stats ? tiling.bytes : 0);
-  const Forward args{row_tensor(x, x_stride),
-                     float_table(norm, norm_stride),
-                     row_tensor(weight, weight_stride),
-                     row_tensor(y, y_stride),
-                     partial.data(),
-                     M,
-                     static_cast<int>(C),
-                     static_cast<int>(K),
-                     tiling.warps,
-                     static_cast<int>(tiling.tiles)};
-  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
-    if (M == 0 || K == 0) return;
-    if (tiling.columns == 64)
-      launch_forward<T, 64, 1>(launcher, args, tiling.blocks);
-    else if (tiling.columns == 128)
-      launch_forward<T, 128, 1>(launcher, args, tiling.blocks);
-    else
-      launch_forward<T, 96, 2>(launcher, args, tiling.blocks);
+  const arguments::NormReluConv1x1Forward call(x, norm, weight, y, stats);
+  dispatch_16bit(call.lead, [&]<typename T>(T) {
+    const Launcher launcher(call.lead);
+    const workspace::cuda::Conv1x1Forward tiling(call.M, call.K, launcher.device().multiprocessors);
+    const Workspace partial(x, stats ? tiling.bytes : 0);
+    const Forward args{row_tensor(call.x),
+                       float_table(call.norm),
+                       weight_rows(call),
+                       output_row_tensor(call.y),
+                       partial.data(),
+                       call.M,
+                       static_cast<int>(call.C),
+                       static_cast<int>(call.K),
+                       tiling.warps,
+                       static_cast<int>(tiling.tiles)};
+    const auto launch = tiling.columns == 64    ? launch_forward<T, 64, 1>
+                        : tiling.columns == 128 ? launch_forward<T, 128, 1>
+                                                : launch_forward<T, 96, 2>;
+    if (call.M > 0 && call.K > 0) launch(launcher, args, tiling.blocks);
+    merge_moments(launcher, args.partial, tiling.blocks, call.K, call.stats);
   });
-  if (stats)
-    merge_moments(launcher, {args.partial, static_cast<int>(tiling.blocks), args.outputs,
-                             static_cast<float*>(stats->mutable_data_ptr()), stats_stride});
 }
 
 }  // namespace

@@ -217,60 +217,37 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
 // ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kColumns>
-void launch_forward(const Launcher& launcher, Forward args, const Tensor& x,
-                    const OptionalTensor& stats, int64_t stats_stride) {
+void launch_forward(const Launcher& launcher, const arguments::NormReluConv3x3Forward& call,
+                    Forward args) {
   const auto shared = ForwardLayout<kColumns>::shared();
   const Device& device = launcher.device();
-  const Tile tile(x.size(0), x.size(1), x.size(2), shared, device.multiprocessors,
-                  device.shared_bytes);
-  check_fits({"norm_relu_conv3x3_forward", "x", x}, tile);
+  const Tile tile(call.N, call.H, call.W, shared, device.multiprocessors, device.shared_bytes);
+  check_fits(call.lead, tile);
   const int64_t blocks = workspace::cuda::conv3x3_blocks(
       tile.tiles, device.multiprocessors,
       workspace::cuda::resident_blocks(tile.shared_bytes(shared), device.shared_bytes));
-  const Workspace partial(x, stats ? blocks * 3 * args.outputs * 4 : 0);
+  const Workspace partial(call.lead.tensor, call.stats ? blocks * 3 * args.outputs * 4 : 0);
   args.partial = partial.data();
   if (blocks > 0)
     launcher.launch<&forward_kernel<T, kColumns>>(
         {blocks, ceil_div(args.outputs, kColumns), 32 * tile.groups, tile.shared_bytes(shared)},
-        args, Images(tile, x.size(0), x.size(1), x.size(2)));
-  if (stats)
-    merge_moments(launcher, {args.partial, static_cast<int>(blocks), args.outputs,
-                             static_cast<float*>(stats->mutable_data_ptr()), stats_stride});
+        args, Images(tile, call.N, call.H, call.W));
+  merge_moments(launcher, args.partial, blocks, call.K, call.stats);
 }
 
 void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                                OptionalTensor stats) {
-  const char* op = "norm_relu_conv3x3_forward";
-  check_dim({op, "x", x}, 4);
-  check_dim({op, "weight", weight}, 4);
-  const int64_t C = x.size(3), K = weight.size(0);
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
-  check_shape({op, "weight", weight}, {K, C, 3, 3});
-  check_dtype({op, "weight", weight}, x.scalar_type());
-  check_device({op, "weight", weight}, x, "x");
-  const int64_t y_stride =
-      check_activation({op, "y", y}, {x.size(0), x.size(1), x.size(2), K}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, K, ScalarType::Float, x, "x") : 0;
-  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
-    if (K == 0) return;
-    const Launcher launcher(op, x);
+  const arguments::NormReluConv3x3Forward call(x, norm, weight, y, stats);
+  dispatch_16bit(call.lead, [&]<typename T>(T) {
+    if (call.K == 0) return;
+    const Launcher launcher(call.lead);
     const WeightRows rows(launcher, weight);
-    const Forward args{row_tensor(x, x_stride),
-                       float_table(norm, norm_stride),
-                       rows.rows(),
-                       row_tensor(y, y_stride),
-                       nullptr,
-                       static_cast<int>(C),
-                       static_cast<int>(K)};
-    if (K <= 16)
-      launch_forward<T, 16>(launcher, args, x, stats, stats_stride);
-    else if (K <= 32)
-      launch_forward<T, 32>(launcher, args, x, stats, stats_stride);
-    else
-      launch_forward<T, 48>(launcher, args, x, stats, stats_stride);
+    const auto launch = call.K <= 16   ? launch_forward<T, 16>
+                        : call.K <= 32 ? launch_forward<T, 32>
+                                       : launch_forward<T, 48>;
+    launch(launcher, call,
+           {row_tensor(call.x), float_table(call.norm), rows.rows(), output_row_tensor(call.y),
+            nullptr, static_cast<int>(call.C), static_cast<int>(call.K)});
   });
 }
 

@@ -10,16 +10,31 @@ namespace densenet_efficient {
 
 // The widest access, in 16-bit elements, to which the tensor's first channel and all its rows are
 // aligned. A feature slice of growth rate 12 begins at multiples of 24 bytes: 4 elements.
-inline device::RowTensor row_tensor(const Tensor& tensor, int64_t stride) {
+inline device::RowTensor row_tensor(const Strided& rows) {
+  if (!rows) return {};
+  void* const data = const_cast<void*>(rows.tensor->const_data_ptr());
   const uintptr_t alignment =
-      reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) | static_cast<uintptr_t>(2 * stride);
+      reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(2 * rows.stride);
   int vector = device::kChunk;
   while (alignment % (2 * vector)) vector /= 2;
-  return {const_cast<void*>(tensor.const_data_ptr()), stride, vector};
+  return {data, rows.stride, vector};
 }
 
-inline device::Table float_table(const Tensor& tensor, int64_t stride) {
-  return {static_cast<const float*>(tensor.const_data_ptr()), stride};
+// The same for a tensor that the kernel writes.
+inline device::RowTensor output_row_tensor(const Strided& rows) {
+  rows.tensor->mutable_data_ptr();  // a copy-on-write tensor gets memory of its own first
+  return row_tensor(rows);
+}
+
+// A weight [K, C], which these kernels read by rows: a layout without is refused here.
+template <typename Call>
+device::RowTensor weight_rows(const Call& call) {
+  return row_tensor({&call.weight, check_rows({call.lead.op, "weight", call.weight})});
+}
+
+inline device::Table float_table(const Strided& table) {
+  const auto rows = input_rows<float>(table);
+  return {rows.data, rows.stride};
 }
 
 // fp32 scratch from torch's allocator; null where none is needed.

@@ -123,8 +123,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace partials
 
-inline void merge_moments(const Launcher& launcher, const MomentPartials& args) {
-  if (args.columns == 0) return;
+// Writes the stats, where they are wanted.
+inline void merge_moments(const Launcher& launcher, const float* partial, int64_t blocks,
+                          int64_t columns, const Strided& stats) {
+  if (!stats || columns == 0) return;
+  const auto rows = output_rows<float>(stats);
+  const MomentPartials args{partial, static_cast<int>(blocks), static_cast<int>(columns), rows.data,
+                            rows.stride};
   launcher.launch<&partials::merge_moments_kernel<>>(
       {ceil_div(args.columns, partials::kColumns), 1, partials::kThreads,
        3 * partials::kThreads * 4},

@@ -17,15 +17,15 @@ struct Quads {
   int out_height, out_width;  // in windows
   int windows;                // of all images
 
-  Quads(const Tensor& x, bool whole)
-      : height(static_cast<int>(x.size(1))),
-        width(static_cast<int>(x.size(2))),
+  Quads(const arguments::ImageArguments& call, bool whole)
+      : height(static_cast<int>(call.H)),
+        width(static_cast<int>(call.W)),
         out_height(whole ? height / 2 : (height + 1) / 2),
         out_width(whole ? width / 2 : (width + 1) / 2) {
-    const int64_t pixels = x.size(0) * x.size(1) * x.size(2);
+    const int64_t pixels = call.N * call.H * call.W;
     if (pixels > std::numeric_limits<int>::max())
-      fail({"transition", "x", x}, "must have fewer than 2^31 pixels, got ", pixels);
-    windows = static_cast<int>(x.size(0)) * out_height * out_width;
+      fail(call.lead, "must have fewer than 2^31 pixels, got ", pixels);
+    windows = static_cast<int>(call.N) * out_height * out_width;
   }
 
   // The window's upper left pixel, as a row of [N * H * W, C].

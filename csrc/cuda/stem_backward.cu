@@ -183,55 +183,36 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 }
 
 void stem_backward(Tensor dy, Tensor x, Tensor norm, int64_t count, Tensor dx, Tensor dnorm) {
-  const char* op = "stem_backward";
-  check_dim({op, "x", x}, 4);
-  const int64_t channels = x.size(3);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, channels, accumulate, x, "x");
-  const int64_t out_height = ceil_div(x.size(1), 2), out_width = ceil_div(x.size(2), 2);
-  const int64_t dy_stride =
-      check_activation({op, "dy", dy}, {x.size(0), out_height, out_width, channels}, x, "x");
-  if (count < 0) fail({op, "count", x}, "must not be negative, got ", count);
-  const int64_t dx_stride =
-      check_activation({op, "dx", dx}, {x.size(0), x.size(1), x.size(2), channels}, x, "x");
-  const int64_t dnorm_stride =
-      check_table({op, "dnorm", dnorm}, kDnormRows, channels, accumulate, x, "x");
-  if (channels == 0) return;
-  const Launcher launcher(op, x);
-  dispatch_activation({op, "x", x}, [&]<typename T>(T) {
+  const arguments::StemBackward call(dy, x, norm, count, dx, dnorm);
+  if (call.C == 0) return;
+  const Launcher launcher(call.lead);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    const Rows<A> sums = output_rows<A>(dnorm, dnorm_stride);
-    if (x.size(0) * out_height * out_width == 0)
-      return clear_table(launcher, sums, kDnormRows, channels);
-    const int width = vector_width(channels, sizeof(T), kVector<T>,
-                                   {{x.const_data_ptr(), x_stride},
-                                    {dy.const_data_ptr(), dy_stride},
-                                    {dx.const_data_ptr(), dx_stride}});
+    const Rows<A> sums = output_rows<A>(call.dnorm);
+    if (call.N * call.H * call.W == 0) return clear_table(launcher, sums, kDnormRows, call.C);
+    const int width = vector_width(call.C, sizeof(T), kVector<T>, {call.x, call.dy, call.dx});
     const StemPlan plan(x, width, 0), wide(x, width, 1);
     const Tensor partials =
-        torch::stable::new_empty(x, {partials_size(plan.parts(), channels)}, accumulate);
+        torch::stable::new_empty(x, {partials_size(plan.parts(), call.C)}, call.arithmetic);
     A* const data = static_cast<A*>(partials.mutable_data_ptr());
+    const Rows<const T> dy_rows = input_rows<T>(call.dy), x_rows = input_rows<T>(call.x);
+    const Rows<const A> norm_rows = input_rows<A>(call.norm);
     dispatch_width<kVector<T>>(width, [&]<int V>() {
       launcher.launch<&stem_sums_kernel<T, V>>({.grid_x = plan.parts(),
                                                 .grid_y = plan.columns.groups,
                                                 .block = kColumnThreads,
                                                 .shared_bytes = kMergeBytes<A, V>},
-                                               input_rows<T>(dy, dy_stride),
-                                               input_rows<T>(x, x_stride),
-                                               input_rows<A>(norm, norm_stride), plan, data);
+                                               dy_rows, x_rows, norm_rows, plan, data);
     });
-    finish_partials<MergeSums, FinishDnorm>(launcher, data, plan.parts(), channels, sums);
+    finish_partials<MergeSums, FinishDnorm>(launcher, data, plan.parts(), call.C, sums);
     dispatch_width<kVector<T>>(width, [&]<int V>() {
-      launcher.launch<&stem_gradient_kernel<T, V>>(
-          {.grid_x = wide.parts(),
-           .grid_y = wide.columns.groups,
-           .block = kColumnThreads,
-           .shared_bytes = 2 * kColumnThreads * V},
-          input_rows<T>(dy, dy_stride), input_rows<T>(x, x_stride),
-          input_rows<A>(norm, norm_stride), input_rows<A>(dnorm, dnorm_stride), count, wide,
-          output_rows<T>(dx, dx_stride));
+      launcher.launch<&stem_gradient_kernel<T, V>>({.grid_x = wide.parts(),
+                                                    .grid_y = wide.columns.groups,
+                                                    .block = kColumnThreads,
+                                                    .shared_bytes = 2 * kColumnThreads * V},
+                                                   dy_rows, x_rows, norm_rows,
+                                                   input_rows<A>(call.dnorm), call.count, wide,
+                                                   output_rows<T>(call.dx));
     });
   });
 }

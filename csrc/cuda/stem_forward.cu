@@ -58,46 +58,31 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 }
 
 void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {
-  const char* op = "stem_forward";
-  check_dim({op, "x", x}, 4);
-  const int64_t channels = x.size(3);
-  const ScalarType accumulate = check_activation_dtype({op, "x", x});
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, channels, accumulate, x, "x");
-  const int64_t out_height = ceil_div(x.size(1), 2), out_width = ceil_div(x.size(2), 2);
-  const int64_t y_stride =
-      check_activation({op, "y", y}, {x.size(0), out_height, out_width, channels}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, channels, accumulate, x, "x") : 0;
-  if (channels == 0) return;
-  const Launcher launcher(op, x);
-  const int64_t rows = x.size(0) * out_height * out_width;
-  dispatch_activation({op, "x", x}, [&]<typename T>(T) {
+  const arguments::StemForward call(x, norm, y, stats);
+  if (call.C == 0) return;
+  const Launcher launcher(call.lead);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    if (rows == 0) {
-      if (stats) clear_table(launcher, output_rows<A>(*stats, stats_stride), kStatsRows, channels);
+    const Rows<A> table = output_rows<A>(call.stats);
+    if (call.N * call.H * call.W == 0) {
+      if (stats) clear_table(launcher, table, kStatsRows, call.C);
       return;
     }
-    const int width =
-        vector_width(channels, sizeof(T), kVector<T>,
-                     {{x.const_data_ptr(), x_stride}, {y.const_data_ptr(), y_stride}});
+    const int width = vector_width(call.C, sizeof(T), kVector<T>, {call.x, call.y});
     const StemPlan plan(x, width, 0);
     const Tensor partials = torch::stable::new_empty(
-        x, {stats ? partials_size(plan.parts(), channels) : 0}, accumulate);
+        x, {stats ? partials_size(plan.parts(), call.C) : 0}, call.arithmetic);
     A* const data = stats ? static_cast<A*>(partials.mutable_data_ptr()) : nullptr;
     dispatch_width<kVector<T>>(width, [&]<int V>() {
       launcher.launch<&stem_forward_kernel<T, V>>({.grid_x = plan.parts(),
                                                    .grid_y = plan.columns.groups,
                                                    .block = kColumnThreads,
                                                    .shared_bytes = stats ? kMergeBytes<A, V> : 0},
-                                                  input_rows<T>(x, x_stride),
-                                                  input_rows<A>(norm, norm_stride),
-                                                  output_rows<T>(y, y_stride), plan, data);
+                                                  input_rows<T>(call.x), input_rows<A>(call.norm),
+                                                  output_rows<T>(call.y), plan, data);
     });
     if (stats)
-      finish_partials<MergeMoments, FinishStats>(launcher, data, plan.parts(), channels,
-                                                 output_rows<A>(*stats, stats_stride));
+      finish_partials<MergeMoments, FinishStats>(launcher, data, plan.parts(), call.C, table);
   });
 }
 

@@ -6,10 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace densenet_efficient::workspace::cuda {
+#include "../integers.h"
 
-inline int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t padded(int64_t a, int64_t b) { return parts(a, b) * b; }
+namespace densenet_efficient::workspace::cuda {
 
 // ---- norm_relu_conv1x1, forward -----------------------------------------------------------------
 
@@ -27,7 +26,7 @@ struct Conv1x1Forward {
     warps = columns == 64 ? 4 : 8;
     while (warps > split && rows < 2 * tile_height() * multiprocessors) warps /= 2;
     tile_rows = tile_height();
-    tiles = parts(rows, tile_rows);
+    tiles = ceil_div(rows, tile_rows);
     const int resident_warps = columns == 64 ? 12 : 8;  // by registers, see docs/kernels.md
     blocks = std::min(tiles, int64_t(multiprocessors) * std::max(1, resident_warps / warps));
     bytes = blocks * 3 * outputs * 4;
@@ -48,15 +47,15 @@ struct Conv1x1Backward {
 
   Conv1x1Backward(int64_t rows, int64_t channels, int64_t outputs, int multiprocessors) {
     constexpr int kMaxWarps = 4;
-    const int64_t groups = std::max<int64_t>(1, parts(channels, 16));
-    channel_blocks = parts(groups, kMaxWarps);
+    const int64_t groups = std::max<int64_t>(1, ceil_div(channels, 16));
+    channel_blocks = ceil_div(groups, kMaxWarps);
     // Two warps at least for more than 128 outputs: fewer threads could not load a row of dy.
-    warps = std::max(static_cast<int>(parts(groups, channel_blocks)), outputs > 128 ? 2 : 1);
-    tiles = parts(rows, kTileRows);
+    warps = std::max(static_cast<int>(ceil_div(groups, channel_blocks)), outputs > 128 ? 2 : 1);
+    tiles = ceil_div(rows, kTileRows);
     const int64_t resident =
         int64_t(multiprocessors) * (outputs <= 128 ? 3 : 2) * std::max(1, kMaxWarps / warps);
     // At least eight tiles a block, or the partial sums outweigh the rows.
-    row_blocks = std::min(std::max<int64_t>(1, resident / channel_blocks), parts(tiles, 8));
+    row_blocks = std::min(std::max<int64_t>(1, resident / channel_blocks), ceil_div(tiles, 8));
     pitch = channel_blocks * warps * 16;
     bytes = row_blocks * (outputs + 2) * pitch * 4;
   }
@@ -92,7 +91,7 @@ struct Tile3x3 {
     const int64_t pixels = images * height * width;
     if (pixels == 0) return;
     double best = 0;
-    for (int64_t pieces = parts(width, kGroup); !best && pieces <= width; pieces *= 2) {
+    for (int64_t pieces = ceil_div(width, kGroup); !best && pieces <= width; pieces *= 2) {
       for (int candidate = kMaxGroups; candidate > 0; --candidate) {
         const Tile3x3 tile(images * height, width, static_cast<int>(pieces), candidate);
         const int64_t bytes =
@@ -118,18 +117,18 @@ struct Tile3x3 {
  private:
   Tile3x3(int64_t image_rows, int64_t width, int pieces, int groups)
       : groups(groups), strips(pieces), margin(pieces > 1) {
-    tile_width = static_cast<int>(parts(width, pieces));
+    tile_width = static_cast<int>(ceil_div(width, pieces));
     tile_height = static_cast<int>(std::min<int64_t>(kGroup * groups / tile_width, image_rows));
     // Positions of consecutive pixels differ by one modulo eight, also from row to row.
     pitch = tile_width + (margin ? 8 : 0);
-    positions = static_cast<int>(padded((tile_height + 2) * pitch, 8));
-    tiles = parts(image_rows, tile_height) * strips;
+    positions = static_cast<int>(round_up((tile_height + 2) * pitch, 8));
+    tiles = ceil_div(image_rows, tile_height) * strips;
   }
 };
 
 // The weight as rows of channels, where it does not lie like that already.
 inline int64_t conv3x3_weight_bytes(int64_t outputs, int64_t channels) {
-  return outputs * 9 * padded(channels, 8) * 2;
+  return outputs * 9 * round_up(channels, 8) * 2;
 }
 
 // Blocks walk over static ranges of tiles: as many as are resident at once.
@@ -148,14 +147,14 @@ struct Conv3x3WeightGradient {
   Conv3x3WeightGradient(int64_t channels, int64_t outputs) {
     panels = channels <= 32 ? 1 : 2;
     depths = outputs <= 16 ? 1 : outputs <= 32 ? 2 : 3;
-    channel_blocks = std::max<int64_t>(1, parts(channels, 32 * panels));
-    output_blocks = std::max<int64_t>(1, parts(outputs, 16 * depths));
+    channel_blocks = std::max<int64_t>(1, ceil_div(channels, 32 * panels));
+    output_blocks = std::max<int64_t>(1, ceil_div(outputs, 16 * depths));
   }
   int64_t pitch() const { return channel_blocks * panels * 32; }
   // At least two tiles a block, or the partial sums outweigh the pixels.
   int64_t row_blocks(int64_t tiles, int multiprocessors) const {
     const int64_t resident = 2 * multiprocessors / (channel_blocks * output_blocks);
-    return std::min(std::max<int64_t>(1, resident), parts(tiles, 2));
+    return std::min(std::max<int64_t>(1, resident), ceil_div(tiles, 2));
   }
 };
 

@@ -145,17 +145,16 @@ int64_t weight_blocks(const Quads& quads, int64_t tiles, int multiprocessors) {
 }
 
 template <typename T>
-void launch_dweight(const Launcher& launcher, const Tensor& dy, int64_t dy_stride, const Tensor& dx,
-                    int64_t dx_stride, const Quads& quads, const Tensor& dweight,
-                    int64_t dweight_stride) {
-  const int64_t C = dx.size(3), K = dy.size(3);
+void launch_dweight(const Launcher& launcher, const arguments::TransitionBackward& call,
+                    const Quads& quads) {
+  const int64_t C = call.C, K = call.K;
   const int64_t channel_tiles = ceil_div(C, kTile), tiles = channel_tiles * ceil_div(K, kTile);
   const int64_t blocks = weight_blocks(quads, tiles, launcher.device().multiprocessors);
   const int64_t pitch = round_up(C, 2);
-  const Workspace partial(dx, blocks * K * pitch * 4);
+  const Workspace partial(call.lead.tensor, blocks * K * pitch * 4);
   launcher.launch<&transition_weight_kernel<T>>(
       {.grid_x = blocks, .grid_y = tiles, .block = kThreads, .shared_bytes = kStages * kStageBytes},
-      Weight{row_tensor(dy, dy_stride), row_tensor(dx, dx_stride), quads, partial.data(), pitch,
+      Weight{row_tensor(call.dy), output_row_tensor(call.dx), quads, partial.data(), pitch,
              static_cast<int>(C), static_cast<int>(K), static_cast<int>(channel_tiles)});
   SumPartials sum;
   sum.partial = partial.data();
@@ -164,50 +163,37 @@ void launch_dweight(const Launcher& launcher, const Tensor& dy, int64_t dy_strid
   sum.columns = static_cast<int>(C);
   sum.pitch = pitch;
   sum.block_stride = K * pitch;
-  sum.out = static_cast<float*>(dweight.mutable_data_ptr());
-  sum.out_stride = dweight_stride;
+  sum.out = output_rows<float>(call.dweight).data;
+  sum.out_stride = C;
   sum_partials<1>(launcher, sum, {});
 }
 
 void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
                          OptionalTensor dweight, Tensor dnorm) {
-  const char* op = "transition_backward";
-  check_dim({op, "x", x}, 4);
-  check_dim({op, "weight", weight}, 2);
-  const int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = weight.size(0);
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t dy_stride = check_activation({op, "dy", dy}, {N, H / 2, W / 2, K}, x, "x");
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
-  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
-  if (count < 0) fail({op, "count", x}, "must not be negative, got ", count);
-  const int64_t dx_stride = check_activation({op, "dx", dx}, {N, H, W, C}, x, "x");
-  const int64_t dweight_stride =
-      dweight ? check_table({op, "dweight", *dweight}, K, C, ScalarType::Float, x, "x") : 0;
-  const int64_t dnorm_stride =
-      check_table({op, "dnorm", dnorm}, kDnormRows, C, ScalarType::Float, x, "x");
-  const Quads quads(x, true), all_quads(x, false);
-  const Launcher launcher(op, x);
-  const Rows<float> sums = output_rows<float>(dnorm, dnorm_stride);
-  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
+  const arguments::TransitionBackward call(dy, x, norm, weight, count, dx, dweight, dnorm);
+  dispatch_16bit(call.lead, [&]<typename T>(T) {
+    const int64_t C = call.C, K = call.K;
+    const auto weight_tensor = weight_rows(call);
+    const Quads quads(call, true), all_quads(call, false);
+    const Launcher launcher(call.lead);
+    const Rows<float> sums = output_rows<float>(call.dnorm);
     if (quads.windows == 0 || C == 0) {
       clear_table(launcher, sums, kDnormRows, C);
-      if (dweight) clear_table(launcher, output_rows<float>(*dweight, dweight_stride), K, C);
+      if (dweight) clear_table(launcher, output_rows<float>(call.dweight), K, C);
     }
     if (all_quads.windows == 0 || C == 0) return;
-    const int width = vector_width(
-        C, sizeof(T), 8, {{x.const_data_ptr(), x_stride}, {dx.const_data_ptr(), dx_stride}});
-    const Rows<const T> x_rows = input_rows<T>(x, x_stride);
-    const Rows<T> dx_rows = output_rows<T>(dx, dx_stride);
-    const Rows<const float> norm_rows = input_rows<float>(norm, norm_stride);
+    const int width = vector_width(C, sizeof(T), 8, {call.x, call.dx});
+    const Rows<const T> x_rows = input_rows<T>(call.x);
+    const Rows<T> dx_rows = output_rows<T>(call.dx);
+    const Rows<const float> norm_rows = input_rows<float>(call.norm);
     if (quads.windows > 0) {
       launcher.launch<&transition_product_kernel<T>>(
           {.grid_x = ceil_div(quads.windows, kTile),
            .grid_y = ceil_div(C, kTile),
            .block = kThreads,
            .shared_bytes = kProductBytes},
-          Product{row_tensor(dy, dy_stride), row_tensor(weight, weight_stride),
-                  row_tensor(dx, dx_stride), quads, static_cast<int>(C), static_cast<int>(K)});
+          Product{row_tensor(call.dy), weight_tensor, output_row_tensor(call.dx), quads,
+                  static_cast<int>(C), static_cast<int>(K)});
       // Eight channels a thread would spill; two windows in flight make up for it.
       const int sums_width = std::min(width, 4);
       const Columns plan(quads.windows, C, sums_width, sizeof(T), 4);
@@ -222,14 +208,13 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
       });
       finish_partials<MergeSums, FinishDnorm>(launcher, static_cast<const float*>(partials.data()),
                                               plan.parts, C, sums);
-      if (dweight && K > 0)
-        launch_dweight<T>(launcher, dy, dy_stride, dx, dx_stride, quads, *dweight, dweight_stride);
+      if (dweight && K > 0) launch_dweight<T>(launcher, call, quads);
     }
     const Columns plan(all_quads.windows, C, width, sizeof(T), 4);
     dispatch_width<8>(width, [&]<int V>() {
       launcher.launch<&transition_dx_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads}, x_rows, norm_rows,
-          input_rows<float>(dnorm, dnorm_stride), count, all_quads, plan, dx_rows);
+          input_rows<float>(call.dnorm), call.count, all_quads, plan, dx_rows);
     });
   });
 }

@@ -245,42 +245,21 @@ void launch_forward(const Launcher& launcher, const Forward& args, const Tiling&
 }
 
 void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats) {
-  const char* op = "transition_forward";
-  check_dim({op, "x", x}, 4);
-  check_dim({op, "weight", weight}, 2);
-  const int64_t C = x.size(3), K = weight.size(0);
-  const int64_t x_stride = check_rows({op, "x", x});
-  const int64_t norm_stride =
-      check_table({op, "norm", norm}, kNormRows, C, ScalarType::Float, x, "x");
-  const int64_t weight_stride = check_activation({op, "weight", weight}, {K, C}, x, "x");
-  const int64_t y_stride =
-      check_activation({op, "y", y}, {x.size(0), x.size(1) / 2, x.size(2) / 2, K}, x, "x");
-  const int64_t stats_stride =
-      stats ? check_table({op, "stats", *stats}, kStatsRows, K, ScalarType::Float, x, "x") : 0;
-  const Quads quads(x, true);
-  const Launcher launcher(op, x);
-  const Tiling tiling(quads.windows, K, launcher.device().multiprocessors);
-  const Workspace partial(x, stats ? tiling.blocks * 3 * K * 4 : 0);
-  const Forward args{row_tensor(x, x_stride),
-                     float_table(norm, norm_stride),
-                     row_tensor(weight, weight_stride),
-                     row_tensor(y, y_stride),
-                     partial.data(),
-                     quads,
-                     static_cast<int>(C),
-                     static_cast<int>(K)};
-  dispatch_16bit({op, "x", x}, [&]<typename T>(T) {
-    if (quads.windows == 0 || K == 0) return;
-    if (tiling.columns == 64)
-      launch_forward<T, 64, 1>(launcher, args, tiling);
-    else if (tiling.split == 1)
-      launch_forward<T, 128, 1>(launcher, args, tiling);
-    else
-      launch_forward<T, 128, 2>(launcher, args, tiling);
+  const arguments::TransitionForward call(x, norm, weight, y, stats);
+  dispatch_16bit(call.lead, [&]<typename T>(T) {
+    const Quads quads(call, true);
+    const Launcher launcher(call.lead);
+    const Tiling tiling(quads.windows, call.K, launcher.device().multiprocessors);
+    const Workspace partial(x, stats ? tiling.blocks * 3 * call.K * 4 : 0);
+    const Forward args{row_tensor(call.x),        float_table(call.norm),  weight_rows(call),
+                       output_row_tensor(call.y), partial.data(),          quads,
+                       static_cast<int>(call.C),  static_cast<int>(call.K)};
+    const auto launch = tiling.columns == 64 ? launch_forward<T, 64, 1>
+                        : tiling.split == 1  ? launch_forward<T, 128, 1>
+                                             : launch_forward<T, 128, 2>;
+    if (quads.windows > 0 && call.K > 0) launch(launcher, args, tiling);
+    merge_moments(launcher, args.partial, tiling.blocks, call.K, call.stats);
   });
-  if (stats)
-    merge_moments(launcher, {args.partial, static_cast<int>(tiling.blocks), args.outputs,
-                             static_cast<float*>(stats->mutable_data_ptr()), stats_stride});
 }
 
 }  // namespace

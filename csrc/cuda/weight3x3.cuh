@@ -57,7 +57,7 @@ class WeightRows {
                           : workspace::cuda::conv3x3_weight_bytes(weight.size(0), weight.size(1))) {
     const int64_t outputs = weight.size(0), channels = weight.size(1);
     if (channels_last_) {
-      rows_ = row_tensor(weight, channels);
+      rows_ = row_tensor({&weight, channels});
       return;
     }
     const int64_t pitch = round_up(channels, device::kChunk);

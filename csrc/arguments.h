@@ -1,0 +1,310 @@
+// The arguments of every operator, checked once for both backends: a launcher constructs its
+// operator's struct, which holds the sizes and where the rows of each tensor lie. Members stand in
+// the order of the checks; ops.cpp says what the tensors are.
+#pragma once
+
+#include "checks.h"
+#include "views.h"
+
+namespace densenet_efficient::arguments {
+
+using Shape = std::initializer_list<int64_t>;
+
+// The leading tensor, x or a table, decides about the dtype and the device of all others.
+struct Arguments {
+  Arg lead;
+  ScalarType arithmetic;  // the dtype of tables and weight gradients
+
+ protected:
+  Arguments(const Arg& lead, int64_t dim)
+      : lead(lead),
+        arithmetic(lead.tensor.scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                                   : ScalarType::Float) {
+    check_dim(lead, dim);
+  }
+
+  Strided leading_activation() const {
+    check_activation_dtype(lead);
+    return strided(lead);
+  }
+  Strided activation(const char* name, const Tensor& tensor, Shape shape) const {
+    return strided(checked(name, tensor, shape, lead.tensor.scalar_type()));
+  }
+  Strided activation(const char* name, const OptionalTensor& tensor, Shape shape) const {
+    return tensor ? activation(name, *tensor, shape) : Strided{};
+  }
+
+  // Per-channel vectors [rows, C] (norm, stats, dnorm, correction): contiguous, except that a table
+  // may be a column slice of a wider one.
+  Strided table(const char* name, const Tensor& tensor, Shape shape) const {
+    return strided(checked(name, tensor, shape, arithmetic));
+  }
+  Strided table(const char* name, const OptionalTensor& tensor, Shape shape) const {
+    return tensor ? table(name, *tensor, shape) : Strided{};
+  }
+  Strided contiguous(const char* name, const OptionalTensor& tensor, Shape shape) const {
+    if (!tensor) return {};
+    const Arg arg = checked(name, *tensor, shape, arithmetic);
+    check_contiguous(arg);
+    return strided(arg);
+  }
+
+  // The weight's outputs give the shape it is checked for in its turn. Any layout will do.
+  int64_t outputs(const Tensor& weight, int64_t dim) const {
+    check_dim({lead.op, "weight", weight}, dim);
+    return weight.size(0);
+  }
+  const Tensor& checked_weight(const Tensor& weight, Shape shape) const {
+    return checked("weight", weight, shape, lead.tensor.scalar_type()).tensor;
+  }
+
+  int64_t checked_count(int64_t count) const {
+    if (count < 0) fail({lead.op, "count", lead.tensor}, "must not be negative, got ", count);
+    return count;
+  }
+
+ private:
+  Arg checked(const char* name, const Tensor& tensor, Shape shape, ScalarType dtype) const {
+    const Arg arg{lead.op, name, tensor};
+    check_shape(arg, shape);
+    check_dtype(arg, dtype);
+    check_device(arg, lead);
+    return arg;
+  }
+  static Strided strided(const Arg& arg) { return {&arg.tensor, check_rows(arg)}; }
+};
+
+// Led by a table.
+struct TableArguments : Arguments {
+  int64_t C;
+
+  explicit TableArguments(const Arg& lead) : Arguments(lead, 2), C(lead.tensor.size(1)) {
+    check_dtype(lead, arithmetic);
+  }
+};
+
+// Led by x [M, C].
+struct RowArguments : Arguments {
+  int64_t M, C;
+
+  RowArguments(const char* op, const Tensor& x)
+      : Arguments({op, "x", x}, 2), M(x.size(0)), C(x.size(1)) {}
+};
+
+// Led by x [N, H, W, C].
+struct ImageArguments : Arguments {
+  int64_t N, H, W, C;
+
+  ImageArguments(const char* op, const Tensor& x)
+      : Arguments({op, "x", x}, 4), N(x.size(0)), H(x.size(1)), W(x.size(2)), C(x.size(3)) {}
+};
+
+struct ChannelStats : RowArguments {
+  Strided x, stats;
+
+  ChannelStats(const Tensor& x, const Tensor& stats)
+      : RowArguments("channel_stats", x),
+        x(leading_activation()),
+        stats(table("stats", stats, {kStatsRows, C})) {}
+};
+
+struct NormFold : TableArguments {
+  Strided stats, gamma, beta, norm;
+
+  NormFold(const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
+           const Tensor& norm)
+      : TableArguments({"norm_fold", "stats", stats}),
+        stats(table("stats", stats, {kStatsRows, C})),
+        gamma(contiguous("gamma", gamma, {C})),
+        beta(contiguous("beta", beta, {C})),
+        norm(table("norm", norm, {kNormRows, C})) {}
+};
+
+struct NormCorrection : TableArguments {
+  Strided norm, dnorm, correction;
+  int64_t count;
+
+  // accumulate: correction may have more columns.
+  NormCorrection(const Tensor& dnorm, const Tensor& norm, int64_t count, bool accumulate,
+                 const Tensor& correction)
+      : TableArguments({"norm_correction", "norm", norm}),
+        norm(table("norm", norm, {kNormRows, C})),
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})),
+        correction(
+            table("correction", correction, {kCorrectionRows, width(correction, accumulate)})),
+        count(checked_count(count)) {}
+
+ private:
+  int64_t width(const Tensor& correction, bool accumulate) const {
+    const Arg arg{lead.op, "correction", correction};
+    check_dim(arg, 2);
+    const int64_t width = correction.size(1);
+    if (accumulate ? width < C : width != C)
+      fail(arg, "must have ", accumulate ? "at least " : "", C, " columns, got ", width);
+    return width;
+  }
+};
+
+struct NormCorrectionApply : RowArguments {
+  Strided x, dx, correction;
+
+  NormCorrectionApply(const Tensor& dx, const Tensor& x, const Tensor& correction)
+      : RowArguments("norm_correction_apply", x),
+        x(leading_activation()),
+        dx(activation("dx", dx, {M, C})),
+        correction(table("correction", correction, {kCorrectionRows, C})) {}
+};
+
+struct NormReluConv1x1Forward : RowArguments {
+  int64_t K;
+  Strided x, norm;
+  const Tensor& weight;
+  Strided y, stats;
+
+  NormReluConv1x1Forward(const Tensor& x, const Tensor& norm, const Tensor& weight, const Tensor& y,
+                         const OptionalTensor& stats)
+      : RowArguments("norm_relu_conv1x1_forward", x),
+        K(outputs(weight, 2)),
+        x(leading_activation()),
+        norm(table("norm", norm, {kNormRows, C})),
+        weight(checked_weight(weight, {K, C})),
+        y(activation("y", y, {M, K})),
+        stats(table("stats", stats, {kStatsRows, K})) {}
+};
+
+struct NormReluConv1x1Backward : RowArguments {
+  int64_t K;
+  Strided x, dz_y, y, correction, norm;
+  const Tensor& weight;
+  Strided dx, dweight, dnorm;
+
+  NormReluConv1x1Backward(const Tensor& dz_y, const Tensor& y, const Tensor& correction,
+                          const Tensor& x, const Tensor& norm, const Tensor& weight,
+                          const Tensor& dx, const OptionalTensor& dweight, const Tensor& dnorm)
+      : RowArguments("norm_relu_conv1x1_backward", x),
+        K(outputs(weight, 2)),
+        x(leading_activation()),
+        dz_y(activation("dz_y", dz_y, {M, K})),
+        y(activation("y", y, {M, K})),
+        correction(table("correction", correction, {kCorrectionRows, K})),
+        norm(table("norm", norm, {kNormRows, C})),
+        weight(checked_weight(weight, {K, C})),
+        dx(activation("dx", dx, {M, C})),
+        dweight(contiguous("dweight", dweight, {K, C})),
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+};
+
+struct NormReluConv3x3Forward : ImageArguments {
+  int64_t K;
+  Strided x, norm;
+  const Tensor& weight;
+  Strided y, stats;
+
+  NormReluConv3x3Forward(const Tensor& x, const Tensor& norm, const Tensor& weight, const Tensor& y,
+                         const OptionalTensor& stats)
+      : ImageArguments("norm_relu_conv3x3_forward", x),
+        K(outputs(weight, 4)),
+        x(leading_activation()),
+        norm(table("norm", norm, {kNormRows, C})),
+        weight(checked_weight(weight, {K, C, 3, 3})),
+        y(activation("y", y, {N, H, W, K})),
+        stats(table("stats", stats, {kStatsRows, K})) {}
+};
+
+struct NormReluConv3x3Backward : ImageArguments {
+  int64_t K;
+  Strided x, dy, y, correction, norm;
+  const Tensor& weight;
+  Strided dx, dweight, dnorm;
+
+  NormReluConv3x3Backward(const Tensor& dy, const OptionalTensor& y,
+                          const OptionalTensor& correction, const Tensor& x, const Tensor& norm,
+                          const Tensor& weight, const Tensor& dx, const OptionalTensor& dweight,
+                          const Tensor& dnorm)
+      : ImageArguments("norm_relu_conv3x3_backward", x),
+        K(outputs(weight, 4)),
+        x(leading_activation()),
+        dy(activation("dy", dy, {N, H, W, K})),
+        y(given_with(correction, y)),
+        correction(table("correction", correction, {kCorrectionRows, K})),
+        norm(table("norm", norm, {kNormRows, C})),
+        weight(checked_weight(weight, {K, C, 3, 3})),
+        dx(activation("dx", dx, {N, H, W, C})),
+        dweight(contiguous("dweight", dweight, {K, C, 3, 3})),
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+
+ private:
+  Strided given_with(const OptionalTensor& correction, const OptionalTensor& y) const {
+    if (y.has_value() != correction.has_value())
+      fail({lead.op, "y", lead.tensor}, "and correction must be given together");
+    return activation("y", y, {N, H, W, K});
+  }
+};
+
+struct TransitionForward : ImageArguments {
+  int64_t K;
+  Strided x, norm;
+  const Tensor& weight;
+  Strided y, stats;
+
+  TransitionForward(const Tensor& x, const Tensor& norm, const Tensor& weight, const Tensor& y,
+                    const OptionalTensor& stats)
+      : ImageArguments("transition_forward", x),
+        K(outputs(weight, 2)),
+        x(leading_activation()),
+        norm(table("norm", norm, {kNormRows, C})),
+        weight(checked_weight(weight, {K, C})),
+        y(activation("y", y, {N, H / 2, W / 2, K})),
+        stats(table("stats", stats, {kStatsRows, K})) {}
+};
+
+struct TransitionBackward : ImageArguments {
+  int64_t K;
+  Strided x, dy, norm;
+  const Tensor& weight;
+  int64_t count;
+  Strided dx, dweight, dnorm;
+
+  TransitionBackward(const Tensor& dy, const Tensor& x, const Tensor& norm, const Tensor& weight,
+                     int64_t count, const Tensor& dx, const OptionalTensor& dweight,
+                     const Tensor& dnorm)
+      : ImageArguments("transition_backward", x),
+        K(outputs(weight, 2)),
+        x(leading_activation()),
+        dy(activation("dy", dy, {N, H / 2, W / 2, K})),
+        norm(table("norm", norm, {kNormRows, C})),
+        weight(checked_weight(weight, {K, C})),
+        count(checked_count(count)),
+        dx(activation("dx", dx, {N, H, W, C})),
+        dweight(contiguous("dweight", dweight, {K, C})),
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+};
+
+struct StemForward : ImageArguments {
+  Strided x, norm, y, stats;
+
+  StemForward(const Tensor& x, const Tensor& norm, const Tensor& y, const OptionalTensor& stats)
+      : ImageArguments("stem_forward", x),
+        x(leading_activation()),
+        norm(table("norm", norm, {kNormRows, C})),
+        y(activation("y", y, {N, (H + 1) / 2, (W + 1) / 2, C})),
+        stats(table("stats", stats, {kStatsRows, C})) {}
+};
+
+struct StemBackward : ImageArguments {
+  Strided x, dy, norm;
+  int64_t count;
+  Strided dx, dnorm;
+
+  StemBackward(const Tensor& dy, const Tensor& x, const Tensor& norm, int64_t count,
+               const Tensor& dx, const Tensor& dnorm)
+      : ImageArguments("stem_backward", x),
+        x(leading_activation()),
+        dy(activation("dy", dy, {N, (H + 1) / 2, (W + 1) / 2, C})),
+        norm(table("norm", norm, {kNormRows, C})),
+        count(checked_count(count)),
+        dx(activation("dx", dx, {N, H, W, C})),
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+};
+
+}  // namespace densenet_efficient::arguments

@@ -1,0 +1,56 @@
+// How launchers hand tensors to kernels: rows and their stride, and the type behind a dtype.
+#pragma once
+
+#include <utility>
+
+#include "norm_relu.h"
+#include "stable.h"
+
+namespace densenet_efficient {
+
+// Rows of a channels-last tensor or of a table of per-channel vectors.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  DE_HOST_DEVICE T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// A tensor and the distance between its rows, in elements. Null: not given.
+struct Strided {
+  const Tensor* tensor = nullptr;
+  int64_t stride = 0;
+
+  explicit operator bool() const { return tensor; }
+  operator std::pair<const void*, int64_t>() const { return {tensor->const_data_ptr(), stride}; }
+};
+
+template <typename T>
+Rows<const T> input_rows(const Strided& from) {
+  return {from ? static_cast<const T*>(from.tensor->const_data_ptr()) : nullptr, from.stride};
+}
+
+template <typename T>
+Rows<T> output_rows(const Strided& to) {
+  return {to ? static_cast<T*>(to.tensor->mutable_data_ptr()) : nullptr, to.stride};
+}
+
+// Calls f with a value whose type stands for an activation's dtype (checked before): f(BFloat16{})
+// and so on.
+template <typename F>
+void dispatch_activation(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::Double: return f(double{});
+    default: return f(float{});
+  }
+}
+
+// The same for the dtype of tables: float32 or float64.
+template <typename F>
+void dispatch_arithmetic(ScalarType dtype, F&& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+}  // namespace densenet_efficient
