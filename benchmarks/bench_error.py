@@ -1,15 +1,16 @@
 """Error against float64, tensor by tensor: ours over eager execution's, same input.
 
-    python benchmarks/bench_error.py [--dtypes fp32 bf16] [--image-size 224] [--batch 2] [--draws 8]
+    python benchmarks/bench_error.py                    fp32 and bf16, 224 px, batch 2, CPU
+    python benchmarks/bench_error.py --device cuda      bf16 and fp16
 
-torchvision's DenseNet-121 in float32 and under bfloat16 autocast, converted and not: the output,
+torchvision's DenseNet-121 in float32 and under autocast to 16 bits, converted and not: the output,
 the input's gradient and all parameter gradients, every tensor counted, each error
 ||x - float64|| / ||float64|| as the median over the draws. Once at torchvision's initial values,
 where the gradient of the first norm is zero but for rounding, and once with norms that have moved
 away from them. In float32 single ReLUs that rounding puts on the other side of zero are most of the
 error, of eager execution's too: the more draws, the less chance decides.
-Writes benchmarks/results/error-cpu.{json,md}; exit status 1 where ours is beyond 1.2 times eager's
-error over all tensors together, or 2 times on any of them.
+Writes benchmarks/results/error-DEVICE.{json,md}; exit status 1 where ours is beyond 1.2 times
+eager's error over all tensors together, or 2 times on any of them.
 """
 
 from __future__ import annotations
@@ -30,25 +31,27 @@ import densenet_efficient
 from densenet_efficient.reports import markdown_table, write_results
 from densenet_efficient.vision import import_torchvision
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def step(model: nn.Module, x: Tensor, target: Tensor, autocast: bool) -> dict[str, Tensor]:
-    """The output, the input's gradient and every parameter's, by name."""
+
+def step(
+    model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The output, the input's gradient and every parameter's, by name; dtype: autocast's."""
     x = x.clone().requires_grad_()
     model.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         output = model(x)
     nn.functional.cross_entropy(output.to(x.dtype), target).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return {"output": output.detach(), "input": x.grad, **gradients}
 
 
-def errors(
-    moved: bool, autocast: bool, size: int, batch: int, draws: int
-) -> dict[str, tuple[float, float]]:
+def errors(moved: bool, dtype: str, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Name -> (ours, eager's), the medians over the draws."""
     torch.manual_seed(0)
     models = import_torchvision("torchvision.models")
-    eager = models.densenet121(weights=None, num_classes=10)
+    eager = models.densenet121(weights=None, num_classes=10).to(options.device)
     if moved:
         for norm in (m for m in eager.modules() if isinstance(m, nn.BatchNorm2d)):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -56,12 +59,13 @@ def errors(
     exact = copy.deepcopy(eager).double()
     ours = densenet_efficient.convert(copy.deepcopy(eager))
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for _ in range(draws):
-        x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
-        target = torch.randint(10, (batch,))
-        truth = step(exact, x.double(), target, autocast=False)
+    for _ in range(options.draws):
+        x = torch.randn(options.batch, 3, options.image_size, options.image_size)
+        x = x.to(options.device, memory_format=torch.channels_last)
+        target = torch.randint(10, (options.batch,)).to(options.device)
+        truth = step(exact, x.double(), target, None)
         for which, model in enumerate((ours, eager)):
-            for name, value in step(model, x, target, autocast).items():
+            for name, value in step(model, x, target, AUTOCAST[dtype]).items():
                 error = (value.double() - truth[name]).norm() / truth[name].norm()
                 found.setdefault(name, ([], []))[which].append(error.item())
     return {k: (statistics.median(a), statistics.median(b)) for k, (a, b) in found.items()}
@@ -71,16 +75,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(AUTOCAST))
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--draws", type=int, default=8)
     options = parser.parse_args()
+    on_cpu = torch.device(options.device).type == "cpu"
+    dtypes = options.dtypes or (("fp32", "bf16") if on_cpu else ("bf16", "fp16"))
     sections, failed, data = [], [], {}
-    cases = [(dtype, moved) for dtype in options.dtypes for moved in (False, True)]
+    cases = [(dtype, moved) for dtype in dtypes for moved in (False, True)]
     for dtype, moved in cases:
         title = f"{dtype}, {'moved norms' if moved else 'initial values'}"
-        found = errors(moved, dtype == "bf16", options.image_size, options.batch, options.draws)
+        found = errors(moved, dtype, options)
         worst = sorted(found, key=lambda name: found[name][0] / found[name][1], reverse=True)
         together = math.hypot(*(a for a, _ in found.values())) / math.hypot(
             *(b for _, b in found.values())
@@ -101,7 +108,8 @@ def main() -> int:
     text = "\n\n".join(sections)
     print(text)
     results = Path(__file__).resolve().parent / "results"
-    path = write_results(results, "error-cpu", "Error against float64", data, text, "cpu")
+    name = f"error-{torch.device(options.device).type}"
+    path = write_results(results, name, "Error against float64", data, text, options.device)
     print(f"\nwritten: {path} and .json")
     if failed:
         print(f"beyond the bars: {'; '.join(failed)}", file=sys.stderr)

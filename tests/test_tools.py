@@ -121,7 +121,7 @@ def test_gpu_check_runs_every_step_and_fails_with_any(
     monkeypatch.setattr(gpu_check.Runner, "run", run)
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_check, "library_gap", lambda: "there is none")
-    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name, *folders: f"/opt/{name}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -131,7 +131,7 @@ def test_gpu_check_runs_every_step_and_fails_with_any(
     steps = list(environments)
     assert steps[:3] == ["build for 9.0", "info", "tests"]
     assert steps[3:6] == ["memcheck", "racecheck", "initcheck"]
-    assert steps[6:] == ["stages", "training", "memory"]
+    assert steps[6:] == ["error", "stages", "training", "memory"]
     assert environments["build for 9.0"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
     text = (tmp_path / "gpu-check.md").read_text()
     assert "NVIDIA H200" in text and "| racecheck" in text

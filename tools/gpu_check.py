@@ -119,9 +119,13 @@ def sources_are_newer() -> bool:
 
 def build(runner: Runner, capability: str, rebuild: bool) -> bool:
     gap = library_gap()
-    if gap is None and not rebuild and not sources_are_newer():
-        runner.skip("build", "the library that is there covers this GPU")
-        return True
+    if gap is None and not rebuild:
+        if not sources_are_newer():
+            runner.skip("build", "the library that is there covers this GPU")
+            return True
+        if find_tool("nvcc", "bin") is None:
+            runner.skip("build", "the library that is there covers this GPU, and nvcc is missing")
+            return True
     return runner.run(
         f"build for {capability}",
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
@@ -131,15 +135,15 @@ def build(runner: Runner, capability: str, rebuild: bool) -> bool:
     )
 
 
-def find_sanitizer() -> str | None:
+def find_tool(name: str, *folders: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, or in these folders of CUDA_HOME."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=f"{home}/bin{os.pathsep}{home}/compute-sanitizer"
-    )
+    places = os.pathsep.join(f"{home}/{folder}" for folder in folders)
+    return shutil.which(name) or shutil.which(name, path=places)
 
 
 def sanitize(runner: Runner) -> None:
-    sanitizer = find_sanitizer()
+    sanitizer = find_tool("compute-sanitizer", "bin", "compute-sanitizer")
     for tool in ("memcheck", "racecheck", "initcheck"):
         if sanitizer is None:
             runner.skip(tool, "compute-sanitizer was not found on PATH or in CUDA_HOME")
@@ -152,6 +156,8 @@ def sanitize(runner: Runner) -> None:
 
 def benchmarks(runner: Runner) -> None:
     python = [sys.executable]
+    error = ["benchmarks/bench_error.py", "--device", "cuda", "--draws", "4"]
+    runner.run("error", [*python, *error], 60)
     runner.run("stages", [*python, "benchmarks/bench_stages.py"], 90)
     options = ["--device", "cuda", "--quick"]
     runner.run("training", [*python, "benchmarks/bench_training.py", *options], 260)
