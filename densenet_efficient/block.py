@@ -77,9 +77,8 @@ class _Layer:
     def conv1_forward(self, x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
         """b from F[:C_l]; for a plain layer the new features."""
         if self.call.conv1 is not None:
-            general.norm_relu_conv_forward(
-                x, norm, self.weight1, self.bias1, self.call.conv1, y, stats
-            )
+            general.norm_relu_conv_forward(x, norm, self.weight1, self.bias1, self.call.conv1, y)
+            self._take_stats(y, stats)
         elif self.call.bottleneck:
             weight = self.weight1.view(self.weight1.shape[:2])
             self.stages.norm_relu_conv1x1_forward(flat(x), norm, weight, flat(y), stats)
@@ -90,11 +89,14 @@ class _Layer:
         """The new features from b."""
         assert self.weight2 is not None
         if self.call.conv2 is not None:
-            general.norm_relu_conv_forward(
-                b, norm, self.weight2, self.bias2, self.call.conv2, y, stats
-            )
+            general.norm_relu_conv_forward(b, norm, self.weight2, self.bias2, self.call.conv2, y)
+            self._take_stats(y, stats)
         else:
             self.stages.norm_relu_conv3x3_forward(b, norm, self.weight2, y, stats)
+
+    def _take_stats(self, y: Tensor, stats: Tensor | None) -> None:
+        if stats is not None:
+            self.stages.channel_stats(flat(y), stats)
 
 
 def _layer(

@@ -83,10 +83,16 @@ def _rows(x: Tensor) -> tuple[int, ...]:  # of x [..., C]: what per-channel sums
     return tuple(range(x.dim() - 1))
 
 
+def _masked(dh: Tensor, normalised: Tensor) -> Tensor:
+    """dz: dh [..., C] in the accumulation dtype, zero where the ReLU cut."""
+    return torch.ops.aten.threshold_backward(dh.to(normalised.dtype), normalised, 0)
+
+
 def _norm_sums(dz: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """dnorm [2, C]: dgamma and dbeta of dz (accumulation dtype), x [..., C]."""
-    x_hat = (x.to(norm.dtype) - norm[2]) * norm[3]
-    return torch.stack(((dz * x_hat).sum(_rows(dz)), dz.sum(_rows(dz))))
+    centred = x.to(norm.dtype) - norm[2]
+    dgamma = centred.mul_(dz).sum(_rows(dz)).mul_(norm[3])
+    return torch.stack((dgamma, dz.sum(_rows(dz))))
 
 
 def channel_stats(x: Tensor, stats: Tensor) -> None:
@@ -129,7 +135,8 @@ def norm_correction(
 
 def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
     a, p, q, mean = correction
-    return a * dy.to(a.dtype) - p - (y.to(a.dtype) - mean) * q
+    centred = y.to(a.dtype) - mean
+    return torch.addcmul(torch.addcmul(-p, centred, -q), dy.to(a.dtype), a)
 
 
 def _dithered(value: Tensor, dtype: torch.dtype, first: int) -> Tensor:
@@ -165,14 +172,11 @@ def norm_relu_conv_forward(
     bias: Tensor | None,
     options: ConvOptions,
     y: Tensor,
-    stats: Tensor | None,
 ) -> None:
     """y [N, *spatial, K] = conv(relu(a x + s)) for any geometry that keeps the image size."""
     for images in _chunks(x):
         z = _normalise(x[images], norm).relu_().to(x.dtype)
         y[images].copy_(options.forward(_channels_first(z), weight, bias).movedim(1, -1))
-    if stats is not None:
-        channel_stats(y, stats)
 
 
 def norm_relu_conv_backward(
@@ -207,7 +211,7 @@ def norm_relu_conv_backward(
         )
         if dweight is not None and dw is not None:
             dweight += dw
-        dz = dz.movedim(1, -1).to(norm.dtype).masked_fill_(normalised <= 0, 0)
+        dz = _masked(dz.movedim(1, -1), normalised)
         dnorm += _norm_sums(dz, x[images], norm)
         if accumulate:
             dx[images] += dz.mul_(norm[0])
@@ -246,7 +250,7 @@ def norm_relu_conv1x1_backward(
         normalised = _normalise(x[rows], norm)
         if dweight is not None:
             dweight += torch.mm(dy.t(), normalised.relu().to(x.dtype))
-        dz = torch.mm(dy, weight).to(norm.dtype).masked_fill_(normalised <= 0, 0)
+        dz = _masked(torch.mm(dy, weight), normalised)
         dnorm += _norm_sums(dz, x[rows], norm)
         dx[rows] += dz.mul_(norm[0])
 
@@ -255,7 +259,9 @@ def norm_relu_conv3x3_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
     """See :func:`densenet_efficient.ops.norm_relu_conv3x3_forward`."""
-    norm_relu_conv_forward(x, norm, weight, None, _CONV3X3, y, stats)
+    norm_relu_conv_forward(x, norm, weight, None, _CONV3X3, y)
+    if stats is not None:
+        channel_stats(y, stats)
 
 
 def norm_relu_conv3x3_backward(
@@ -327,7 +333,7 @@ def transition_backward(
             pooled = _average(normalised.relu()).to(x.dtype)
             dweight += torch.mm(dy[images].flatten(0, -2).t(), pooled.flatten(0, -2))
         dpooled = torch.matmul(dy[images], weight).to(norm.dtype)
-        dz = _spread(dpooled, x.shape[1:-1]).masked_fill_(normalised <= 0, 0)
+        dz = _masked(_spread(dpooled, x.shape[1:-1]), normalised)
         dnorm += _norm_sums(dz, x[images], norm)
         dx[images].copy_(dz)
     _through_norm(dx, x, norm, count, dnorm)
@@ -364,7 +370,7 @@ def stem_backward(
             leaf = _channels_first(normalised.relu()).requires_grad_()
             pooled = pool(leaf, 3, 2, 1)
         (dz,) = torch.autograd.grad(pooled, leaf, _channels_first(dy[images]).to(norm.dtype))
-        dz = dz.movedim(1, -1).masked_fill_(normalised <= 0, 0)
+        dz = _masked(dz.movedim(1, -1), normalised)
         dnorm += _norm_sums(dz, x[images], norm)
         dx[images].copy_(dz)
     _through_norm(dx, x, norm, count, dnorm)
