@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from . import general, library, ops
+from . import general, library, ops, wide
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Activation dtypes of every stage."""
@@ -21,15 +21,12 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Path:
-    """How a module runs on an input. kind: ``kernels``, ``general`` or ``original``."""
+    """How a module runs on an input. kind: ``kernels``, ``general`` or ``original``. stages: the
+    module whose functions implement the stages."""
 
     kind: str
     reason: str
-
-    @property
-    def stages(self) -> ModuleType:
-        """The module whose functions implement the stages."""
-        return ops if self.kind == "kernels" else general
+    stages: ModuleType = general
 
 
 @functools.lru_cache(maxsize=64)
@@ -43,8 +40,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> Path:
     if gap is not None:
         return Path("general", gap)
     if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
-        return Path("general", f"CUDA kernels take bfloat16 and float16, not {_name(dtype)}")
-    return Path("kernels", f"compiled {device.type} kernels, {_name(dtype)}")
+        reason = f"CUDA convolution kernels take bfloat16 and float16, not {_name(dtype)}"
+        return Path("general", reason, wide)
+    return Path("kernels", f"compiled {device.type} kernels, {_name(dtype)}", ops)
 
 
 def _name(dtype: torch.dtype) -> str:

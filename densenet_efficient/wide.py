@@ -1,0 +1,44 @@
+"""The stages in float32 and float64 on a GPU: compiled operators where they take these dtypes, the
+general path for the convolutions, whose kernels are for 16 bits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import general, ops
+from .general import (
+    norm_relu_conv1x1_backward,
+    norm_relu_conv1x1_forward,
+    norm_relu_conv3x3_backward,
+    norm_relu_conv3x3_forward,
+    transition_backward,
+    transition_forward,
+)
+from .ops import channel_stats, norm_correction, norm_correction_apply, norm_fold
+
+__all__ = [
+    "channel_stats",
+    "norm_correction",
+    "norm_correction_apply",
+    "norm_fold",
+    "norm_relu_conv1x1_backward",
+    "norm_relu_conv1x1_forward",
+    "norm_relu_conv3x3_backward",
+    "norm_relu_conv3x3_forward",
+    "stem_backward",
+    "stem_forward",
+    "transition_backward",
+    "transition_forward",
+]
+
+
+def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
+    """See :func:`densenet_efficient.ops.stem_forward`; any number of dimensions."""
+    (ops if x.dim() == 4 else general).stem_forward(x, norm, y, stats)
+
+
+def stem_backward(
+    dy: Tensor, x: Tensor, norm: Tensor, count: int, dx: Tensor, dnorm: Tensor
+) -> None:
+    """See :func:`densenet_efficient.ops.stem_backward`; any number of dimensions."""
+    (ops if x.dim() == 4 else general).stem_backward(dy, x, norm, count, dx, dnorm)
