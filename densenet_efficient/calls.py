@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import rows
 from .arena import Buffer
-from .general import ConvOptions, accumulation_dtype
+from .convolution import ConvOptions
+from .general import accumulation_dtype
 
 PARAMETERS_PER_LAYER = 8
 """gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2; None where a layer has none."""

@@ -11,45 +11,16 @@ float64).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import ConvOptions
+from .dither import dithered
+
 CHUNK_BYTES = 64 << 20
 """Upper bound of one chunk's normalised copy (one image may exceed it)."""
-
-
-@dataclass(frozen=True)
-class ConvOptions:
-    """Geometry of a stride-1 convolution that keeps the image size.
-
-    padding, dilation: one entry per spatial dimension, in pixels. groups: as in ``nn.Conv2d``.
-    """
-
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-
-    def forward(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """z [N, C, *spatial] -> [N, K, *spatial]."""
-        dims = len(self.padding)
-        ones = [1] * dims
-        return torch.convolution(
-            z, weight, bias, ones, self.padding, self.dilation, False, [0] * dims, self.groups
-        )
-
-    def backward(
-        self, dy: Tensor, z: Tensor, weight: Tensor, need_dweight: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """dy [N, K, *spatial], z [N, C, *spatial] -> dz, dweight."""
-        dims = len(self.padding)
-        dz, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, z, weight, None, [1] * dims, self.padding, self.dilation, False, [0] * dims,
-            self.groups, [True, need_dweight, False],
-        )  # fmt: skip
-        return dz, dweight
 
 
 _CONV3X3 = ConvOptions((1, 1), (1, 1))
@@ -139,30 +110,11 @@ def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
     return torch.addcmul(torch.addcmul(-p, centred, -q), dy.to(a.dtype), a)
 
 
-def _dithered(value: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-    """float32 values on the grid of a 16-bit dtype by csrc/dither.h's rounding; others untouched.
-
-    first: index of the first element, for the noise: a hash in wrapping 32-bit arithmetic.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return value
-    dropped, smallest = (16, 0.0) if dtype == torch.bfloat16 else (13, 2.0**-14)
-    index = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
-    noise = (index + (first % 2**32 - 2**31)).bitwise_xor_(-(2**31)).mul_(0x9E3779B1 - 2**32)
-    noise = noise.bitwise_xor_((noise >> 15).bitwise_and_(0x1FFFF)).mul_(0x85EBCA77 - 2**32)
-    noise = (noise >> 16).bitwise_and_(0xFFFF) >> (16 - dropped)
-    magnitude = value.abs()
-    lift = (magnitude < smallest) * smallest
-    bits = (magnitude + lift).view(torch.int32) + noise
-    rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32) - lift
-    return torch.where(value.isnan(), value, torch.copysign(rounded, value))
-
-
 def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> None:
     """See :func:`densenet_efficient.ops.norm_correction_apply`; dx and x may be [..., C]."""
     for rows in _chunks(x):
         first = rows.start * x[0].numel()
-        dx[rows] = _dithered(_corrected(dx[rows], x[rows], correction), dx.dtype, first)
+        dx[rows] = dithered(_corrected(dx[rows], x[rows], correction), dx.dtype, first)
 
 
 def norm_relu_conv_forward(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import paths
 from .calls import LayerCall, NormCall
-from .general import ConvOptions
+from .convolution import ConvOptions
 from .norms import BATCH_NORMS, BatchNorm, norm_call
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_calls import BAD_CALLS, assert_refused
 from emulators import emulator_of
 from kernel_check import compare
 from torch import Tensor
@@ -212,3 +213,24 @@ def test_dithering_is_the_cpus(dtype: torch.dtype) -> None:
     ops.norm_correction_apply(*expected.values())
     result = run(emulator_of("norm_correction"), case, seed=0)["dx"]
     assert (result == expected["dx"]).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("name, arguments, message", BAD_CALLS)
+def test_bad_input_is_named_and_nothing_is_written(
+    name: str, arguments: tuple, message: str
+) -> None:
+    assert_refused(emulator_of(stage_of(name)).call, name, arguments, message)
+
+
+def test_the_convolutions_refuse_float32_before_they_write() -> None:
+    for op, sizes in (
+        ("norm_relu_conv1x1_forward", (9, 6, 5)),
+        ("transition_forward", (1, 4, 4, 6, 5)),
+    ):
+        case = make(op, sizes, FP32)
+        message = "x must be bfloat16 or float16, got float32"
+        arguments = tuple(case.arguments.values())
+        for value in arguments:
+            if isinstance(value, Tensor):
+                value.nan_to_num_(7.0)
+        assert_refused(emulator_of(stage_of(op)).call, op, arguments, message)

@@ -1,0 +1,39 @@
+"""Convolutions that keep the image size, of any geometry, through the framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConvOptions:
+    """Geometry of a stride-1 convolution that keeps the image size.
+
+    padding, dilation: one entry per spatial dimension, in pixels. groups: as in ``nn.Conv2d``.
+    """
+
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def forward(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """z [N, C, *spatial] -> [N, K, *spatial]."""
+        dims = len(self.padding)
+        ones = [1] * dims
+        return torch.convolution(
+            z, weight, bias, ones, self.padding, self.dilation, False, [0] * dims, self.groups
+        )
+
+    def backward(
+        self, dy: Tensor, z: Tensor, weight: Tensor, need_dweight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """dy [N, K, *spatial], z [N, C, *spatial] -> dz, dweight."""
+        dims = len(self.padding)
+        dz, dweight, _ = torch.ops.aten.convolution_backward(
+            dy, z, weight, None, [1] * dims, self.padding, self.dilation, False, [0] * dims,
+            self.groups, [True, need_dweight, False],
+        )  # fmt: skip
+        return dz, dweight
