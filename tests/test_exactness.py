@@ -150,6 +150,20 @@ def test_untrained_densenet121_in_bfloat16_errs_no_more_than_the_framework() -> 
     assert ratio.worst <= 2.0, ratio
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16 autocast"])
+def test_both_memory_modes_give_the_same_bits(mixed: bool) -> None:
+    """What is computed again is computed the same: the error of one mode is that of both."""
+    source = torchvision.models.densenet121(num_classes=10)
+    x, target = torch.randn(2, 3, 96, 96), torch.tensor([1, 7])
+    autocast = {"dtype": torch.bfloat16} if mixed else {}
+    first, second = (
+        training_step(ours(source, memory), x, target, **autocast)
+        for memory in ("recompute", "store")
+    )
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 @MEMORY
 def test_densenet121s_blocks_in_float32_err_no_more_than_the_framework(
     source: nn.Module, memory: str
