@@ -77,7 +77,9 @@ def our_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor
 def test_error_against_float64_is_not_larger_than_the_frameworks(
     dtype: torch.dtype, kernel: int
 ) -> None:
-    """Norm, ReLU and convolution with their gradients on the same input."""
+    """Norm, ReLU and convolution with their gradients on the same input, each result's error at
+    most 1.2 times the framework's own; the dithered second rounding of a 16-bit dx has a bound of
+    its own."""
     N, C, K, size = 4, 96, 64, 14
     x = (
         (torch.randn(N, C, size, size) * 2 + 1)
@@ -89,9 +91,12 @@ def test_error_against_float64_is_not_larger_than_the_frameworks(
     dy = torch.randn(N, K, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
     exact = framework_layer(*(t.double() for t in (x, gamma, beta, weight, dy)))
     arguments = (x, gamma, beta, weight, dy)
-    ratio = error_ratio([our_layer(*arguments)], [framework_layer(*arguments)], [exact])
-    assert ratio.together <= 1.2, ratio
-    assert ratio.worst <= 2.0, ratio
+    ours, peer = our_layer(*arguments), framework_layer(*arguments)
+    for name in exact:
+        bound = 1.3 if name == "dx" and dtype.itemsize == 2 else 1.2
+        error, own = (relative_error(t[name], exact[name]) for t in (ours, peer))
+        assert error <= bound * own, f"{name}: error {error:.3g}, the framework's {own:.3g}"
+    assert error_ratio([ours], [peer], [exact]).together <= 1.2
 
 
 @pytest.mark.parametrize("stages", [ops, general], ids=["kernels", "general"])

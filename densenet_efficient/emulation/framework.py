@@ -60,7 +60,8 @@ def norm_correction(dnorm: Tensor, norm: Tensor, count: int, **_: Any) -> dict[s
 
 
 def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> dict[str, Tensor]:
-    """Rounded to either neighbour by chance, as the operator's schema has it."""
+    """Rounded to either neighbour by chance, as the operator's schema has it: the one function here
+    that PyTorch has no layer for."""
     exact = reference.norm_correction_apply(dx.double(), x.double(), correction.double())
     near = exact.to(dx.dtype)
     if dx.element_size() != 2:
