@@ -95,18 +95,21 @@ inline const Sizes& cuda_sizes() {
        }},
       {"norm_relu_conv1x1_backward",
        [](const Call& c) {
-         const int64_t outputs = std::min(c.K, cuda::Conv1x1Backward::kMaxOutputs);
-         return cuda::Conv1x1Backward(c.rows(), c.C, outputs, c.multiprocessors()).bytes;
+         const int64_t most = cuda::Conv1x1Backward::max_outputs(c.size);
+         return cuda::Conv1x1Backward(c.rows(), c.C, std::min(c.K, most), c.size,
+                                      c.multiprocessors())
+             .bytes;
        }},
       {"norm_relu_conv3x3_forward",
        [](const Call& c) {
-         return cuda::conv3x3_weight_bytes(c.K, c.C) + conv3x3_blocks(c) * 3 * c.K * 4;
+         return cuda::conv3x3_weight_bytes(c.K, c.C, c.size) + conv3x3_blocks(c) * 3 * c.K * 4;
        }},
       {"norm_relu_conv3x3_backward",
        [](const Call& c) {
          const cuda::Conv3x3WeightGradient split(c.C, c.K);
          const int64_t row_blocks = split.row_blocks(c.rows(), c.multiprocessors());
-         return cuda::conv3x3_weight_bytes(c.K, c.C) + row_blocks * 9 * c.K * split.pitch() * 4 +
+         return cuda::conv3x3_weight_bytes(c.K, c.C, c.size) +
+                row_blocks * 9 * c.K * split.pitch() * 4 +
                 conv3x3_blocks(c) * 2 * round_up(c.C, 64) * 4;
        }},
       {"transition_forward",

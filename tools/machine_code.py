@@ -209,7 +209,8 @@ def kernel_name(symbol: str, source: str) -> str:
     arguments = re.search(r"<(.*?)>\(", demangled)
     text = arguments[1] if arguments else ""
     text = re.sub(r"\((?:int|bool)\)", "", text)
-    for old, new in (("c10::", ""), ("BFloat16", "bf16"), ("Half", "fp16"), ("::", "")):
+    names = {"c10::": "", "BFloat16": "bf16", "Half": "fp16", "float": "tf32", "::": ""}
+    for old, new in names.items():
         text = text.replace(old, new)
     part = re.search(r"(data|weight)_gradient", demangled)
     stage = source.removeprefix("norm_relu_").replace("_", " ")

@@ -30,62 +30,56 @@ struct Backward {
   bool weight_gradient;
 };
 
-// A stage: dz_y and y in K / 32 panels each, x and dx in a panel for every two warps. Behind the
-// stages the correction, [8][kOutputs / 8 + 1][4] (neighbouring threads own neighbouring chunks,
-// and the channels of a chunk do not share banks), and the norm of the block's channels, [4][16 *
-// warps].
-template <int kOutputs>
+// Rows of the norm that a tile needs: scale, shift, mean.
+constexpr int kTileNormRows = kRstd;
+
+// A stage: dz_y and y in panels of their K channels each, x and dx in panels of the warps'. Behind
+// the stages the correction, [kChunk][(kOutputs + 8) / kChunk][4] (neighbouring threads own
+// neighbouring chunks, and the channels of a chunk do not share banks), and the norm of the block's
+// channels, [3][16 * warps].
+template <typename T, int kOutputs>
 struct BackwardLayout {
-  // The widest kernel's third stage would not fit devices with 99 KB for a block.
-  static constexpr int kStages = kOutputs <= 128 ? 3 : 2;
-  static constexpr int kPanels = kOutputs / device::kPanelChannels;
-  static constexpr int kCorrectionPitch = (kOutputs / device::kChunk + 1) * 16;
+  static constexpr int kPanels = kOutputs / device::kPanelChannels<T>;
+  // The widest kernels' third stage would not fit devices with 99 KB for a block.
+  static constexpr int kStages = device::kIs16Bit<T> && kOutputs <= 128 ? 3 : 2;
+  static constexpr int kCorrectionPitch = (kOutputs + 8) / device::kChunk<T> * 16;
   int warps;
   DE_HOST_DEVICE int y_offset() const { return kPanels * kPanelBytes; }
   DE_HOST_DEVICE int x_offset() const { return 2 * kPanels * kPanelBytes; }
-  DE_HOST_DEVICE int dx_offset() const { return x_offset() + (warps + 1) / 2 * kPanelBytes; }
-  DE_HOST_DEVICE int stage_bytes() const { return dx_offset() + (warps + 1) / 2 * kPanelBytes; }
+  DE_HOST_DEVICE int x_panels() const {
+    return (16 * warps + device::kPanelChannels<T> - 1) / device::kPanelChannels<T>;
+  }
+  DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_panels() * kPanelBytes; }
+  DE_HOST_DEVICE int stage_bytes() const { return dx_offset() + x_panels() * kPanelBytes; }
   DE_HOST_DEVICE int correction_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int norm_offset() const { return correction_offset() + 8 * kCorrectionPitch; }
-  DE_HOST_DEVICE int shared_bytes() const { return norm_offset() + 16 * warps * 16; }
+  DE_HOST_DEVICE int norm_offset() const {
+    return correction_offset() + device::kChunk<T> * kCorrectionPitch;
+  }
+  DE_HOST_DEVICE int shared_bytes() const { return norm_offset() + kTileNormRows * 16 * warps * 4; }
 };
 
-// Four fp32 values of two packed pairs.
-template <typename T>
-__device__ __forceinline__ void unpack_four(uint2 packed, float (&values)[4]) {
-  const float2 low = device::unpack<T>(packed.x), high = device::unpack<T>(packed.y);
-  values[0] = low.x;
-  values[1] = low.y;
-  values[2] = high.x;
-  values[3] = high.y;
-}
-
 // dy over dz_y, in place: each thread works on the chunks that it copied itself, all of them of the
-// same eight columns.
+// same columns.
 template <typename T, int kOutputs>
 __device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
                                         const unsigned char* correction, int row_step, int row,
                                         int column_chunk, int valid_rows) {
   using namespace device;
+  using Layout = BackwardLayout<T, kOutputs>;
   const int panel = column_chunk / 4 * kPanelBytes, chunk = column_chunk % 4;
-  float4 c[kChunk];
+  float4 entries[4][kWordChannels<T>];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    c[i] = shared_load<float4>(correction + i * BackwardLayout<kOutputs>::kCorrectionPitch +
-                               16 * column_chunk);
+  for (int i = 0; i < kChunk<T>; ++i)
+    entries[i / kWordChannels<T>][i % kWordChannels<T>] =
+        shared_load<float4>(correction + i * Layout::kCorrectionPitch + 16 * column_chunk);
   for (; row < kTileRows; row += row_step) {
-    const int offset = panel + panel_offset(row, chunk);
-    const uint4 dz = shared_load<uint4>(stage + offset);
-    const uint4 y = shared_load<uint4>(stage + y_offset + offset);
-    const uint32_t dz_pairs[4] = {dz.x, dz.y, dz.z, dz.w}, y_pairs[4] = {y.x, y.y, y.z, y.w};
+    const int offset = panel + panel_offset<T>(row, chunk);
+    uint32_t dz[4], y[4];
+    to_array(shared_load<uint4>(stage + offset), dz);
+    to_array(shared_load<uint4>(stage + y_offset + offset), y);
     uint32_t dy[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 d = unpack<T>(dz_pairs[i]), v = unpack<T>(y_pairs[i]);
-      const float4 low = c[2 * i], high = c[2 * i + 1];
-      dy[i] = pack<T>(correct(d.x, v.x, low.x, low.y, low.z, low.w),
-                      correct(d.y, v.y, high.x, high.y, high.z, high.w));
-    }
+    for (int i = 0; i < 4; ++i) dy[i] = correct_word<T>(dz[i], y[i], entries[i]);
     shared_store(stage + offset,
                  row < valid_rows ? uint4{dy[0], dy[1], dy[2], dy[3]} : uint4{0, 0, 0, 0});
   }
@@ -97,13 +91,14 @@ __device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
 // order.
 template <typename T, int kOutputs>
 struct WarpChannels {
-  static constexpr int kDepth = kOutputs / 16;
+  static constexpr int kSteps = kOutputs / device::kDepth<T>;  // of the data gradient's depth
+  static constexpr int kRows = kOutputs / 16;                  // of dweight's tiles
   const float* norm;  // in shared memory, at the warp's first channel
   int norm_pitch;     // between its rows
   int channel0;       // of the warp
-  uint32_t weight[kDepth][2][2];
+  uint32_t weight[kSteps][2][2];
   float dgamma[4], dbeta[4];  // of the lane's four channels
-  float dweight[kDepth][2][4];
+  float dweight[kRows][2][4];
 
   __device__ __forceinline__ WarpChannels(const Backward& args, const float* norm, int channel0)
       : norm(norm), norm_pitch(16 * args.warps), channel0(channel0) {
@@ -112,27 +107,34 @@ struct WarpChannels {
 #pragma unroll
     for (int i = 0; i < 4; ++i) dgamma[i] = dbeta[i] = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
+    for (int m = 0; m < kRows; ++m) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dweight[k][j][i] = 0.0f;
+        for (int i = 0; i < 4; ++i) dweight[m][j][i] = 0.0f;
       }
-      // Column g of tile j is channel 4 (g / 2) + 2 j + g % 2: both tiles come with one chunk half.
-      uint2 rows[4];
+    }
+    // Column g of tile j is channel 4 (g / 2) + 2 j + g % 2: both tiles come with four channels.
+    const int channel = channel0 + 4 * (g >> 1);
+    const auto four = [&](int row) {
+      const int left = row < args.outputs ? channels_left<T>(channel, args.channels) : 0;
+      return load_four(args.weight.at<T>(row, channel), left, args.weight.vector);
+    };
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 16 * k + 2 * t + (i & 1) + 8 * (i >> 1);
-        const int channel = channel0 + 4 * (g >> 1);
-        const int left = row < args.outputs ? channels_left(channel, args.channels) : 0;
-        rows[i] = load_half(args.weight.at<T>(row, channel), left, args.weight.vector);
-      }
-      const int shift = 16 * (g & 1);
+    for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint2 even = rows[2 * half], odd = rows[2 * half + 1];
-        weight[k][0][half] = ((even.x >> shift) & 0xffffu) | ((odd.x >> shift) & 0xffffu) << 16;
-        weight[k][1][half] = ((even.y >> shift) & 0xffffu) | ((odd.y >> shift) & 0xffffu) << 16;
+        const int row = kDepth<T> * k + kDepth<T> / 2 * half + kWordChannels<T> * t;
+        if constexpr (kIs16Bit<T>) {
+          const uint2 even = four(row), odd = four(row + 1);
+          const int shift = 16 * (g & 1);
+          weight[k][0][half] = ((even.x >> shift) & 0xffffu) | ((odd.x >> shift) & 0xffffu) << 16;
+          weight[k][1][half] = ((even.y >> shift) & 0xffffu) | ((odd.y >> shift) & 0xffffu) << 16;
+        } else {
+          const uint4 row_words = four(row);
+          weight[k][0][half] = operand<T>(g & 1 ? row_words.y : row_words.x);
+          weight[k][1][half] = operand<T>(g & 1 ? row_words.w : row_words.z);
+        }
       }
     }
   }
@@ -161,14 +163,14 @@ struct WarpChannels {
                                                 int64_t row0) {
     using namespace device;
     const int lane = lane_index(), g = lane >> 2, t = lane & 3;
-    const int a_offset = panel_offset(tile_row + spread(a_row(lane)), a_chunk(lane));
+    const int a_offset = panel_offset<T>(tile_row + spread(a_row(lane)), a_chunk(lane));
     float acc[2][4] = {};
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < kSteps; ++k) {
       uint32_t left[4];
       ldmatrix_x4(left, dy + k / 2 * kPanelBytes + (a_offset ^ (32 * (k % 2))));
-      mma_16x8x16<T>(acc[0], left, weight[k][0]);
-      mma_16x8x16<T>(acc[1], left, weight[k][1]);
+      multiply_add<T>(acc[0], left, weight[k][0]);
+      multiply_add<T>(acc[1], left, weight[k][1]);
     }
     float a[4], s[4], mean[4];
     load_norm(kScale, a);
@@ -178,10 +180,11 @@ struct WarpChannels {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile_row + spread(g) + 8 * half;
-      const int offset = panel_offset(row, chunk0 + (t >> 1)) + 8 * (t & 1);
+      const int byte = 4 * sizeof(T) * t;
+      const int offset = panel_offset<T>(row, chunk0 + byte / 16) + byte % 16;
       float values[4], sum[4];
-      unpack_four<T>(shared_load<uint2>(x + offset), values);
-      unpack_four<T>(shared_load<uint2>(dx + offset), sum);
+      unpack_four<T>(shared_load<Four<T>>(x + offset), values);
+      unpack_four<T>(shared_load<Four<T>>(dx + offset), sum);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // Lane t holds channel 4 t + i in tile i / 2, column 2 t + i % 2.
@@ -192,34 +195,39 @@ struct WarpChannels {
         sum[i] += a[i] * dz;
       }
       if (row >= valid_rows) continue;
-      const int left = channels_left(first, args.channels);
-      store_half(args.dx.at<T>(row0 + row, first),
-                 uint2{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}, left, args.dx.vector);
+      store_four(args.dx.at<T>(row0 + row, first), pack_four<T>(sum),
+                 channels_left<T>(first, args.channels), args.dx.vector);
     }
   }
 
-  // dweight += dy^T @ relu(a * x + s) over 16 rows.
+  // dweight += dy^T @ relu(a * x + s) over one depth of rows.
   __device__ __forceinline__ void weight_gradient(const unsigned char* dy, const unsigned char* x,
                                                   int chunk0, int tile_row) {
     using namespace device;
     const int lane = lane_index();
+    int of_x[kPointers<T>], of_dy[kPointers<T>];
+#pragma unroll
+    for (int i = 0; i < kPointers<T>; ++i) {
+      of_x[i] = permute_chunks<T>((tile_row + b_depth<T>(lane, i)) * kPanelRowBytes + 16 * chunk0 +
+                                  b_byte<T>(lane));
+      of_dy[i] =
+          permute_chunks<T>((tile_row + a_depth<T>(lane, i)) * kPanelRowBytes + a_byte<T>(lane));
+    }
     uint32_t h[4];
-    ldmatrix_x4_trans(h, x + panel_offset(tile_row + a_row(lane), chunk0 + a_chunk(lane)));
+    load_b_transposed<T>(h, x, of_x, 0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* of_channel = norm + 8 * (i >> 1) + (lane >> 2);
       const float scale = shared_load<float>(of_channel + kScale * norm_pitch);
       const float shift = shared_load<float>(of_channel + kShift * norm_pitch);
-      h[i] = norm_relu_pair<T>(h[i], float4{scale, shift, scale, shift});
+      h[i] = norm_relu_word<T>(h[i], same_norm<T>(scale, shift));
     }
-    const uint32_t left[2] = {h[0], h[1]}, right[2] = {h[2], h[3]};
-    const int dy_offset = panel_offset(tile_row + b_row(lane), b_chunk(lane));
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
+    for (int m = 0; m < kRows; ++m) {
       uint32_t outputs[4];
-      ldmatrix_x4_trans(outputs, dy + k / 2 * kPanelBytes + (dy_offset ^ (32 * (k % 2))));
-      mma_16x8x16<T>(dweight[k][0], outputs, left);
-      mma_16x8x16<T>(dweight[k][1], outputs, right);
+      load_a_transposed<T>(outputs, dy + sixteen_offset<T>(m, kPanelBytes), of_dy,
+                           sixteen_flip<T>(m));
+      multiply_add_pair<T>(dweight[m][0], dweight[m][1], outputs, h);
     }
   }
 
@@ -237,7 +245,13 @@ struct WarpChannels {
     }
     if (g == 0) {
       float rstd[4];
-      load_norm(kRstd, rstd);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int channel = channel0 + 4 * t + i;
+        rstd[i] = channel < args.channels
+                      ? global_load<float>(args.norm.data + kRstd * args.norm.stride + channel)
+                      : 0.0f;
+      }
       float* sums = partial + args.outputs * args.pitch + channel0 + 4 * t;
       global_store(sums, float4{dgamma[0] * rstd[0], dgamma[1] * rstd[1], dgamma[2] * rstd[2],
                                 dgamma[3] * rstd[3]});
@@ -245,15 +259,15 @@ struct WarpChannels {
     }
     if (!args.weight_gradient) return;
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
+    for (int m = 0; m < kRows; ++m) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = 16 * k + 8 * half + g;
+          const int row = 16 * m + 8 * half + g;
           if (row < args.outputs)
             global_store(partial + row * args.pitch + channel0 + 8 * j + 2 * t,
-                         float2{dweight[k][j][2 * half], dweight[k][j][2 * half + 1]});
+                         float2{dweight[m][j][2 * half], dweight[m][j][2 * half + 1]});
         }
       }
     }

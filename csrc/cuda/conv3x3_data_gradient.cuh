@@ -2,10 +2,11 @@
 // to dx, or added to it times a; and the sums of dz and dz * x_hat.
 //
 // Tile: as in the forward pass, 64 pixels a warp. dy and its halo stay in shared memory for the
-// whole tile; for 32 channels of x at a time, their weight passes by and nine shifted products add
-// up in registers. The result goes through the place where x lay, from where it leaves in rows.
-// Who owns what: a block walks over a static range of tiles; (tile, 32 channels, 32 outputs)
-// triples form one sequence, of which cp.async loads the next while this one is multiplied.
+// whole tile; for a panel of x at a time (32 channels of 16 bits, 16 of 32), their weight passes by
+// and nine shifted products add up in registers. The result goes through the place where x lay, from where it leaves in rows.
+// Who owns what: a block walks over a static range of tiles; (tile, panel of channels, panel of
+// outputs) triples form one sequence, of which cp.async loads the next while this one is
+// multiplied.
 // Bytes: x once, dx once (accumulating: twice), dy and y times the halo's share, the weight once
 // per tile (2 * 9 K C, from the L2 cache).
 // Sums: fp32, a tile's in registers and over its warps in order, a block's tiles in order in its
@@ -28,17 +29,18 @@ struct DataGradient {
   bool accumulate;
 };
 
+template <typename T>
 struct DataGradientLayout {
   static constexpr int kStages = 2;
+  static constexpr int kChannels = device::kPanelChannels<T>;
   static constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
-  static constexpr int kWeightBytes =
-      device::kTaps * device::kPanelChannels * device::kPanelRowBytes;
-  static constexpr int kNormBytes = kNormRows * device::kPanelChannels * 4;
-  static constexpr int kWarpSumBytes = kDnormRows * device::kPanelChannels * 4;
+  static constexpr int kWeightBytes = device::kTaps * kChannels * device::kPanelRowBytes;
+  static constexpr int kNormBytes = kNormRows * kChannels * 4;
+  static constexpr int kWarpSumBytes = kDnormRows * kChannels * 4;
   int positions, groups, output_panels;
   bool accumulate;
 
-  // A stage: weight, norm [32][4], x and, if it is added to, dx. Behind the stages: the warps'
+  // A stage: weight, norm [channels][4], x and, if it is added to, dx. Behind the stages: the warps'
   // sums, twice; dy; its correction; the tile's pixels.
   DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
   DE_HOST_DEVICE int x_offset() const { return norm_offset() + kNormBytes; }
@@ -51,12 +53,12 @@ struct DataGradientLayout {
     return dy_offset() + output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
   }
   DE_HOST_DEVICE int pixels_offset() const {
-    return correction_offset() + output_panels * device::kCorrectionBytes;
+    return correction_offset() + output_panels * device::kCorrectionBytes<T>;
   }
 
   static workspace::cuda::Tile3x3::Shared shared(int output_panels, bool accumulate) {
     return {kStages * (kWeightBytes + kNormBytes) +
-                output_panels * (device::kZeroBytes + device::kCorrectionBytes),
+                output_panels * (device::kZeroBytes + device::kCorrectionBytes<T>),
             output_panels * device::kPanelRowBytes,
             kStages * (accumulate ? 2 : 1) * kGroup * device::kPanelRowBytes + 2 * kWarpSumBytes +
                 kGroup * device::kPixelBytes};
@@ -66,12 +68,17 @@ struct DataGradientLayout {
 namespace data_gradient {
 
 using namespace device;
-using Layout = DataGradientLayout;
+constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
 
-// The nine shifted products of 64 pixels of dy, up to 32 outputs, with the weight of 32 channels.
 template <typename T>
-__device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsigned char* shared,
-                                               int dy, int zeros, const unsigned char* weight,
+constexpr int kTiles = kPanelChannels<T> / 8;  // of eight channels, in a panel
+
+// The nine shifted products of 64 pixels of dy, up to a panel of outputs, with their weight of a
+// panel of channels.
+template <typename T>
+__device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles<T>][4],
+                                               const unsigned char* shared, int dy, int zeros,
+                                               const unsigned char* weight,
                                                const uint32_t (&rows)[4], int pitch, int outputs) {
   const int lane = lane_index();
 #pragma unroll 1
@@ -80,42 +87,44 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][4][4], const unsi
     for (int dw = -1; dw <= 1; ++dw) {
       const int tap = 3 * dh + dw + 4;
       // The neighbour at (dh, dw) took this pixel through the opposite tap.
-      const int weight_offset = panel_offset(a_row(lane) * kTaps + 8 - tap, a_chunk(lane));
-      int offsets[4];
+      int of_weight[kPointers<T>], offsets[4];
 #pragma unroll
-      for (int m = 0; m < 4; ++m) offsets[m] = tap_offset(rows[m], tap, dh * pitch + dw, dy, zeros);
+      for (int i = 0; i < kPointers<T>; ++i)
+        of_weight[i] = permute_chunks<T>((b_depth<T>(lane, i) * kTaps + 8 - tap) * kPanelRowBytes +
+                                         b_byte<T>(lane));
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        offsets[m] = tap_offset<T>(rows[m], tap, dh * pitch + dw, dy, zeros);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        if (16 * step >= outputs) break;
+        if (kDepth<T> * step >= outputs) break;
         uint32_t a[4][4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)));
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
+        for (int j = 0; j < kTiles<T>; j += 2) {
           uint32_t b[4];
-          ldmatrix_x4_trans(
-              b, weight + 16 * step * kTaps * kPanelRowBytes + (weight_offset ^ (16 * j)));
-          const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+          load_b_transposed<T>(b, weight + kDepth<T> * step * kTaps * kPanelRowBytes, of_weight,
+                               16 * j);
+          make_operands<T>(b);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            mma_16x8x16<T>(acc[m][j], a[m], left);
-            mma_16x8x16<T>(acc[m][j + 1], a[m], right);
-          }
+          for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }
       }
     }
   }
 }
 
-// Mask, sums and result of a warp's 64 pixels, the result in place of x; `sums` [2, 32].
+// Mask, sums and result of a warp's 64 pixels, the result in place of x; `sums` [2, channels].
 template <typename T, bool kAccumulate>
-__device__ __forceinline__ void finish_panel(const float (&acc)[4][4][4], unsigned char* x,
+__device__ __forceinline__ void finish_panel(const float (&acc)[4][kTiles<T>][4], unsigned char* x,
                                              const unsigned char* dx, const unsigned char* norm,
                                              float* sums) {
   const int lane = lane_index(), g = lane >> 2, t = lane & 3;
-  const int accumulator = panel_offset(g, 0) + 4 * t;
+  constexpr int kTileBytes = 8 * sizeof(T);
+  const int accumulator = accumulator_offset<T>(lane);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < kTiles<T>; ++j) {
     const int channel = 8 * j + 2 * t;
     const float4 low = shared_load<float4>(norm + channel * 16);
     const float4 high = shared_load<float4>(norm + (channel + 1) * 16);
@@ -124,8 +133,8 @@ __device__ __forceinline__ void finish_panel(const float (&acc)[4][4][4], unsign
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int offset = (16 * m + 8 * half) * kPanelRowBytes + (accumulator ^ (16 * j));
-        const float2 v = unpack<T>(shared_load<uint32_t>(x + offset));
+        const int offset = (16 * m + 8 * half) * kPanelRowBytes + (accumulator ^ (kTileBytes * j));
+        const float2 v = unpack_two<T>(shared_load<Two<T>>(x + offset));
         const float dz_low = relu_mask(acc[m][j][2 * half], normalise(v.x, low.x, low.y));
         const float dz_high = relu_mask(acc[m][j][2 * half + 1], normalise(v.y, high.x, high.y));
         dgamma[0] += dz_low * (v.x - low.z);
@@ -134,10 +143,10 @@ __device__ __forceinline__ void finish_panel(const float (&acc)[4][4][4], unsign
         dbeta[1] += dz_high;
         float2 out{dz_low, dz_high};
         if constexpr (kAccumulate) {
-          const float2 before = unpack<T>(shared_load<uint32_t>(dx + offset));
+          const float2 before = unpack_two<T>(shared_load<Two<T>>(dx + offset));
           out = float2{before.x + low.x * dz_low, before.y + high.x * dz_high};
         }
-        shared_store(x + offset, pack<T>(out.x, out.y));
+        shared_store(x + offset, pack_two<T>(out.x, out.y));
       }
     }
 #pragma unroll
@@ -149,21 +158,22 @@ __device__ __forceinline__ void finish_panel(const float (&acc)[4][4][4], unsign
       }
     }
     if (g == 0) {
-      shared_store(sums + kDgamma * kPanelChannels + channel,
+      shared_store(sums + kDgamma * kPanelChannels<T> + channel,
                    float2{dgamma[0] * low.w, dgamma[1] * high.w});
-      shared_store(sums + kDbeta * kPanelChannels + channel, float2{dbeta[0], dbeta[1]});
+      shared_store(sums + kDbeta * kPanelChannels<T> + channel, float2{dbeta[0], dbeta[1]});
     }
   }
 }
 
 // The warps' sums of one panel, in order, to the block's partial.
+template <typename T>
 __device__ __forceinline__ void add_sums(const float* sums, float* partial, int64_t pitch,
                                          int channel, int warps, bool first) {
-  for (int i = thread_index(); i < kDnormRows * kPanelChannels; i += 32 * warps) {
+  constexpr int kSums = kDnormRows * kPanelChannels<T>;
+  for (int i = thread_index(); i < kSums; i += 32 * warps) {
     float sum = 0.0f;
-    for (int warp = 0; warp < warps; ++warp)
-      sum += shared_load<float>(sums + warp * kDnormRows * kPanelChannels + i);
-    float* out = partial + i / kPanelChannels * pitch + channel + i % kPanelChannels;
+    for (int warp = 0; warp < warps; ++warp) sum += shared_load<float>(sums + warp * kSums + i);
+    float* out = partial + i / kPanelChannels<T> * pitch + channel + i % kPanelChannels<T>;
     global_store(out, first ? sum : global_load<float>(out) + sum);
   }
 }
@@ -171,44 +181,45 @@ __device__ __forceinline__ void add_sums(const float* sums, float* partial, int6
 template <typename T, bool kAccumulate>
 __global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
     kernel(DataGradient args, Images images) {
-  const int output_panels = (args.outputs + kPanelChannels - 1) / kPanelChannels;
-  const Layout layout{images.positions, images.groups, output_panels, kAccumulate};
+  constexpr int kChannels = kPanelChannels<T>, kSums = kDnormRows * kChannels;
+  const int output_panels = panels_of<T>(args.outputs);
+  const DataGradientLayout<T> layout{images.positions, images.groups, output_panels, kAccumulate};
   const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
   const int lane = lane_index();
-  const int panels = (args.channels + kPanelChannels - 1) / kPanelChannels;
+  const int panels = panels_of<T>(args.channels);
   const int64_t first_tile = images.tiles * block_x() / grid_x();
   const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
   unsigned char* shared = shared_memory();
   unsigned char* pixels = shared + layout.pixels_offset();
   float* sums = reinterpret_cast<float*>(shared + layout.sums_offset());
   float* partial = args.partial + int64_t(block_x()) * kDnormRows * args.pitch;
-  const int warp_pixel = warp * Layout::kGroup;
+  const int warp_pixel = warp * kGroup;
 
   clear_zero_rows(shared + layout.dy_offset(), images, output_panels, threads);
-  load_correction(shared + layout.correction_offset(), args.gradient, args.outputs, output_panels,
-                  threads);
+  load_correction<T>(shared + layout.correction_offset(), args.gradient, args.outputs,
+                     output_panels, threads);
 
   int64_t load_tile = first_tile;
   int load_panel = 0, load_output = 0;
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
-      const int channel = load_panel * kPanelChannels + (thread & 3) * kChunk;
-      const int valid = channels_left(channel, args.channels);
-      const int rows = kTaps * (args.outputs - load_output * kPanelChannels);
-      for (int row = thread >> 2; row < kTaps * kPanelChannels; row += threads >> 2)
-        copy_chunk(stage + panel_offset(row, thread & 3),
-                   args.weight.at<T>(load_output * kTaps * kPanelChannels + row, channel),
+      const int channel = load_panel * kChannels + (thread & 3) * kChunk<T>;
+      const int valid = channels_left<T>(channel, args.channels);
+      const int rows = kTaps * (args.outputs - load_output * kChannels);
+      for (int row = thread >> 2; row < kTaps * kChannels; row += threads >> 2)
+        copy_chunk(stage + panel_offset<T>(row, thread & 3),
+                   args.weight.at<T>(load_output * kTaps * kChannels + row, channel),
                    row < rows ? valid : 0, args.weight.vector);
       if (load_output + 1 == output_panels) {
         const TileOrigin origin(images, load_tile);
-        copy_norm(stage + layout.norm_offset(), args.norm, load_panel * kPanelChannels,
-                  args.channels, threads);
-        copy_pixels<T>(stage + layout.x_offset(), images, origin, args.x,
-                       load_panel * kPanelChannels, args.channels, threads);
+        copy_norm<T>(stage + layout.norm_offset(), args.norm, load_panel * kChannels, args.channels,
+                     threads);
+        copy_pixels<T>(stage + layout.x_offset(), images, origin, args.x, load_panel * kChannels,
+                       args.channels, threads);
         if constexpr (kAccumulate)
           copy_pixels<T>(stage + layout.dx_offset(), images, origin, args.dx,
-                         load_panel * kPanelChannels, args.channels, threads);
+                         load_panel * kChannels, args.channels, threads);
       }
       if (++load_output == output_panels) {
         load_output = 0;
@@ -226,8 +237,8 @@ __global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
   int open_panel = -1;  // whose sums the warps have written, but nobody has added up
   const auto close_panel = [&](bool first) {
     if (open_panel >= 0)
-      add_sums(sums + (1 - sums_index) * images.groups * kDnormRows * kPanelChannels, partial,
-               args.pitch, open_panel * kPanelChannels, images.groups, first);
+      add_sums<T>(sums + (1 - sums_index) * images.groups * kSums, partial, args.pitch,
+                  open_panel * kChannels, images.groups, first);
     open_panel = -1;
   };
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
@@ -237,7 +248,7 @@ __global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
     load_gradient<T, 2>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
                         origin, args.gradient, args.outputs, output_panels, threads);
     for (int panel = 0; panel < panels; ++panel) {
-      float acc[4][4][4] = {};
+      float acc[4][kTiles<T>][4] = {};
       for (int output = 0; output < output_panels; ++output) {
         unsigned char* stage = shared + stage_index * layout.stage_bytes();
         cp_async_wait<0>();
@@ -247,25 +258,24 @@ __global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
         uint32_t own[4];
 #pragma unroll
         for (int m = 0; m < 4; ++m)
-          own[m] = operand_row(pixels, warp_pixel + 16 * m + a_row(lane), a_chunk(lane));
+          own[m] = operand_row(pixels, warp_pixel + 16 * m + a_row(lane), 16 * a_chunk(lane));
         const int dy = layout.dy_offset() + output * gradient_panel_bytes(images);
         multiply_panel<T>(acc, shared, dy, dy + images.positions * kPanelRowBytes, stage, own,
-                          images.pitch, args.outputs - output * kPanelChannels);
+                          images.pitch, args.outputs - output * kChannels);
         if (output + 1 == output_panels) {
           unsigned char* x = stage + layout.x_offset() + warp_pixel * kPanelRowBytes;
           finish_panel<T, kAccumulate>(
               acc, x, stage + layout.dx_offset() + warp_pixel * kPanelRowBytes,
-              stage + layout.norm_offset(),
-              sums + (sums_index * images.groups + warp) * kDnormRows * kPanelChannels);
+              stage + layout.norm_offset(), sums + (sums_index * images.groups + warp) * kSums);
           sync_warp();
-          const int channel = panel * kPanelChannels + (lane & 3) * kChunk;
-          const int valid = channels_left(channel, args.channels);
-          for (int row = lane >> 2; row < Layout::kGroup; row += 8) {
+          const int channel = panel * kChannels + (lane & 3) * kChunk<T>;
+          const int valid = channels_left<T>(channel, args.channels);
+          for (int row = lane >> 2; row < kGroup; row += 8) {
             const int offset =
                 static_cast<int>(shared_load<uint2>(pixels + (warp_pixel + row) * kPixelBytes).x);
             if (offset >= 0 && valid > 0)
               store_chunk(args.dx.at<T>(origin.pixel(images) + offset, channel),
-                          shared_load<uint4>(x + panel_offset(row, lane & 3)), valid,
+                          shared_load<uint4>(x + panel_offset<T>(row, lane & 3)), valid,
                           args.dx.vector);
           }
           open_panel = panel;

@@ -12,15 +12,16 @@ struct OutputGradient {
   device::RowTensor y;       // [M, K]; data null without a correction
   device::Table correction;  // [4, K]
 
+  template <typename T>
   DE_HOST_DEVICE OutputGradient from_channel(int channel) const {
-    return {dy.from_channel(channel), y.data ? y.from_channel(channel) : y,
+    return {dy.from_channel<T>(channel), y.data ? y.from_channel<T>(channel) : y,
             correction.data ? correction.from_channel(channel) : correction};
   }
 };
 
 namespace device {
 
-// A halo of dy: panels of 32 channels, each with its zero rows behind it.
+// A halo of dy: panels, each with its zero rows behind it.
 __device__ __forceinline__ int gradient_panel_bytes(const Images& images) {
   return images.positions * kPanelRowBytes + kZeroBytes;
 }
@@ -33,23 +34,26 @@ __device__ __forceinline__ void clear_zero_rows(unsigned char* halo, const Image
                  uint4{0, 0, 0, 0});
 }
 
-// The correction in shared memory, [panels][8][4 chunks][a, p, q, mean], so that the four threads
-// of a position read neighbours; the channels of a chunk are 80 bytes apart and do not share banks.
-// Channels past the end get zeros.
-constexpr int kCorrectionPitch = 80;
-constexpr int kCorrectionBytes = kChunk * kCorrectionPitch;  // of a panel
+// The correction in shared memory, [panels][kChunk][4 chunks][a, p, q, mean], so that the four
+// threads of a position read neighbours; the channels of a chunk are so far apart that they do not
+// share banks. Channels past the end get zeros.
+template <typename T>
+constexpr int kCorrectionPitch = kIs16Bit<T> ? 80 : 96;
+template <typename T>
+constexpr int kCorrectionBytes = kChunk<T> * kCorrectionPitch<T>;  // of a panel
 
+template <typename T>
 __device__ __forceinline__ void load_correction(unsigned char* shared, const OutputGradient& from,
                                                 int outputs, int panels, int threads) {
   if (!from.correction.data) return;
-  for (int c = thread_index(); c < panels * kPanelChannels; c += threads)
-    shared_store(shared + c / kPanelChannels * kCorrectionBytes + c % kChunk * kCorrectionPitch +
-                     c / kChunk % 4 * 16,
+  for (int c = thread_index(); c < panels * kPanelChannels<T>; c += threads)
+    shared_store(shared + c / kPanelChannels<T> * kCorrectionBytes<T> +
+                     c % kChunk<T> * kCorrectionPitch<T> + c / kChunk<T> % 4 * 16,
                  load_entries(from.correction, c, outputs));
 }
 
-// The corrected dy of a tile and its halo, channels past the end zero. kBatch positions a thread
-// are under way at a time.
+// The corrected dy of a tile and its halo, operands; channels past the end zero. kBatch positions a
+// thread are under way at a time.
 template <typename T, int kBatch>
 __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigned char* correction,
                                               const Images& images, const TileOrigin& origin,
@@ -58,9 +62,9 @@ __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigne
   const int chunk = thread_index() & 3;
   const bool corrects = from.y.data != nullptr;
   for (int panel = 0; panel < panels; ++panel) {
-    const int channel = panel * kPanelChannels + chunk * kChunk;
-    const int valid = channels_left(channel, outputs);
-    const unsigned char* entries = correction + panel * kCorrectionBytes + 16 * chunk;
+    const int channel = panel * kPanelChannels<T> + chunk * kChunk<T>;
+    const int valid = channels_left<T>(channel, outputs);
+    const unsigned char* of_chunk = correction + panel * kCorrectionBytes<T> + 16 * chunk;
     unsigned char* to = halo + panel * gradient_panel_bytes(images);
     uint32_t dy[kBatch][4], y[kBatch][4];
     for_halo<kBatch>(
@@ -70,23 +74,25 @@ __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigne
           to_array(load_chunk(from.dy.at<T>(pixel, channel), here, from.dy.vector), dy[slot]);
           if (corrects)
             to_array(load_chunk(from.y.at<T>(pixel, channel), here, from.y.vector), y[slot]);
+          else
+            make_operands<T>(dy[slot]);
         },
         [&] {
           if (!corrects) return;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float4 low = shared_load<float4>(entries + 2 * i * kCorrectionPitch);
-            const float4 high = shared_load<float4>(entries + (2 * i + 1) * kCorrectionPitch);
+            float4 entries[kWordChannels<T>];
 #pragma unroll
-            for (int slot = 0; slot < kBatch; ++slot) {
-              const float2 d = unpack<T>(dy[slot][i]), v = unpack<T>(y[slot][i]);
-              dy[slot][i] = pack<T>(correct(d.x, v.x, low.x, low.y, low.z, low.w),
-                                    correct(d.y, v.y, high.x, high.y, high.z, high.w));
-            }
+            for (int k = 0; k < kWordChannels<T>; ++k)
+              entries[k] =
+                  shared_load<float4>(of_chunk + (i * kWordChannels<T> + k) * kCorrectionPitch<T>);
+#pragma unroll
+            for (int slot = 0; slot < kBatch; ++slot)
+              dy[slot][i] = correct_word<T>(dy[slot][i], y[slot][i], entries);
           }
         },
         [&](int slot, int position) {
-          shared_store(to + panel_offset(position, chunk),
+          shared_store(to + panel_offset<T>(position, chunk),
                        uint4{dy[slot][0], dy[slot][1], dy[slot][2], dy[slot][3]});
         });
   }

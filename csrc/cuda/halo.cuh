@@ -126,18 +126,19 @@ __device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& ima
                                           const TileOrigin& origin, const RowTensor& x, int channel,
                                           int channels, int threads) {
   const int chunk = thread_index() & 3;
-  const int valid = channels_left(channel + chunk * kChunk, channels);
+  const int valid = channels_left<T>(channel + chunk * kChunk<T>, channels);
   const T* from = nullptr;
   bool from_exists = false;
   for_halo<1>(
       images, origin, threads,
       [&](int, int64_t pixel, bool exists) {
-        from = x.at<T>(pixel, channel + chunk * kChunk);
+        from = x.at<T>(pixel, channel + chunk * kChunk<T>);
         from_exists = exists;
       },
       [] {},
       [&](int, int position) {
-        copy_chunk(halo + panel_offset(position, chunk), from, from_exists ? valid : 0, x.vector);
+        copy_chunk(halo + panel_offset<T>(position, chunk), from, from_exists ? valid : 0,
+                   x.vector);
       });
 }
 
@@ -147,7 +148,7 @@ __device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& 
                                             const TileOrigin& origin, const RowTensor& x,
                                             int channel, int channels, int threads) {
   const int chunk = thread_index() & 3;
-  const int valid = channels_left(channel + chunk * kChunk, channels);
+  const int valid = channels_left<T>(channel + chunk * kChunk<T>, channels);
   const int64_t first = origin.pixel(images);
   const int64_t left = images.image_rows * images.width - first;
   const int whole = images.strips > 1 ? 0 : images.tile_height * images.tile_width;
@@ -155,22 +156,24 @@ __device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& 
        p += threads >> 2) {
     int offset = p < whole && p < left ? p : -1;
     if (!whole) offset = static_cast<int>(describe_pixel(images, origin, p).x);
-    copy_chunk(panel + panel_offset(p, chunk), x.at<T>(first + offset, channel + chunk * kChunk),
-               offset < 0 ? 0 : valid, x.vector);
+    copy_chunk(panel + panel_offset<T>(p, chunk),
+               x.at<T>(first + offset, channel + chunk * kChunk<T>), offset < 0 ? 0 : valid,
+               x.vector);
   }
 }
 
-// A lane's operand row of a pixel: the described y with the lane's chunk added.
-__device__ __forceinline__ uint32_t operand_row(const unsigned char* pixels, int pixel, int chunk) {
-  return shared_load<uint2>(pixels + pixel * kPixelBytes).y + chunk * 16;
+// A lane's operand row of a pixel: the described y with the lane's byte in the row added.
+__device__ __forceinline__ uint32_t operand_row(const unsigned char* pixels, int pixel, int byte) {
+  return shared_load<uint2>(pixels + pixel * kPixelBytes).y + byte;
 }
 
 // Its offset for the tap `bit`, at `shift` positions from its own: in the halo at `halo`, or among
 // the zero rows at `zeros`.
+template <typename T>
 __device__ __forceinline__ int tap_offset(uint32_t row, int bit, int shift, int halo, int zeros) {
   const int offset = static_cast<int>(row & 0xffffu) + shift * kPanelRowBytes;
   const bool exists = (row >> (16 + bit)) & 1;
-  return (exists ? halo : zeros) + permute_chunks(exists ? offset : offset & (kZeroBytes - 1));
+  return (exists ? halo : zeros) + permute_chunks<T>(exists ? offset : offset & (kZeroBytes - 1));
 }
 
 }  // namespace device

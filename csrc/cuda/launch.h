@@ -157,14 +157,17 @@ class Launcher {
 
 #endif  // DE_EMULATE
 
-// dispatch_activation for the tensor-core stages, which take 16-bit types only; everything else
-// takes the general path in Python.
+// dispatch_activation for the tensor-core stages: 16-bit types, and float32, whose products are
+// TF32. Without TF32, and for float64, they take the general path in Python.
 template <typename F>
-void dispatch_16bit(const Arg& lead, F&& f) {
+void dispatch_operands(const Arg& lead, F&& f) {
   switch (lead.tensor.scalar_type()) {
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
-    default: fail(lead, "must be bfloat16 or float16, got ", dtype_text(lead.tensor.scalar_type()));
+    case ScalarType::Float: return f(float{});
+    default:
+      fail(lead, "must be bfloat16, float16 or float32, got ",
+           dtype_text(lead.tensor.scalar_type()));
   }
 }
 

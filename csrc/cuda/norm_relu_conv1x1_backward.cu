@@ -22,11 +22,11 @@ namespace {
 using namespace conv1x1_backward;
 
 template <typename T, int kOutputs>
-__global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
+__global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof(T)))
     backward_kernel(Backward args) {
   using namespace device;
-  const BackwardLayout<kOutputs> layout{args.warps};
-  constexpr int kStages = BackwardLayout<kOutputs>::kStages;
+  const BackwardLayout<T, kOutputs> layout{args.warps};
+  constexpr int kStages = BackwardLayout<T, kOutputs>::kStages;
   const int threads = 32 * args.warps, thread = thread_index(), warp = warp_index();
   const int channel_block = block_x() % args.channel_blocks;
   const int row_block = block_x() / args.channel_blocks;
@@ -39,10 +39,11 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
 
   unsigned char* correction = shared + layout.correction_offset();
   for (int column = thread; column < kOutputs; column += threads)
-    shared_store(correction + column % kChunk * layout.kCorrectionPitch + column / kChunk * 16,
-                 load_entries(args.correction, column, args.outputs));
+    shared_store(
+        correction + column % kChunk<T> * layout.kCorrectionPitch + column / kChunk<T> * 16,
+        load_entries(args.correction, column, args.outputs));
   float* norm = reinterpret_cast<float*>(shared + layout.norm_offset());
-  for (int i = thread; i < kNormRows * 16 * args.warps; i += threads) {
+  for (int i = thread; i < kTileNormRows * 16 * args.warps; i += threads) {
     const int row = i / (16 * args.warps), channel = block_channel0 + i % (16 * args.warps);
     shared_store(norm + i,
                  channel < args.channels
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
 
   // Every thread copies chunks of one column of dz_y and y, and forms dy of exactly these. Eight
   // threads stand on two rows of a panel, a team of them on two rows of all panels.
-  constexpr int kTeam = 8 * kOutputs / kPanelChannels;
+  constexpr int kTeam = 8 * layout.kPanels;
   const int row_step = 2 * (threads / kTeam);
   const int column_chunk = thread % kTeam / 8 * 4 + thread % 4;
   const int copy_row =
@@ -64,21 +65,21 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
     if (tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
       const int64_t row0 = tile * kTileRows;
-      const int valid = channels_left(column_chunk * kChunk, args.outputs);
+      const int valid = channels_left<T>(column_chunk * kChunk<T>, args.outputs);
       for (int row = copy_row; row < kTileRows; row += row_step) {
-        const int offset = column_chunk / 4 * kPanelBytes + panel_offset(row, column_chunk % 4);
+        const int offset = column_chunk / 4 * kPanelBytes + panel_offset<T>(row, column_chunk % 4);
         const int here = row0 + row < args.rows ? valid : 0;
-        copy_chunk(stage + offset, args.dz_y.at<T>(row0 + row, column_chunk * kChunk), here,
+        copy_chunk(stage + offset, args.dz_y.at<T>(row0 + row, column_chunk * kChunk<T>), here,
                    args.dz_y.vector);
         copy_chunk(stage + layout.y_offset() + offset,
-                   args.y.at<T>(row0 + row, column_chunk * kChunk), here, args.y.vector);
+                   args.y.at<T>(row0 + row, column_chunk * kChunk<T>), here, args.y.vector);
       }
-      for (int panel = 0; panel < (args.warps + 1) / 2; ++panel) {
+      for (int panel = 0; panel < layout.x_panels(); ++panel) {
         const int chunk = thread & 3;
-        const int channel = block_channel0 + panel * kPanelChannels + chunk * kChunk;
-        const int exist = channels_left(channel, channel_end);
+        const int channel = block_channel0 + panel * kPanelChannels<T> + chunk * kChunk<T>;
+        const int exist = channels_left<T>(channel, channel_end);
         for (int row = thread >> 2; row < kTileRows; row += threads >> 2) {
-          const int offset = panel * kPanelBytes + panel_offset(row, chunk);
+          const int offset = panel * kPanelBytes + panel_offset<T>(row, chunk);
           const int here = row0 + row < args.rows ? exist : 0;
           copy_chunk(stage + layout.x_offset() + offset, args.x.at<T>(row0 + row, channel), here,
                      args.x.vector);
@@ -103,13 +104,16 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
                          valid_rows);
     sync_threads();
     load(tile + kStages - 1, stage_index == 0 ? kStages - 1 : stage_index - 1);
-    const unsigned char* x = stage + layout.x_offset() + warp / 2 * kPanelBytes;
-    const unsigned char* dx = stage + layout.dx_offset() + warp / 2 * kPanelBytes;
-    const int chunk0 = 2 * (warp & 1);
+    const unsigned char* x = stage + layout.x_offset() + sixteen_offset<T>(warp, kPanelBytes);
+    const unsigned char* dx = stage + layout.dx_offset() + sixteen_offset<T>(warp, kPanelBytes);
+    const int chunk0 = sixteen_flip<T>(warp) / 16;
 #pragma unroll
     for (int row = 0; row < kTileRows; row += 16) {
       own.data_gradient(stage, x, dx, chunk0, row, valid_rows, args, row0);
-      if (args.weight_gradient) own.weight_gradient(stage, x, chunk0, row);
+      if (!args.weight_gradient) continue;
+#pragma unroll
+      for (int depth = 0; depth < 16; depth += kDepth<T>)
+        own.weight_gradient(stage, x, chunk0, row + depth);
     }
     stage_index = stage_index == kStages - 1 ? 0 : stage_index + 1;
   }
@@ -120,17 +124,18 @@ __global__ void __launch_bounds__(kMaxThreads, kOutputs <= 128 ? 3 : 2)
 
 template <typename T, int kOutputs>
 void launch_backward(const Launcher& launcher, const Backward& args, int64_t blocks) {
-  const BackwardLayout<kOutputs> layout{args.warps};
+  const BackwardLayout<T, kOutputs> layout{args.warps};
   launcher.launch<&backward_kernel<T, kOutputs>>(
       {blocks, 1, 32 * args.warps, layout.shared_bytes()}, args);
 }
 
-// For at most 192 outputs, those from `first` on. More outputs take several calls: the ReLU's mask
-// does not depend on them, so dx and dnorm accumulate.
+// For outputs from `first` on, as many as a kernel takes. More outputs take several calls: the
+// ReLU's mask does not depend on them, so dx and dnorm accumulate.
 template <typename T>
 void backward(const Launcher& launcher, const Tensor& like, Backward args, int first,
               float* dweight, Rows<float> dnorm) {
-  const Tiling tiling(args.rows, args.channels, args.outputs, launcher.device().multiprocessors);
+  const Tiling tiling(args.rows, args.channels, args.outputs, sizeof(T),
+                      launcher.device().multiprocessors);
   const Workspace partial(like, tiling.bytes);
   args.partial = partial.data();
   args.pitch = tiling.pitch;
@@ -140,7 +145,7 @@ void backward(const Launcher& launcher, const Tensor& like, Backward args, int f
   const int64_t blocks = tiling.row_blocks * tiling.channel_blocks;
   const auto launch = args.outputs <= 64    ? launch_backward<T, 64>
                       : args.outputs <= 128 ? launch_backward<T, 128>
-                                            : launch_backward<T, 192>;
+                                            : launch_backward<T, Tiling::max_outputs(sizeof(T))>;
   if (blocks > 0 && args.channels > 0) launch(launcher, args, blocks);
   SumPartials weight_sums;
   weight_sums.partial = args.partial;
@@ -164,7 +169,7 @@ void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor
                                 Tensor weight, Tensor dx, OptionalTensor dweight, Tensor dnorm) {
   const arguments::NormReluConv1x1Backward call(dz_y, y, correction, x, norm, weight, dx, dweight,
                                                 dnorm);
-  dispatch_16bit(call.lead, [&]<typename T>(T) {
+  dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
     Backward args{};
     args.x = row_tensor(call.x);
@@ -174,11 +179,12 @@ void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor
     args.channels = static_cast<int>(call.C);
     int first = 0;
     do {
-      args.outputs = static_cast<int>(std::min<int64_t>(call.K - first, Tiling::kMaxOutputs));
-      args.dz_y = row_tensor(call.dz_y).from_channel(first);
-      args.y = row_tensor(call.y).from_channel(first);
+      args.outputs =
+          static_cast<int>(std::min<int64_t>(call.K - first, Tiling::max_outputs(sizeof(T))));
+      args.dz_y = row_tensor(call.dz_y).from_channel<T>(first);
+      args.y = row_tensor(call.y).from_channel<T>(first);
       args.correction = float_table(call.correction).from_channel(first);
-      args.weight = weight_rows(call).from_row(first);
+      args.weight = weight_rows(call).from_row<T>(first);
       backward<T>(launcher, x, args, first, output_rows<float>(call.dweight).data,
                   output_rows<float>(call.dnorm));
       first += args.outputs;

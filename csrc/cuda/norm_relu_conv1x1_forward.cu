@@ -13,6 +13,7 @@
 // fixed order: rows of a warp, warps of a block, blocks (second pass, from 12 K bytes a block).
 // C tail: x and weight arrive as zeros, and so do scale and shift: relu(0 * 0 + 0) = 0.
 #include "operands.h"
+#include "output.cuh"
 #include "partials.cuh"
 #include "tiling.h"
 
@@ -37,7 +38,7 @@ struct Forward {
 };
 
 // kColumns of y per warp, kSplit warps side by side.
-template <int kColumns, int kSplit>
+template <typename T, int kColumns, int kSplit>
 struct ForwardLayout {
   int warps;
   DE_HOST_DEVICE int tile_rows() const { return warps / kSplit * kWarpRows; }
@@ -45,7 +46,7 @@ struct ForwardLayout {
   DE_HOST_DEVICE int norm_offset() const {
     return weight_offset() + kColumns * kSplit * device::kPanelRowBytes;
   }
-  DE_HOST_DEVICE int stage_bytes() const { return norm_offset() + device::kScaleShiftBytes; }
+  DE_HOST_DEVICE int stage_bytes() const { return norm_offset() + device::kScaleShiftBytes<T>; }
   DE_HOST_DEVICE int staging_offset() const { return kStages * stage_bytes(); }
   // Per warp: mean [kColumns], M2 [kColumns], and behind them all the warps' counts.
   DE_HOST_DEVICE int moments_offset() const { return staging_offset() + warps * kStagingBytes; }
@@ -53,46 +54,44 @@ struct ForwardLayout {
   DE_HOST_DEVICE int shared_bytes() const { return counts_offset() + warps * 4; }
 };
 
-// Two 8-column tiles at a time: one k16 step of a 32-row warp tile.
+// Two 8-column tiles at a time: one depth of a 32-row warp tile.
 template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const unsigned char* x,
                                               const unsigned char* weight,
                                               const unsigned char* norm, int step) {
   using namespace device;
-  const int lane = lane_index(), t = lane & 3;
-  const float4 norm_low = shared_load<float4>(norm + scale_shift_offset(16 * step + 2 * t));
-  const float4 norm_high = shared_load<float4>(norm + scale_shift_offset(16 * step + 8 + 2 * t));
+  const int lane = lane_index();
+  const int channel = kDepth<T> * step + kWordChannels<T> * (lane & 3);
+  const WordNorm<T> norm_low = load_word_norm<T>(norm, channel);
+  const WordNorm<T> norm_high = load_word_norm<T>(norm, channel + kDepth<T> / 2);
   // Eight rows further on, the order of the chunks is the same.
-  x += panel_offset(a_row(lane), a_chunk(lane)) ^ (32 * step);
-  weight += panel_offset(b_row(lane), b_chunk(lane)) ^ (32 * step);
+  x += panel_offset<T>(a_row(lane), a_chunk(lane)) ^ (32 * step);
+  weight += panel_offset<T>(b_row(lane), b_chunk(lane)) ^ (32 * step);
   uint32_t a[2][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     ldmatrix_x4(a[m], x + 16 * m * kPanelRowBytes);
-    a[m][0] = norm_relu_pair<T>(a[m][0], norm_low);
-    a[m][1] = norm_relu_pair<T>(a[m][1], norm_low);
-    a[m][2] = norm_relu_pair<T>(a[m][2], norm_high);
-    a[m][3] = norm_relu_pair<T>(a[m][3], norm_high);
+    a[m][0] = norm_relu_word<T>(a[m][0], norm_low);
+    a[m][1] = norm_relu_word<T>(a[m][1], norm_low);
+    a[m][2] = norm_relu_word<T>(a[m][2], norm_high);
+    a[m][3] = norm_relu_word<T>(a[m][3], norm_high);
   }
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     uint32_t b[4];
     ldmatrix_x4(b, weight + 8 * j * kPanelRowBytes);
-    const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+    make_operands<T>(b);
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      mma_16x8x16<T>(acc[m][j], a[m], left);
-      mma_16x8x16<T>(acc[m][j + 1], a[m], right);
-    }
+    for (int m = 0; m < 2; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
   }
 }
 
 // The block's moments of its columns, from those of its warps.
-template <int kColumns, int kSplit>
+template <typename T, int kColumns, int kSplit>
 __device__ __forceinline__ void write_partial(const Forward& args, unsigned char* shared,
                                               int column0) {
   using namespace device;
-  const ForwardLayout<kColumns, kSplit> layout{args.warps};
+  const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
   const float* moments = reinterpret_cast<const float*>(shared + layout.moments_offset());
   const float* counts = reinterpret_cast<const float*>(shared + layout.counts_offset());
   for (int c = thread_index(); c < kColumns * kSplit && column0 + c < args.outputs;
@@ -115,13 +114,12 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
     forward_kernel(Forward args) {
   using namespace device;
   constexpr int kTiles = kColumns / 8;
-  const ForwardLayout<kColumns, kSplit> layout{args.warps};
+  const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
   const int threads = 32 * args.warps, tile_rows = layout.tile_rows();
   const int warp = warp_index(), thread = thread_index();
   const int warp_row = warp / kSplit * kWarpRows, warp_column = warp % kSplit * kColumns;
   const int column0 = block_y() * kColumns * kSplit;
-  const int panels =
-      args.channels > kPanelChannels ? (args.channels + kPanelChannels - 1) / kPanelChannels : 1;
+  const int panels = max(1, panels_of<T>(args.channels));
   const int first_tile = static_cast<int>(int64_t(args.tiles) * block_x() / grid_x());
   const int last_tile = static_cast<int>(int64_t(args.tiles) * (block_x() + 1) / grid_x());
   unsigned char* shared = shared_memory();
@@ -139,21 +137,21 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
   const auto load = [&](int stage) {
     if (load_tile < last_tile) {
       unsigned char* to = shared + stage * layout.stage_bytes();
-      const int channel = load_panel * kPanelChannels + load_chunk * kChunk;
-      const int valid = channels_left(channel, args.channels);
+      const int channel = load_panel * kPanelChannels<T> + load_chunk * kChunk<T>;
+      const int valid = channels_left<T>(channel, args.channels);
       const int64_t row0 = int64_t(load_tile) * tile_rows;
 #pragma unroll
       for (int i = 0; i < 4 / kSplit; ++i) {
         const int row = load_row + i * load_step;
-        copy_chunk(to + panel_offset(row, load_chunk), args.x.at<T>(row0 + row, channel),
+        copy_chunk(to + panel_offset<T>(row, load_chunk), args.x.at<T>(row0 + row, channel),
                    row0 + row < args.rows ? valid : 0, args.x.vector);
       }
       for (int row = load_row; row < kColumns * kSplit; row += load_step)
-        copy_chunk(to + layout.weight_offset() + panel_offset(row, load_chunk),
+        copy_chunk(to + layout.weight_offset() + panel_offset<T>(row, load_chunk),
                    args.weight.at<T>(column0 + row, channel),
                    column0 + row < args.outputs ? valid : 0, args.weight.vector);
-      copy_scale_shift(to + layout.norm_offset(), args.norm, load_panel * kPanelChannels,
-                       args.channels, threads);
+      copy_scale_shift<T>(to + layout.norm_offset(), args.norm, load_panel * kPanelChannels<T>,
+                          args.channels, threads);
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;
@@ -189,14 +187,14 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
   if (lane_index() == 0)
     shared_store(reinterpret_cast<float*>(shared + layout.counts_offset()) + warp, moments.count);
   sync_threads();
-  write_partial<kColumns, kSplit>(args, shared, column0);
+  write_partial<T, kColumns, kSplit>(args, shared, column0);
 }
 
 // ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kColumns, int kSplit>
 void launch_forward(const Launcher& launcher, const Forward& args, int64_t blocks) {
-  const ForwardLayout<kColumns, kSplit> layout{args.warps};
+  const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
   launcher.launch<&forward_kernel<T, kColumns, kSplit>>(
       {blocks, ceil_div(args.outputs, kColumns * kSplit), 32 * args.warps, layout.shared_bytes()},
       args);
@@ -205,7 +203,7 @@ void launch_forward(const Launcher& launcher, const Forward& args, int64_t block
 void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                                OptionalTensor stats) {
   const arguments::NormReluConv1x1Forward call(x, norm, weight, y, stats);
-  dispatch_16bit(call.lead, [&]<typename T>(T) {
+  dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
     const workspace::cuda::Conv1x1Forward tiling(call.M, call.K, launcher.device().multiprocessors);
     const Workspace partial(x, stats ? tiling.bytes : 0);

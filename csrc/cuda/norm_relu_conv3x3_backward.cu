@@ -24,14 +24,14 @@ SumPartials launch_data_gradient(const Launcher& launcher, const Call& call, Dat
                                  Workspace& partial) {
   const Device& device = launcher.device();
   const int output_panels =
-      static_cast<int>(std::max<int64_t>(1, ceil_div(args.outputs, device::kPanelChannels)));
-  const auto shared = DataGradientLayout::shared(output_panels, args.accumulate);
+      static_cast<int>(std::max<int64_t>(1, ceil_div(args.outputs, device::kPanelChannels<T>)));
+  const auto shared = DataGradientLayout<T>::shared(output_panels, args.accumulate);
   const Tile3x3 tile(call.N, call.H, call.W, shared, device.multiprocessors, device.shared_bytes);
   check_fits(call.lead, tile);
   const int64_t blocks = workspace::cuda::conv3x3_blocks(
       tile.tiles, device.multiprocessors,
       workspace::cuda::resident_blocks(tile.shared_bytes(shared), device.shared_bytes));
-  args.pitch = round_up(args.channels, device::kPanelChannels);
+  args.pitch = round_up(args.channels, device::kPanelChannels<T>);
   partial = Workspace(call.lead.tensor, blocks * kDnormRows * args.pitch * 4);
   args.partial = partial.data();
   if (blocks > 0 && args.channels > 0) {
@@ -57,14 +57,14 @@ SumPartials launch_weight_gradient(const Launcher& launcher, const Call& call, W
                                    Workspace& partial) {
   const Device& device = launcher.device();
   const workspace::cuda::Conv3x3WeightGradient split(args.channels, args.outputs);
-  const auto shared = WeightGradientLayout::shared(split.panels, (split.depths + 1) / 2);
+  const auto shared = WeightGradientLayout<T>::shared(split.units, 16 * split.depths);
   // The other blocks of the same tiles fill the device as well.
   const int shares = static_cast<int>(split.channel_blocks * split.output_blocks);
   const Tile3x3 tile(call.N, call.H, call.W, shared, device.multiprocessors / shares,
                      device.shared_bytes);
   check_fits(call.lead, tile);
   const int64_t row_blocks = split.row_blocks(tile.tiles, device.multiprocessors);
-  args.panels = split.panels;
+  args.units = split.units;
   args.channel_blocks = static_cast<int>(split.channel_blocks);
   args.pitch = split.pitch();
   partial = Workspace(call.lead.tensor, row_blocks * device::kTaps * args.outputs * args.pitch * 4);
@@ -72,7 +72,7 @@ SumPartials launch_weight_gradient(const Launcher& launcher, const Call& call, W
   if (row_blocks > 0 && args.channels > 0 && args.outputs > 0) {
     const Images images(tile, call.N, call.H, call.W);
     const LaunchShape shape{row_blocks * split.channel_blocks, split.output_blocks,
-                            96 * split.panels, tile.shared_bytes(shared)};
+                            96 * split.units, tile.shared_bytes(shared)};
     if (split.depths == 1)
       launcher.launch<&weight_gradient::kernel<T, 1>>(shape, args, images);
     else if (split.depths == 2)
@@ -94,9 +94,9 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
                                 Tensor norm, Tensor weight, bool accumulate, Tensor dx,
                                 OptionalTensor dweight, Tensor dnorm) {
   const Call call(dy, y, correction, x, norm, weight, dx, dweight, dnorm);
-  dispatch_16bit(call.lead, [&]<typename T>(T) {
+  dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
-    const WeightRows rows(launcher, weight);
+    const WeightRows<T> rows(launcher, weight);
     const int channels = static_cast<int>(call.C), outputs = static_cast<int>(call.K);
     const OutputGradient gradient{row_tensor(call.dy), row_tensor(call.y),
                                   float_table(call.correction)};

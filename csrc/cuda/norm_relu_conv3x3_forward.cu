@@ -13,6 +13,7 @@
 // Sums: fp32 accumulators over taps and channels; moments exact per 16 pixels, merged in a fixed
 // order. C tail: x and weight arrive as zeros, and so do scale and shift.
 #include "halo.cuh"
+#include "output.cuh"
 #include "partials.cuh"
 #include "weight3x3.cuh"
 
@@ -34,15 +35,16 @@ struct Forward {
   int outputs;               // K
 };
 
-template <int kColumns>
+template <typename T, int kColumns>
 struct ForwardLayout {
   static constexpr int kWeightBytes = device::kTaps * kColumns * device::kPanelRowBytes;
+  static constexpr int kNormBytes = device::kScaleShiftBytes<T>;
   int positions, groups;
 
   // A stage: weight, norm, halo. Behind the stages: zeros; per warp staging and moments (mean, M2
   // [kColumns], count); the tile's pixels.
   DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
-  DE_HOST_DEVICE int halo_offset() const { return norm_offset() + device::kScaleShiftBytes; }
+  DE_HOST_DEVICE int halo_offset() const { return norm_offset() + kNormBytes; }
   DE_HOST_DEVICE int stage_bytes() const {
     return halo_offset() + positions * device::kPanelRowBytes;
   }
@@ -55,7 +57,7 @@ struct ForwardLayout {
   DE_HOST_DEVICE int moments_bytes() const { return (2 * kColumns + 1) * 4; }
 
   static Tile::Shared shared() {
-    return {kStages * (kWeightBytes + device::kScaleShiftBytes) + device::kZeroBytes,
+    return {kStages * (kWeightBytes + kNormBytes) + device::kZeroBytes,
             kStages * device::kPanelRowBytes,
             kStagingBytes + Tile::kGroup * device::kPixelBytes + (2 * kColumns + 1) * 4};
   }
@@ -74,11 +76,11 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
 #pragma unroll 1
     for (int dw = -1; dw <= 1; ++dw) {
       const int tap = 3 * dh + dw + 4;
-      const int weight_offset = panel_offset(b_row(lane) * kTaps + tap, b_chunk(lane));
+      const int weight_offset = panel_offset<T>(b_row(lane) * kTaps + tap, b_chunk(lane));
       int offsets[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m)
-        offsets[m] = tap_offset(rows[m], tap, dh * pitch + dw, halo, zeros);
+        offsets[m] = tap_offset<T>(rows[m], tap, dh * pitch + dw, halo, zeros);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         uint32_t a[4][4];
@@ -88,12 +90,9 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
         for (int j = 0; j < kTiles; j += 2) {
           uint32_t b[4];
           ldmatrix_x4(b, weight + 8 * j * kTaps * kPanelRowBytes + (weight_offset ^ (32 * step)));
-          const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+          make_operands<T>(b);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            mma_16x8x16<T>(acc[m][j], a[m], left);
-            mma_16x8x16<T>(acc[m][j + 1], a[m], right);
-          }
+          for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }
       }
     }
@@ -125,12 +124,11 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
     forward_kernel(Forward args, Images images) {
   using namespace device;
   constexpr int kTiles = kColumns / 8;
-  const ForwardLayout<kColumns> layout{images.positions, images.groups};
+  const ForwardLayout<T, kColumns> layout{images.positions, images.groups};
   const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
   const int lane = lane_index();
   const int column0 = block_y() * kColumns;
-  const int panels =
-      args.channels > kPanelChannels ? (args.channels + kPanelChannels - 1) / kPanelChannels : 1;
+  const int panels = max(1, panels_of<T>(args.channels));
   const int64_t first_tile = images.tiles * block_x() / grid_x();
   const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
   unsigned char* shared = shared_memory();
@@ -154,17 +152,17 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
-      const int channel = load_panel * kPanelChannels + (thread & 3) * kChunk;
-      const int valid = channels_left(channel, args.channels);
+      const int channel = load_panel * kPanelChannels<T> + (thread & 3) * kChunk<T>;
+      const int valid = channels_left<T>(channel, args.channels);
       for (int row = thread >> 2; row < kTaps * kColumns; row += threads >> 2) {
         const int global_row = kTaps * column0 + row;
-        copy_chunk(stage + panel_offset(row, thread & 3), args.weight.at<T>(global_row, channel),
+        copy_chunk(stage + panel_offset<T>(row, thread & 3), args.weight.at<T>(global_row, channel),
                    global_row < kTaps * args.outputs ? valid : 0, args.weight.vector);
       }
-      copy_scale_shift(stage + layout.norm_offset(), args.norm, load_panel * kPanelChannels,
-                       args.channels, threads);
+      copy_scale_shift<T>(stage + layout.norm_offset(), args.norm, load_panel * kPanelChannels<T>,
+                          args.channels, threads);
       copy_halo<T>(stage + layout.halo_offset(), images, TileOrigin(images, load_tile), args.x,
-                   load_panel * kPanelChannels, args.channels, threads);
+                   load_panel * kPanelChannels<T>, args.channels, threads);
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;
@@ -190,7 +188,8 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
       uint32_t own[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m)
-        own[m] = operand_row(pixels, warp * Tile::kGroup + 16 * m + a_row(lane), a_chunk(lane));
+        own[m] =
+            operand_row(pixels, warp * Tile::kGroup + 16 * m + a_row(lane), 16 * a_chunk(lane));
       multiply_panel<T, kTiles>(acc, shared,
                                 stage_index * layout.stage_bytes() + layout.halo_offset(),
                                 layout.zero_offset(), stage, own, images.pitch);
@@ -219,7 +218,7 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
 template <typename T, int kColumns>
 void launch_forward(const Launcher& launcher, const arguments::NormReluConv3x3Forward& call,
                     Forward args) {
-  const auto shared = ForwardLayout<kColumns>::shared();
+  const auto shared = ForwardLayout<T, kColumns>::shared();
   const Device& device = launcher.device();
   const Tile tile(call.N, call.H, call.W, shared, device.multiprocessors, device.shared_bytes);
   check_fits(call.lead, tile);
@@ -238,10 +237,10 @@ void launch_forward(const Launcher& launcher, const arguments::NormReluConv3x3Fo
 void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                                OptionalTensor stats) {
   const arguments::NormReluConv3x3Forward call(x, norm, weight, y, stats);
-  dispatch_16bit(call.lead, [&]<typename T>(T) {
+  dispatch_operands(call.lead, [&]<typename T>(T) {
     if (call.K == 0) return;
     const Launcher launcher(call.lead);
-    const WeightRows rows(launcher, weight);
+    const WeightRows<T> rows(launcher, weight);
     const auto launch = call.K <= 16   ? launch_forward<T, 16>
                         : call.K <= 32 ? launch_forward<T, 32>
                                        : launch_forward<T, 48>;

@@ -8,15 +8,15 @@
 
 namespace densenet_efficient {
 
-// The widest access, in 16-bit elements, to which the tensor's first channel and all its rows are
-// aligned. A feature slice of growth rate 12 begins at multiples of 24 bytes: 4 elements.
+// The widest access, in elements, to which the tensor's first channel and all its rows are aligned,
+// up to 16 bytes. A feature slice of growth rate 12 begins at multiples of 24 bytes: four elements.
 inline device::RowTensor row_tensor(const Strided& rows) {
   if (!rows) return {};
   void* const data = const_cast<void*>(rows.tensor->const_data_ptr());
-  const uintptr_t alignment =
-      reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(2 * rows.stride);
-  int vector = device::kChunk;
-  while (alignment % (2 * vector)) vector /= 2;
+  const auto size = static_cast<uintptr_t>(rows.tensor->element_size());
+  const uintptr_t alignment = reinterpret_cast<uintptr_t>(data) | size * rows.stride;
+  int vector = 16 / static_cast<int>(size);
+  while (alignment % (size * vector)) vector /= 2;
   return {data, rows.stride, vector};
 }
 

@@ -36,26 +36,33 @@ struct Conv1x1Forward {
 
 // ---- norm_relu_conv1x1, backward ----------------------------------------------------------------
 
-// For at most 192 outputs; more are taken in several calls of the kernel.
+// `size`: bytes of an element, 2 or 4. More outputs than a kernel takes are taken in several calls.
 struct Conv1x1Backward {
-  static constexpr int64_t kTileRows = 32, kMaxOutputs = 192;
+  static constexpr int64_t kTileRows = 32;
+  static constexpr int max_outputs(int64_t size) { return size == 2 ? 192 : 128; }
+  // Blocks on a multiprocessor, by registers and shared memory.
+  static constexpr int resident(int64_t outputs, int64_t size) {
+    return outputs * size <= 256 ? 3 : 2;
+  }
   int warps;               // of a block; a warp owns 16 channels
   int64_t channel_blocks;  // blocks side by side
   int64_t tiles, row_blocks;
   int64_t pitch;  // channels of a partial row
   int64_t bytes;  // dweight [outputs] and dnorm [2] rows of each row block
 
-  Conv1x1Backward(int64_t rows, int64_t channels, int64_t outputs, int multiprocessors) {
+  Conv1x1Backward(int64_t rows, int64_t channels, int64_t outputs, int64_t size,
+                  int multiprocessors) {
     constexpr int kMaxWarps = 4;
     const int64_t groups = std::max<int64_t>(1, ceil_div(channels, 16));
     channel_blocks = ceil_div(groups, kMaxWarps);
-    // Two warps at least for more than 128 outputs: fewer threads could not load a row of dy.
-    warps = std::max(static_cast<int>(ceil_div(groups, channel_blocks)), outputs > 128 ? 2 : 1);
+    // Two warps at least for more than 256 bytes of outputs: one could not load a row of dy.
+    warps =
+        std::max(static_cast<int>(ceil_div(groups, channel_blocks)), outputs * size > 256 ? 2 : 1);
     tiles = ceil_div(rows, kTileRows);
-    const int64_t resident =
-        int64_t(multiprocessors) * (outputs <= 128 ? 3 : 2) * std::max(1, kMaxWarps / warps);
+    const int64_t blocks =
+        int64_t(multiprocessors) * resident(outputs, size) * std::max(1, kMaxWarps / warps);
     // At least eight tiles a block, or the partial sums outweigh the rows.
-    row_blocks = std::min(std::max<int64_t>(1, resident / channel_blocks), ceil_div(tiles, 8));
+    row_blocks = std::min(std::max<int64_t>(1, blocks / channel_blocks), ceil_div(tiles, 8));
     pitch = channel_blocks * warps * 16;
     bytes = row_blocks * (outputs + 2) * pitch * 4;
   }
@@ -126,9 +133,9 @@ struct Tile3x3 {
   }
 };
 
-// The weight as rows of channels, where it does not lie like that already.
-inline int64_t conv3x3_weight_bytes(int64_t outputs, int64_t channels) {
-  return outputs * 9 * round_up(channels, 8) * 2;
+// The weight as rows of channels, of `size` bytes each, where it does not lie like that already.
+inline int64_t conv3x3_weight_bytes(int64_t outputs, int64_t channels, int64_t size) {
+  return outputs * 9 * round_up(channels, 16 / size) * size;
 }
 
 // Blocks walk over static ranges of tiles: as many as are resident at once.
@@ -140,17 +147,17 @@ inline int64_t conv3x3_blocks(int64_t tiles, int multiprocessors,
 // The weight gradient's blocks: 64 channels (32 where there are no more), up to 48 outputs and a
 // range of tiles each.
 struct Conv3x3WeightGradient {
-  int panels;  // of 32 channels, of a block
+  int units;   // of 32 channels, of a block
   int depths;  // of 16 outputs, of a block
   int64_t channel_blocks, output_blocks;
 
   Conv3x3WeightGradient(int64_t channels, int64_t outputs) {
-    panels = channels <= 32 ? 1 : 2;
+    units = channels <= 32 ? 1 : 2;
     depths = outputs <= 16 ? 1 : outputs <= 32 ? 2 : 3;
-    channel_blocks = std::max<int64_t>(1, ceil_div(channels, 32 * panels));
+    channel_blocks = std::max<int64_t>(1, ceil_div(channels, 32 * units));
     output_blocks = std::max<int64_t>(1, ceil_div(outputs, 16 * depths));
   }
-  int64_t pitch() const { return channel_blocks * panels * 32; }
+  int64_t pitch() const { return channel_blocks * units * 32; }
   // At least two tiles a block, or the partial sums outweigh the pixels.
   int64_t row_blocks(int64_t tiles, int multiprocessors) const {
     const int64_t resident = 2 * multiprocessors / (channel_blocks * output_blocks);

@@ -5,7 +5,7 @@
 //
 // p and q need the sums over all rows, so dx comes last; until then dx's own memory is the scratch:
 //   1. product   dpooled into each window's first pixel of dx. Tile: 128 windows x 128 channels, a
-//                warp 32 x 128; dy and weight in panels of 32 outputs, two ahead (tile.cuh).
+//                warp 32 x 128; dy and weight in panels of outputs, two ahead (tile.cuh).
 //   2. sums      x and dpooled once; the pooled activations into the window's second pixel. A
 //                thread owns V channels and walks over windows (columns.h); sums in fixed order
 //                (reduce.cuh).
@@ -171,7 +171,7 @@ void launch_dweight(const Launcher& launcher, const arguments::TransitionBackwar
 void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
                          OptionalTensor dweight, Tensor dnorm) {
   const arguments::TransitionBackward call(dy, x, norm, weight, count, dx, dweight, dnorm);
-  dispatch_16bit(call.lead, [&]<typename T>(T) {
+  dispatch_operands(call.lead, [&]<typename T>(T) {
     const int64_t C = call.C, K = call.K;
     const auto weight_tensor = weight_rows(call);
     const Quads quads(call, true), all_quads(call, false);
@@ -182,7 +182,7 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
       if (dweight) clear_table(launcher, output_rows<float>(call.dweight), K, C);
     }
     if (all_quads.windows == 0 || C == 0) return;
-    const int width = vector_width(C, sizeof(T), 8, {call.x, call.dx});
+    const int width = vector_width(C, sizeof(T), 16 / sizeof(T), {call.x, call.dx});
     const Rows<const T> x_rows = input_rows<T>(call.x);
     const Rows<T> dx_rows = output_rows<T>(call.dx);
     const Rows<const float> norm_rows = input_rows<float>(call.norm);
@@ -211,7 +211,7 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
       if (dweight && K > 0) launch_dweight<T>(launcher, call, quads);
     }
     const Columns plan(all_quads.windows, C, width, sizeof(T), 4);
-    dispatch_width<8>(width, [&]<int V>() {
+    dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
       launcher.launch<&transition_dx_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads}, x_rows, norm_rows,
           input_rows<float>(call.dnorm), call.count, all_quads, plan, dx_rows);

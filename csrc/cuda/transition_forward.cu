@@ -5,13 +5,16 @@
 // Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps stand below each other
 // and have 64, more than 128 make pairs of warps that share their rows; more than 256 take several
 // columns of the grid. The four pixels of each row arrive in four panels of shared memory
-// (tile.cuh); the mean of their normalised values, rounded once, takes the first one's place.
+// (tile.cuh); the mean of their normalised values takes the place of the first, rounded to an
+// operand, and of the second, what the rounding left. Two products instead of one cost no time
+// beside four pixels' bytes, and the mean keeps the digits that averaging four rounded pixels would.
 // Who owns what: a block walks over a static range of row tiles and, within a tile, over the
-// channels in panels of 32, one panel ahead of the products.
+// channels in panels, one panel ahead of the products.
 // Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the
 // weight once per tile (2 K C, from the L2 cache).
 // Sums: fp32 accumulators over C; moments exact two-pass, then merged in a fixed order (tile.cuh).
 #include "operands.h"
+#include "output.cuh"
 #include "partials.cuh"
 #include "quads.h"
 
@@ -33,33 +36,44 @@ struct Forward {
 };
 
 // kColumns of y per warp, kSplit warps side by side.
-template <int kColumns, int kSplit>
+template <typename T, int kColumns, int kSplit>
 struct Layout {
   static constexpr int kRows = kWarps / kSplit * kWarpRows;
   static constexpr int kPanelBytes = kRows * device::kPanelRowBytes;  // of one pixel of the quads
   static constexpr int kWeight = kQuad * kPanelBytes;
   static constexpr int kNorm = kWeight + kColumns * kSplit * device::kPanelRowBytes;
-  static constexpr int kStageBytes = kNorm + device::kScaleShiftBytes;
+  static constexpr int kStageBytes = kNorm + device::kScaleShiftBytes<T>;
   static constexpr int kStaging = kStages * kStageBytes;
   static constexpr int kMoments = kStaging + kWarps * kStagingBytes;  // mean, M2 [kColumns] a warp
   static constexpr int kCounts = kMoments + kWarps * kColumns * 8;
   static constexpr int kBytes = kCounts + kWarps * 4;
 };
 
-// The mean of four pixels' normalised pairs.
+// The mean of four pixels' normalised words: an operand, and in `rest` what its rounding left.
 template <typename T>
-__device__ __forceinline__ uint32_t pool_pair(uint32_t p0, uint32_t p1, uint32_t p2, uint32_t p3,
-                                              float4 norm) {
-  const float2 a = device::unpack<T>(p0), b = device::unpack<T>(p1);
-  const float2 c = device::unpack<T>(p2), d = device::unpack<T>(p3);
-  const float top = norm_relu(a.x, norm.x, norm.y) + norm_relu(b.x, norm.x, norm.y);
-  const float bottom = norm_relu(c.x, norm.x, norm.y) + norm_relu(d.x, norm.x, norm.y);
-  const float top_next = norm_relu(a.y, norm.z, norm.w) + norm_relu(b.y, norm.z, norm.w);
-  const float bottom_next = norm_relu(c.y, norm.z, norm.w) + norm_relu(d.y, norm.z, norm.w);
-  return device::pack<T>(0.25f * (top + bottom), 0.25f * (top_next + bottom_next));
+__device__ __forceinline__ uint32_t pool_word(const uint32_t (&pixels)[kQuad],
+                                              device::WordNorm<T> norm, uint32_t& rest) {
+  constexpr int kWidth = device::kWordChannels<T>;
+  float values[kQuad][kWidth], mean[kWidth], rounded[kWidth];
+#pragma unroll
+  for (int pixel = 0; pixel < kQuad; ++pixel) device::unpack_word<T>(pixels[pixel], values[pixel]);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const float2 own = device::channel_norm<T>(norm, k);
+    const float top = norm_relu(values[0][k], own.x, own.y) + norm_relu(values[1][k], own.x, own.y);
+    const float bottom =
+        norm_relu(values[2][k], own.x, own.y) + norm_relu(values[3][k], own.x, own.y);
+    mean[k] = 0.25f * (top + bottom);
+  }
+  const uint32_t word = device::operand_of<T>(mean);
+  device::unpack_word<T>(word, rounded);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) mean[k] = device::rest_of(mean[k], rounded[k]);
+  rest = device::operand_of<T>(mean);
+  return word;
 }
 
-// Pools a panel of each of the four pixels into the first pixel's place: a thread takes chunk
+// Pools a panel of each of the four pixels into the first two pixels' places: a thread takes chunk
 // thread % 4 of every 32nd row.
 template <typename T>
 __device__ __forceinline__ void pool_panels(unsigned char* panels, int panel_bytes, int rows,
@@ -67,52 +81,55 @@ __device__ __forceinline__ void pool_panels(unsigned char* panels, int panel_byt
   using namespace device;
   const int chunk = thread_index() & 3;
   for (int row = thread_index() >> 2; row < rows; row += kThreads / 4) {
-    unsigned char* const at = panels + panel_offset(row, chunk);
-    const uint4 p0 = shared_load<uint4>(at), p1 = shared_load<uint4>(at + panel_bytes);
-    const uint4 p2 = shared_load<uint4>(at + 2 * panel_bytes);
-    const uint4 p3 = shared_load<uint4>(at + 3 * panel_bytes);
-    const auto pair = [&](int i) {
-      return shared_load<float4>(norm + scale_shift_offset(chunk * kChunk + 2 * i));
-    };
-    uint4 mean;
-    mean.x = pool_pair<T>(p0.x, p1.x, p2.x, p3.x, pair(0));
-    mean.y = pool_pair<T>(p0.y, p1.y, p2.y, p3.y, pair(1));
-    mean.z = pool_pair<T>(p0.z, p1.z, p2.z, p3.z, pair(2));
-    mean.w = pool_pair<T>(p0.w, p1.w, p2.w, p3.w, pair(3));
-    shared_store(at, mean);
+    unsigned char* const at = panels + panel_offset<T>(row, chunk);
+    uint32_t words[kQuad][4], mean[4], rest[4];
+#pragma unroll
+    for (int pixel = 0; pixel < kQuad; ++pixel)
+      to_array(shared_load<uint4>(at + pixel * panel_bytes), words[pixel]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      mean[i] =
+          pool_word<T>({words[0][i], words[1][i], words[2][i], words[3][i]},
+                       load_word_norm<T>(norm, chunk * kChunk<T> + i * kWordChannels<T>), rest[i]);
+    shared_store(at, uint4{mean[0], mean[1], mean[2], mean[3]});
+    shared_store(at + panel_bytes, uint4{rest[0], rest[1], rest[2], rest[3]});
   }
 }
 
-// One k16 step of a 32-row warp tile.
+// One depth of a 32-row warp tile: the pooled operands, and `rest` behind them what rounding left.
 template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4],
-                                              const unsigned char* pooled,
+                                              const unsigned char* pooled, int rest,
                                               const unsigned char* weight, int step) {
   using namespace device;
   const int lane = lane_index();
-  uint32_t a[2][4];
+  const int offset = panel_offset<T>(a_row(lane), a_chunk(lane)) ^ (32 * step);
+  uint32_t a[2][2][4];
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
-    ldmatrix_x4(a[m], pooled + panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+      ldmatrix_x4(a[part][m], pooled + part * rest + 16 * m * kPanelRowBytes + offset);
+  }
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     uint32_t b[4];
-    ldmatrix_x4(b, weight + panel_offset(8 * j + b_row(lane), 2 * step + b_chunk(lane)));
-    const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+    ldmatrix_x4(b, weight + panel_offset<T>(8 * j + b_row(lane), 2 * step + b_chunk(lane)));
+    make_operands<T>(b);
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      mma_16x8x16<T>(acc[m][j], a[m], left);
-      mma_16x8x16<T>(acc[m][j + 1], a[m], right);
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[part][m], b);
     }
   }
 }
 
 // The block's moments of its columns, from those of its warps.
-template <int kColumns, int kSplit>
+template <typename T, int kColumns, int kSplit>
 __device__ __forceinline__ void write_partial(const Forward& args, const unsigned char* shared,
                                               int column0) {
   using namespace device;
-  using Layout = Layout<kColumns, kSplit>;
+  using Layout = Layout<T, kColumns, kSplit>;
   const float* moments = reinterpret_cast<const float*>(shared + Layout::kMoments);
   const float* counts = reinterpret_cast<const float*>(shared + Layout::kCounts);
   for (int c = thread_index(); c < kColumns * kSplit && column0 + c < args.outputs; c += kThreads) {
@@ -132,13 +149,13 @@ __device__ __forceinline__ void write_partial(const Forward& args, const unsigne
 template <typename T, int kColumns, int kSplit>
 __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward args) {
   using namespace device;
-  using Layout = Layout<kColumns, kSplit>;
+  using Layout = Layout<T, kColumns, kSplit>;
   constexpr int kTiles = kColumns / 8, kLoadStep = kThreads / 4, kLoads = Layout::kRows / kLoadStep;
   const int warp = warp_index(), thread = thread_index();
   const int warp_row = warp / kSplit * kWarpRows, warp_column = warp % kSplit * kColumns;
   const int column0 = block_y() * kColumns * kSplit;
   const int rows = args.quads.windows;
-  const int panels = max(1, (args.channels + kPanelChannels - 1) / kPanelChannels);
+  const int panels = max(1, panels_of<T>(args.channels));
   const int64_t tiles = (rows + Layout::kRows - 1) / Layout::kRows;
   const int first_tile = static_cast<int>(tiles * block_x() / grid_x());
   const int last_tile = static_cast<int>(tiles * (block_x() + 1) / grid_x());
@@ -163,27 +180,27 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
           corners[i] = row0 + i * kLoadStep < rows ? args.quads.corner(row0 + i * kLoadStep) : -1;
       }
       unsigned char* const to = shared + stage * Layout::kStageBytes;
-      const int channel = load_panel * kPanelChannels + load_chunk * kChunk;
-      const int valid = channels_left(channel, args.channels);
+      const int channel = load_panel * kPanelChannels<T> + load_chunk * kChunk<T>;
+      const int valid = channels_left<T>(channel, args.channels);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
         for (int pixel = 0; pixel < kQuad; ++pixel) {
           const bool exists = corners[i] >= 0;
-          copy_chunk(
-              to + pixel * Layout::kPanelBytes + panel_offset(load_row + i * kLoadStep, load_chunk),
-              args.x.at<T>(exists ? corners[i] + args.quads.offset(pixel) : 0, channel),
-              exists ? valid : 0, args.x.vector);
+          copy_chunk(to + pixel * Layout::kPanelBytes +
+                         panel_offset<T>(load_row + i * kLoadStep, load_chunk),
+                     args.x.at<T>(exists ? corners[i] + args.quads.offset(pixel) : 0, channel),
+                     exists ? valid : 0, args.x.vector);
         }
       }
       for (int row = load_row; row < kColumns * kSplit; row += kLoadStep) {
         const bool exists = column0 + row < args.outputs;
-        copy_chunk(to + Layout::kWeight + panel_offset(row, load_chunk),
+        copy_chunk(to + Layout::kWeight + panel_offset<T>(row, load_chunk),
                    args.weight.at<T>(exists ? column0 + row : 0, channel), exists ? valid : 0,
                    args.weight.vector);
       }
-      copy_scale_shift(to + Layout::kNorm, args.norm, load_panel * kPanelChannels, args.channels,
-                       kThreads);
+      copy_scale_shift<T>(to + Layout::kNorm, args.norm, load_panel * kPanelChannels<T>,
+                          args.channels, kThreads);
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;
@@ -205,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
       sync_threads();
 #pragma unroll
       for (int step = 0; step < 2; ++step)
-        multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes,
+        multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes, Layout::kPanelBytes,
                                  from + Layout::kWeight + warp_column * kPanelRowBytes, step);
       stage = 1 - stage;
     }
@@ -218,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
   if (lane_index() == 0)
     shared_store(reinterpret_cast<float*>(shared + Layout::kCounts) + warp, moments.count);
   sync_threads();
-  write_partial<kColumns, kSplit>(args, shared, column0);
+  write_partial<T, kColumns, kSplit>(args, shared, column0);
 }
 
 // ---- Launcher -----------------------------------------------------------------------------------
@@ -240,13 +257,13 @@ void launch_forward(const Launcher& launcher, const Forward& args, const Tiling&
       {.grid_x = tiling.blocks,
        .grid_y = ceil_div(args.outputs, kColumns * kSplit),
        .block = kThreads,
-       .shared_bytes = Layout<kColumns, kSplit>::kBytes},
+       .shared_bytes = Layout<T, kColumns, kSplit>::kBytes},
       args);
 }
 
 void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats) {
   const arguments::TransitionForward call(x, norm, weight, y, stats);
-  dispatch_16bit(call.lead, [&]<typename T>(T) {
+  dispatch_operands(call.lead, [&]<typename T>(T) {
     const Quads quads(call, true);
     const Launcher launcher(call.lead);
     const Tiling tiling(quads.windows, call.K, launcher.device().multiprocessors);

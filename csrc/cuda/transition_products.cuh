@@ -1,10 +1,11 @@
 // The two products of the transition's backward on tensor cores: dpooled = dy @ weight and
 // dweight = dy^T @ pooled. Both keep a block tile of 128 x 128, a warp 32 x 128, their operands in
-// panels of 32 channels (tile.cuh), kStages deep. dpooled and pooled lie in dx, in the first and
+// panels (tile.cuh), kStages deep. dpooled and pooled lie in dx, in the first and
 // the second pixel of each window.
 #pragma once
 
 #include "operands.h"
+#include "output.cuh"
 #include "quads.h"
 
 namespace densenet_efficient {
@@ -12,27 +13,61 @@ namespace densenet_efficient {
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 3;
 constexpr int kTile = 128;  // windows or outputs, and channels, of a product's tile
 constexpr int kTiles = kTile / 8;
-constexpr int kPanels = kTile / device::kPanelChannels;
-constexpr int kPanelBytes = 32 * device::kPanelRowBytes;  // 32 rows of 32 channels
-constexpr int kStageBytes = 2 * kPanels * kPanelBytes;    // both operands: 128 x 32 and 32 x 128
+// Both operands of a stage take 8 KB: [128 rows, one panel wide], or a panel's width of rows in as
+// many panels as 128 channels fill.
+constexpr int kOperandBytes = kTile * device::kPanelRowBytes;
+constexpr int kWarpBytes = kOperandBytes / kWarps;
+constexpr int kStageBytes = 2 * kOperandBytes;
 
-// acc += a @ b for one k16 step: b [16, 128] lies in kPanels panels with the depth along their
-// rows.
 template <typename T>
+constexpr int kDepthRows = device::kPanelChannels<T>;  // of a stage: two depths of the product
+template <typename T>
+constexpr int kPanelBytes = kDepthRows<T> * device::kPanelRowBytes;
+
+// The i-th of the four chunks that a thread loads of kDepthRows rows of 128 channels.
+template <typename T>
+struct DepthChunk {
+  int row, channel, offset;
+
+  __device__ __forceinline__ explicit DepthChunk(int i) {
+    using namespace device;
+    const int at = kThreads / 4 * i + (thread_index() >> 2), chunk = thread_index() & 3;
+    const int panel = at / kDepthRows<T>;
+    row = at % kDepthRows<T>;
+    channel = panel * kPanelChannels<T> + chunk * kChunk<T>;
+    offset = panel * kPanelBytes<T> + panel_offset<T>(row, chunk);
+  }
+};
+
+// acc += a @ b for one depth: b [kDepth, 128] lies in panels with the depth along their rows. kExact:
+// of 32-bit channels b is multiplied twice, rounded to an operand and what the rounding left.
+template <typename T, bool kExact>
 __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint32_t (&a)[2][4],
                                          const unsigned char* b_panels, int step) {
   using namespace device;
   const int lane = lane_index();
+  int of_b[kPointers<T>];
 #pragma unroll
-  for (int j = 0; j < kTiles; j += 2) {
+  for (int i = 0; i < kPointers<T>; ++i)
+    of_b[i] = permute_chunks<T>((kDepth<T> * step + b_depth<T>(lane, i)) * kPanelRowBytes +
+                                b_byte<T>(lane));
+#pragma unroll
+  for (int j = 0; j < kTiles / 2; ++j) {
     uint32_t b[4];
-    ldmatrix_x4_trans(b, b_panels + j / 4 * kPanelBytes +
-                             panel_offset(16 * step + a_row(lane), j % 4 + a_chunk(lane)));
-    const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+    load_b_transposed<T>(b, b_panels + sixteen_offset<T>(j, kPanelBytes<T>), of_b,
+                         sixteen_flip<T>(j));
+    uint32_t rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = operand<T>(b[i]);
+      rest[i] = to_tf32(rest_of(to_float_bits(b[i]), to_float_bits(word)));
+      b[i] = word;
+    }
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      mma_16x8x16<T>(acc[m][j], a[m], left);
-      mma_16x8x16<T>(acc[m][j + 1], a[m], right);
+      multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], b);
+      if constexpr (kExact && !kIs16Bit<T>)
+        multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], rest);
     }
   }
 }
@@ -49,7 +84,7 @@ struct Product {
 };
 
 constexpr int kProductStaging = kStages * kStageBytes;
-constexpr int kProductCorners = kProductStaging + kWarps * kPanelBytes;
+constexpr int kProductCorners = kProductStaging + kWarps * kWarpBytes;
 constexpr int kProductBytes = kProductCorners + kTile * 4;
 
 template <typename T>
@@ -58,26 +93,26 @@ __global__ void __launch_bounds__(kThreads, 2) transition_product_kernel(Product
   const int warp = warp_index(), lane = lane_index();
   const int load_row = thread_index() >> 2, load_chunk = thread_index() & 3;
   const int row0 = block_x() * kTile, column0 = block_y() * kTile;
-  const int depths = max(1, (args.outputs + kPanelChannels - 1) / kPanelChannels);
+  const int depths = max(1, panels_of<T>(args.outputs));
   unsigned char* const shared = shared_memory();
 
   const auto load = [&](int depth) {
     if (depth < depths) {
       unsigned char* const to = shared + depth % kStages * kStageBytes;
-      const int output = depth * kPanelChannels;
-      const int dy_output = output + load_chunk * kChunk, weight_output = output + load_row;
+      const int output0 = depth * kDepthRows<T>, output = output0 + load_chunk * kChunk<T>;
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const int offset = panel * kPanelBytes + panel_offset(load_row, load_chunk);
-        const int row = row0 + 32 * panel + load_row;
+      for (int i = 0; i < 4; ++i) {
+        const int within = kThreads / 4 * i + load_row, row = row0 + within;
         const bool row_exists = row < args.quads.windows;
-        copy_chunk(to + offset, args.dy.at<T>(row_exists ? row : 0, dy_output),
-                   row_exists ? channels_left(dy_output, args.outputs) : 0, args.dy.vector);
-        const int channel = column0 + kPanelChannels * panel + load_chunk * kChunk;
-        const bool output_exists = weight_output < args.outputs;
-        copy_chunk(to + kPanels * kPanelBytes + offset,
-                   args.weight.at<T>(output_exists ? weight_output : 0, channel),
-                   output_exists ? channels_left(channel, args.channels) : 0, args.weight.vector);
+        copy_chunk(to + panel_offset<T>(within, load_chunk),
+                   args.dy.at<T>(row_exists ? row : 0, output),
+                   row_exists ? channels_left<T>(output, args.outputs) : 0, args.dy.vector);
+        const DepthChunk<T> at(i);
+        const bool output_exists = output0 + at.row < args.outputs;
+        copy_chunk(to + kOperandBytes + at.offset,
+                   args.weight.at<T>(output_exists ? output0 + at.row : 0, column0 + at.channel),
+                   output_exists ? channels_left<T>(column0 + at.channel, args.channels) : 0,
+                   args.weight.vector);
       }
     }
     cp_async_commit();
@@ -101,13 +136,15 @@ __global__ void __launch_bounds__(kThreads, 2) transition_product_kernel(Product
       uint32_t a[2][4];
 #pragma unroll
       for (int m = 0; m < 2; ++m)
-        ldmatrix_x4(a[m], from + warp * kPanelBytes +
-                              panel_offset(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
-      multiply<T>(acc, a, from + kPanels * kPanelBytes, step);
+        ldmatrix_x4(a[m], from + warp * kWarpBytes +
+                              panel_offset<T>(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
+#pragma unroll
+      for (int m = 0; m < 2; ++m) make_operands<T>(a[m]);
+      multiply<T, false>(acc, a, from + kOperandBytes, step);
     }
   }
   WarpMoments none{nullptr, nullptr, 0.0f};
-  write_rows<T, kTiles>(acc, shared + kProductStaging + warp * kPanelBytes, args.dx, column0,
+  write_rows<T, kTiles>(acc, shared + kProductStaging + warp * kWarpBytes, args.dx, column0,
                         min(column0 + kTile, args.channels), false, none,
                         [&](int r) { return int64_t(shared_load<int>(corners + r)); });
 }
@@ -129,10 +166,9 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight args) {
   using namespace device;
   const int warp = warp_index(), lane = lane_index();
-  const int load_row = thread_index() >> 2, load_chunk = thread_index() & 3;
   const int output0 = block_y() / args.channel_tiles * kTile;
   const int column0 = block_y() % args.channel_tiles * kTile;
-  const int64_t depths = (args.quads.windows + 31) / 32;
+  const int64_t depths = (args.quads.windows + kDepthRows<T> - 1) / kDepthRows<T>;
   const int first = static_cast<int>(depths * block_x() / grid_x());
   const int last = static_cast<int>(depths * (block_x() + 1) / grid_x());
   unsigned char* const shared = shared_memory();
@@ -140,17 +176,17 @@ __global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight a
   const auto load = [&](int depth) {
     if (depth < last) {
       unsigned char* const to = shared + depth % kStages * kStageBytes;
-      const int window = 32 * depth + load_row;
-      const bool exists = window < args.quads.windows;
-      const int pixel = exists ? args.quads.corner(window) + args.quads.offset(1) : 0;
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const int offset = panel * kPanelBytes + panel_offset(load_row, load_chunk);
-        const int within = kPanelChannels * panel + load_chunk * kChunk;
-        copy_chunk(to + offset, args.dy.at<T>(exists ? window : 0, output0 + within),
-                   exists ? channels_left(output0 + within, args.outputs) : 0, args.dy.vector);
-        copy_chunk(to + kPanels * kPanelBytes + offset, args.dx.at<T>(pixel, column0 + within),
-                   exists ? channels_left(column0 + within, args.channels) : 0, args.dx.vector);
+      for (int i = 0; i < 4; ++i) {
+        const DepthChunk<T> at(i);
+        const int window = kDepthRows<T> * depth + at.row;
+        const bool exists = window < args.quads.windows;
+        const int pixel = exists ? args.quads.corner(window) + args.quads.offset(1) : 0;
+        const int output = output0 + at.channel, channel = column0 + at.channel;
+        copy_chunk(to + at.offset, args.dy.at<T>(exists ? window : 0, output),
+                   exists ? channels_left<T>(output, args.outputs) : 0, args.dy.vector);
+        copy_chunk(to + kOperandBytes + at.offset, args.dx.at<T>(pixel, channel),
+                   exists ? channels_left<T>(channel, args.channels) : 0, args.dx.vector);
       }
     }
     cp_async_commit();
@@ -165,12 +201,20 @@ __global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight a
     const unsigned char* const from = shared + depth % kStages * kStageBytes;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      uint32_t a[2][4];  // the panel's channels are a's rows
+      int of_a[kPointers<T>];
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
-        ldmatrix_x4_trans(a[m], from + warp * kPanelBytes +
-                                    panel_offset(16 * step + b_row(lane), 2 * m + b_chunk(lane)));
-      multiply<T>(acc, a, from + kPanels * kPanelBytes, step);
+      for (int i = 0; i < kPointers<T>; ++i)
+        of_a[i] = permute_chunks<T>((kDepth<T> * step + a_depth<T>(lane, i)) * kPanelRowBytes +
+                                    a_byte<T>(lane));
+      uint32_t a[2][4];  // the panels' channels are a's rows
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        load_a_transposed<T>(a[m], from + warp * kWarpBytes + sixteen_offset<T>(m, kPanelBytes<T>),
+                             of_a, sixteen_flip<T>(m));
+        make_operands<T>(a[m]);
+      }
+      multiply<T, true>(acc, a, from + kOperandBytes,
+                        step);  // pooled, as the mean of four roundings
     }
   }
   float* const out = args.partial + int64_t(block_x()) * args.outputs * args.pitch;

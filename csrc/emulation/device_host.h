@@ -205,6 +205,8 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 }
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             Site site = Site::current()) {
+  emulation::check_tf32(a, 4, site);
+  emulation::check_tf32(b, 2, site);
   const emulation::MmaOperands operands{a, b};
   emulation::warp_rendezvous(WarpOp::kMma, &operands, d, &emulation::combine_mma_tf32, 0,
                              2 * 16 * 8 * 8, site);

@@ -105,6 +105,8 @@ void combine_ldmatrix(void* const* inputs, void* const* outputs, int argument);
 void combine_mma_bfloat16(void* const* inputs, void* const* outputs, int argument);
 void combine_mma_half(void* const* inputs, void* const* outputs, int argument);
 void combine_mma_tf32(void* const* inputs, void* const* outputs, int argument);
+// Fails where a word is no TF32 value: tensor cores would drop its lower bits, towards zero.
+void check_tf32(const uint32_t* words, int count, const Site& site);
 
 // ---- Asynchronous copies ------------------------------------------------------------------------
 

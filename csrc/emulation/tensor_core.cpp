@@ -5,9 +5,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 
-#include "emulator.h"
+#include "machine.h"
 
 namespace densenet_efficient::emulation {
 
@@ -89,6 +90,11 @@ void combine_mma_half(void* const* inputs, void* const* outputs, int) {
 }
 void combine_mma_tf32(void* const* inputs, void* const* outputs, int) {
   combine_mma<float, 8>(inputs, outputs);
+}
+void check_tf32(const uint32_t* words, int count, const Site& site) {
+  for (int i = 0; i < count; ++i)
+    if ((words[i] & 0x1fffu) && !std::isnan(std::bit_cast<float>(words[i])))
+      fatal("an operand that is not rounded to TF32 at " + where(site));
 }
 
 }  // namespace densenet_efficient::emulation

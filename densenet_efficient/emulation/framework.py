@@ -1,5 +1,6 @@
 """Each operator as PyTorch's own layers compute it, rounding what they round: the measure that the
-kernels' errors are held to. One function per operator, by the names of its arguments."""
+kernels' errors are held to. One function per operator, by the names of its arguments. Convolutions
+of float32 are those of a GPU that may use TF32: operands rounded to ten bits of fraction."""
 
 from __future__ import annotations
 
@@ -42,6 +43,47 @@ class _Norm:
         return F.batch_norm(x, *buffers, self.gamma, self.beta, training=training, eps=EPS)
 
 
+def to_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to TF32, ties away from zero (``cvt.rna.tf32``); other dtypes as they are."""
+    if x.dtype != torch.float32:
+        return x
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class _Operand(torch.autograd.Function):
+    """An operand of a convolution on its way in; its gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return to_tf32(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Result(torch.autograd.Function):
+    """A convolution's result passes; its gradient is an operand on its way in."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return to_tf32(gradient.contiguous())
+
+
+def _convolution(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
+    """[N, C, H, W] and [K, C, kh, kw]."""
+    return _Result.apply(F.conv2d(_Operand.apply(x), _Operand.apply(weight), padding=padding))
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """[M, C] and [K, C]."""
+    return _Result.apply(F.linear(_Operand.apply(x), _Operand.apply(weight)))
+
+
 def channel_stats(x: Tensor, **_: Any) -> dict[str, Tensor]:
     if not x.shape[0]:
         return {"stats": reference.channel_stats(x)}
@@ -79,7 +121,7 @@ def _with_stats(y: Tensor) -> dict[str, Tensor]:
 def norm_relu_conv1x1_forward(
     x: Tensor, norm: Tensor, weight: Tensor, **_: Any
 ) -> dict[str, Tensor]:
-    return _with_stats(F.linear(F.relu(_Norm(norm)(x)), weight).detach())
+    return _with_stats(_linear(F.relu(_Norm(norm)(x)), weight).detach())
 
 
 def norm_relu_conv1x1_backward(
@@ -94,7 +136,7 @@ def norm_relu_conv1x1_backward(
 ) -> dict[str, Tensor]:
     dy = reference.norm_correction_apply(dz_y, y, correction)
     layer, x, weight = _Norm(norm), x.requires_grad_(), weight.requires_grad_()
-    output = F.linear(F.relu(layer(x)), weight)
+    output = _linear(F.relu(layer(x)), weight)
     wanted = (x, weight, layer.gamma, layer.beta)
     own, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, dy)
     return {"dx": dx + own, "dweight": dweight, "dnorm": torch.stack([dgamma, dbeta])}
@@ -104,7 +146,7 @@ def norm_relu_conv3x3_forward(
     x: Tensor, norm: Tensor, weight: Tensor, **_: Any
 ) -> dict[str, Tensor]:
     h = F.relu(_Norm(norm)(_nchw(x)))
-    return _with_stats(_nhwc(F.conv2d(h, weight, padding=1)).detach())
+    return _with_stats(_nhwc(_convolution(h, weight, padding=1)).detach())
 
 
 def norm_relu_conv3x3_backward(
@@ -122,7 +164,7 @@ def norm_relu_conv3x3_backward(
         dy = reference.norm_correction_apply(dy, y, correction)
     layer, x, weight = _Norm(norm), _nchw(x).requires_grad_(), weight.requires_grad_()
     z = layer(x)
-    output = F.conv2d(F.relu(z), weight, padding=1)
+    output = _convolution(F.relu(z), weight, padding=1)
     wanted = (x, z, weight, layer.gamma, layer.beta)
     own, dz, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
     result = dx + _nhwc(own) if accumulate else _nhwc(dz)
@@ -131,7 +173,7 @@ def norm_relu_conv3x3_backward(
 
 def transition_forward(x: Tensor, norm: Tensor, weight: Tensor, **_: Any) -> dict[str, Tensor]:
     h = F.relu(_Norm(norm)(_nchw(x)))
-    return _with_stats(_nhwc(_pool(F.conv2d(h, weight[:, :, None, None]))).detach())
+    return _with_stats(_nhwc(_pool(_convolution(h, weight[:, :, None, None]))).detach())
 
 
 def transition_backward(
@@ -139,7 +181,7 @@ def transition_backward(
 ) -> dict[str, Tensor]:
     layer, x, weight = _Norm(norm), _nchw(x).requires_grad_(), weight.requires_grad_()
     h = F.relu(layer(x, training=count > 0))
-    output = _pool(F.conv2d(h, weight[:, :, None, None]))
+    output = _pool(_convolution(h, weight[:, :, None, None]))
     wanted = (x, weight, layer.gamma, layer.beta)
     dx, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
     return {"dx": _nhwc(dx), "dweight": dweight, "dnorm": torch.stack([dgamma, dbeta])}

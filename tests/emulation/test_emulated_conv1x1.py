@@ -14,7 +14,7 @@ from densenet_efficient.emulation import Emulator, Launch
 from densenet_efficient.emulation.cases import make
 from densenet_efficient.emulation.report import Traffic, tensor_traffic
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD, BACKWARD = "norm_relu_conv1x1_forward", "norm_relu_conv1x1_backward"
 
 # (rows, channels, outputs), dtype, channels in front of each slice, reason
@@ -28,6 +28,10 @@ FORWARD_SHAPES = [
     ((48, 20, 96), FP16, 4, "growth rate 24; rows aligned to 8 bytes only"),
     ((16, 40, 160), BF16, 2, "growth rate 40; rows aligned to 4 bytes only"),
     ((20, 16, 193), FP16, 0, "a second column of the grid with one output"),
+    ((32, 16, 64), FP32, 0, "TF32: one tile, one panel of 16 channels exactly"),
+    ((257, 49, 128), FP32, 0, "TF32: several tiles a block, a fourth panel of one channel"),
+    ((40, 20, 129), FP32, 2, "TF32: two warps side by side; rows aligned to 8 bytes only"),
+    ((33, 7, 20), FP32, 1, "TF32: rows aligned to 4 bytes only"),
 ]
 BACKWARD_SHAPES = [
     ((32, 64, 64), BF16, 0, "one tile, one block of channels exactly"),
@@ -40,6 +44,12 @@ BACKWARD_SHAPES = [
     ((40, 7, 20), BF16, 2, "rows aligned to 4 bytes only"),
     ((64, 1, 12), FP16, 0, "one channel"),
     ((20, 8, 193), BF16, 0, "a second call with one output"),
+    ((32, 64, 64), FP32, 0, "TF32: one tile, one block of channels exactly"),
+    ((300, 80, 128), FP32, 4, "TF32: the widest kernel, several tiles and blocks; aligned slice"),
+    ((33, 17, 65), FP32, 0, "TF32: two warps, the least that more than 64 outputs need"),
+    ((50, 20, 48), FP32, 2, "TF32: rows aligned to 8 bytes only"),
+    ((40, 7, 20), FP32, 1, "TF32: rows aligned to 4 bytes only"),
+    ((20, 8, 129), FP32, 0, "TF32: a second call with one output"),
 ]
 
 
@@ -97,37 +107,41 @@ STAGES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
 @pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
-def test_forward_traffic(sizes: tuple[int, int, int], reason: str) -> None:
+def test_forward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch.dtype) -> None:
     M, C, K = sizes
-    case = make(FORWARD, sizes, BF16)
+    size = dtype.itemsize
+    case = make(FORWARD, sizes, dtype)
     with Emulator([FORWARD], sanitize=False) as emulator:
         launches = emulator.call(FORWARD, *case.arguments.values())
     kernel = launches[0]
     tiles, blocks = math.ceil(M / kernel.block), kernel.grid[0]  # 32 rows a warp
-    loads = 2 * M * C + tiles * (2 * K * C + 2 * 4 * C) + 3 * 4 * K * blocks
-    stores = 2 * M * K + 3 * 4 * K * blocks + 2 * 4 * K
+    loads = size * M * C + tiles * (size * K * C + 2 * 4 * C) + 3 * 4 * K * blocks
+    stores = size * M * K + 3 * 4 * K * blocks + 2 * 4 * K
     expect_traffic(launches, loads, stores)
     columns = 64 if K <= 64 else 128
-    assert kernel.mma == tiles * kernel.block // 16 * math.ceil(C / 32) * 2 * columns // 8
+    assert kernel.mma == tiles * kernel.block // 16 * math.ceil(C * size / 64) * 2 * columns // 8
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
 @pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
-def test_backward_traffic(sizes: tuple[int, int, int], reason: str) -> None:
+def test_backward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch.dtype) -> None:
     M, C, K = sizes
-    case = make(BACKWARD, sizes, BF16)
+    size = dtype.itemsize
+    case = make(BACKWARD, sizes, dtype)
     with Emulator([BACKWARD], sanitize=False) as emulator:
         launches = emulator.call(BACKWARD, *case.arguments.values())
     kernel = launches[0]
     channel_blocks = math.ceil(C / 64)
     row_blocks = kernel.grid[0] // channel_blocks
     partial = row_blocks * (K + 2) * C * 4
-    tables = row_blocks * (channel_blocks * 4 * 4 * K + 4 * 4 * C + 2 * K * C)
-    loads = 2 * 2 * M * C + channel_blocks * 2 * 2 * M * K + tables + partial
-    stores = 2 * M * C + partial + 4 * (K + 2) * C
+    tables = row_blocks * (channel_blocks * 4 * 4 * K + 4 * 4 * C + size * K * C)
+    loads = 2 * size * M * C + channel_blocks * 2 * size * M * K + tables + partial
+    stores = size * M * C + partial + 4 * (K + 2) * C
     expect_traffic(launches, loads, stores)
     outputs = 64 if K <= 64 else 128
-    assert kernel.mma == math.ceil(M / 32) * math.ceil(C / 16) * 2 * 2 * 2 * outputs // 16
+    assert kernel.mma == math.ceil(M / 32) * math.ceil(C / 16) * 4 * size * outputs // 16
 
 
 def expect_traffic(launches: list[Launch], loads: int, stores: int) -> None:

@@ -14,7 +14,7 @@ from test_kernels import check, identifier
 from densenet_efficient.emulation import Emulator, Launch
 from densenet_efficient.emulation.cases import make
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD, BACKWARD = "norm_relu_conv3x3_forward", "norm_relu_conv3x3_backward"
 
 # (images, height, width, channels, outputs), dtype, channels in front of each slice, reason
@@ -39,6 +39,11 @@ FORWARD_SHAPES = [
     ((1, 3, 9, 24, 49), FP16, 0, "a second column of the grid with one output"),
     ((1, 5, 6, 20, 12), BF16, 4, "rows aligned to 8 bytes only, growth rate 12"),
     ((3, 9, 11, 16, 12), BF16, 0, "more pixels than a tile: the last one has a tail"),
+    ((1, 8, 8, 16, 16), FP32, 0, "TF32: one warp's tile, one panel of 16 channels exactly"),
+    ((5, 3, 3, 33, 24), FP32, 0, "TF32: several images in one tile; a third panel of one channel"),
+    ((1, 2, 65, 16, 40), FP32, 0, "TF32: two strips, 48 outputs"),
+    ((1, 5, 6, 22, 12), FP32, 2, "TF32: rows aligned to 8 bytes only"),
+    ((1, 1, 1, 3, 5), FP32, 1, "TF32: one pixel, rows aligned to 4 bytes only"),
 ]
 BACKWARD_SHAPES = [
     ((1, 8, 8, 64, 32), BF16, 0, "64 pixels, 64 channels, 32 outputs: no tail anywhere"),
@@ -51,6 +56,12 @@ BACKWARD_SHAPES = [
     ((1, 3, 5, 20, 49), FP16, 0, "outputs in two blocks of the weight gradient"),
     ((1, 5, 6, 20, 12), BF16, 4, "rows aligned to 8 bytes only, growth rate 12"),
     ((2, 11, 13, 16, 12), BF16, 0, "several tiles a block: sums of tiles add up in order"),
+    ((1, 8, 8, 64, 32), FP32, 0, "TF32: no tail anywhere; two panels of outputs"),
+    ((5, 3, 3, 40, 24), FP32, 0, "TF32: several images in one tile, growth rate 24"),
+    ((1, 2, 65, 65, 17), FP32, 0, "TF32: two strips; a second block of one channel"),
+    ((2, 11, 13, 20, 49), FP32, 0, "TF32: several tiles; outputs in two blocks"),
+    ((1, 5, 6, 22, 12), FP32, 2, "TF32: rows aligned to 8 bytes only"),
+    ((1, 1, 1, 3, 5), FP32, 1, "TF32: one pixel, rows aligned to 4 bytes only"),
 ]
 
 
@@ -64,19 +75,20 @@ def test_backward(sizes: tuple[int, ...], dtype: torch.dtype, before: int, reaso
     check(emulator_of(BACKWARD), make(BACKWARD, sizes, dtype, before=before))
 
 
-@pytest.mark.parametrize("outputs", [12, 40])
-def test_plain_layer_accumulates(outputs: int) -> None:
+@pytest.mark.parametrize(("outputs", "dtype"), [(12, BF16), (40, BF16), (24, FP32)], ids=identifier)
+def test_plain_layer_accumulates(outputs: int, dtype: torch.dtype) -> None:
     """A plain layer's data gradient is added to what other layers left, times its own scale."""
-    check(emulator_of(BACKWARD), make(BACKWARD, (2, 5, 6, 40, outputs), BF16, accumulate=True))
+    check(emulator_of(BACKWARD), make(BACKWARD, (2, 5, 6, 40, outputs), dtype, accumulate=True))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
-def test_weight_layouts_agree(op: str) -> None:
+def test_weight_layouts_agree(op: str, dtype: torch.dtype) -> None:
     """A channels-last weight is used as it lies, any other is copied: the same bits."""
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        case = make(op, (1, 5, 6, 24, 12), BF16)
+        case = make(op, (1, 5, 6, 24, 12), dtype)
         case.arguments["weight"] = case.arguments["weight"].contiguous(memory_format=layout)
         launches = emulator_of(op).call(op, *case.arguments.values())
         assert ("pack" in launches[0].kernel) == (layout == torch.contiguous_format)
@@ -97,10 +109,12 @@ STAGES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
 @pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
-def test_forward_traffic(sizes: tuple[int, ...], reason: str) -> None:
+def test_forward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtype) -> None:
     N, H, W, C, K = sizes
-    case = make(FORWARD, sizes, BF16)
+    size = dtype.itemsize
+    case = make(FORWARD, sizes, dtype)
     case.arguments["weight"] = case.arguments["weight"].contiguous(
         memory_format=torch.channels_last
     )
@@ -109,16 +123,18 @@ def test_forward_traffic(sizes: tuple[int, ...], reason: str) -> None:
     kernel = launches[0]
     height = 2 * kernel.block // W  # 64 pixels a warp
     tiles, blocks = math.ceil(N * H / height), kernel.grid[0]
-    loads = 2 * halo_rows(N * H, height) * W * C + tiles * (2 * 9 * K * C + 2 * 4 * C)
+    loads = size * halo_rows(N * H, height) * W * C + tiles * (size * 9 * K * C + 2 * 4 * C)
     loads += 3 * 4 * K * blocks
-    stores = 2 * N * H * W * K + 3 * 4 * K * blocks + 2 * 4 * K
+    stores = size * N * H * W * K + 3 * 4 * K * blocks + 2 * 4 * K
     expect_traffic(launches, loads, stores)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
 @pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
-def test_backward_traffic(sizes: tuple[int, ...], reason: str) -> None:
+def test_backward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtype) -> None:
     N, H, W, C, K = sizes
-    case = make(BACKWARD, sizes, BF16)
+    size = dtype.itemsize
+    case = make(BACKWARD, sizes, dtype)
     case.arguments["weight"] = case.arguments["weight"].contiguous(
         memory_format=torch.channels_last
     )
@@ -126,20 +142,21 @@ def test_backward_traffic(sizes: tuple[int, ...], reason: str) -> None:
         launches = emulator.call(BACKWARD, *case.arguments.values())
     data, weight, _ = launches
     pixels, rows = N * H * W, N * H
-    panels = math.ceil(C / 32) * 32
+    panel = 64 // size  # channels
+    panels = math.ceil(C / panel) * panel
 
     height = 2 * data.block // W
     tiles, blocks = math.ceil(rows / height), data.grid[0]
     sums = 2 * 4 * panels
-    loads = 2 * pixels * C + 2 * 2 * halo_rows(rows, height) * W * K
-    loads += tiles * (2 * 9 * K * C + 4 * 4 * C) + sums * tiles + blocks * 4 * 4 * K
-    stores = 2 * pixels * C + sums * tiles
+    loads = size * pixels * C + 2 * size * halo_rows(rows, height) * W * K
+    loads += tiles * (size * 9 * K * C + 4 * 4 * C) + sums * tiles + blocks * 4 * 4 * K
+    stores = size * pixels * C + sums * tiles
 
     # The weight gradient's tile follows from its shared memory: that of x, dy and the pixels.
     channel_blocks = math.ceil(C / 64)
     row_blocks = weight.grid[0] // channel_blocks
-    height = weight_tile_height(weight.shared_bytes, W)
-    loads += 2 * pixels * C + channel_blocks * 2 * 2 * halo_rows(rows, height) * W * K
+    height = weight_tile_height(weight.shared_bytes, W, size, math.ceil(K * size / 64))
+    loads += size * pixels * C + channel_blocks * 2 * size * halo_rows(rows, height) * W * K
     loads += math.ceil(rows / height) * 2 * 4 * C + row_blocks * channel_blocks * 4 * 4 * K
     partial = row_blocks * 4 * 9 * K * channel_blocks * 64
     loads += row_blocks * 4 * 9 * K * C
@@ -147,12 +164,15 @@ def test_backward_traffic(sizes: tuple[int, ...], reason: str) -> None:
     expect_traffic(launches, loads, stores)
 
 
-def weight_tile_height(shared_bytes: int, width: int) -> int:
+def weight_tile_height(shared_bytes: int, width: int, size: int, output_panels: int) -> int:
+    x_panels = size  # 64 channels
     for groups in range(1, 8):
         height = 64 * groups // width
         positions = math.ceil((height + 2) * width / 8) * 8
-        fixed = 2 * 2 * 256 + 512 + 640
-        if fixed + positions * 64 + groups * (2 * 2 * 4096 + 512) == shared_bytes:
+        correction = {2: 8 * 80, 4: 4 * 96}[size]
+        fixed = 2 * x_panels * 2 * 4 * 64 // size + output_panels * (512 + correction)
+        tile = output_panels * positions * 64 + groups * (2 * x_panels * 4096 + 512)
+        if fixed + tile == shared_bytes:
             return height
     raise AssertionError(f"no tile of {width} columns takes {shared_bytes} bytes")
 

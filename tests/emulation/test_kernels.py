@@ -9,6 +9,7 @@ let asynchronous copies arrive as late as they may.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -20,11 +21,7 @@ from torch import Tensor
 
 from densenet_efficient import ops, reference
 from densenet_efficient.emulation import Emulator
-from densenet_efficient.emulation.cases import (
-    Case,
-    make,
-    stage_of,
-)
+from densenet_efficient.emulation.cases import Case, framework_outputs, make, stage_of
 
 SEEDS = (0, 1, 2, 5)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -73,11 +70,17 @@ SHAPES: list[Shape] = [
     ("transition_forward", (1, 4, 4, 40, 300), BF16, 0, "several columns of the grid"),
     ("transition_forward", (1, 2, 2, 5, 3), FP16, 3, "one window, odd everything"),
     ("transition_forward", (2, 1, 5, 16, 8), BF16, 0, "no window at all"),
+    ("transition_forward", (2, 12, 12, 256, 128), FP32, 0, "TF32: transition 1 of DenseNet-121"),
+    ("transition_forward", (1, 7, 9, 54, 150), FP32, 2, "TF32: 8-byte copies, pairs of warps"),
+    ("transition_forward", (1, 2, 2, 5, 3), FP32, 3, "TF32: one window, channel by channel"),
     ("transition_backward", (2, 12, 12, 256, 128), BF16, 0, "transition 1 of DenseNet-121"),
     ("transition_backward", (3, 7, 9, 216, 108), BF16, 0, "BC-100-12: tails, odd edges"),
     ("transition_backward", (1, 8, 6, 48, 150), FP16, 12, "more than 128 outputs; shifted slice"),
     ("transition_backward", (1, 2, 2, 5, 3), FP16, 3, "one window, odd everything"),
     ("transition_backward", (2, 1, 5, 16, 8), BF16, 0, "no window: dx is zero"),
+    ("transition_backward", (2, 12, 12, 256, 128), FP32, 0, "TF32: transition 1 of DenseNet-121"),
+    ("transition_backward", (1, 7, 9, 54, 150), FP32, 2, "TF32: 8-byte copies, many outputs"),
+    ("transition_backward", (1, 2, 2, 5, 3), FP32, 3, "TF32: one window, channel by channel"),
     ("norm_relu_conv1x1_forward", (200, 96, 128), BF16, 0, "block 1 of DenseNet-121"),
     ("norm_relu_conv1x1_forward", (77, 36, 48), BF16, 0, "BC-100-12: tails of channels and rows"),
     ("norm_relu_conv1x1_forward", (40, 24, 192), FP16, 4, "growth rate 48: two warps side by side"),
@@ -114,6 +117,9 @@ VARIANTS: list[tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]] = [
     ("norm_relu_conv3x3_forward", (1, 6, 6, 32, 16), BF16, {"stats": None}),
     ("norm_relu_conv3x3_backward", (1, 6, 6, 32, 16), BF16, {"y": None, "correction": None}),
     ("norm_relu_conv3x3_backward", (1, 6, 6, 32, 16), FP16, {"accumulate": True, "dweight": None}),
+    ("norm_relu_conv3x3_backward", (1, 6, 6, 32, 16), FP32, {"y": None, "correction": None}),
+    ("norm_relu_conv3x3_backward", (1, 6, 6, 32, 16), FP32, {"accumulate": True, "dweight": None}),
+    ("norm_relu_conv1x1_backward", (40, 32, 16), FP32, {"dweight": None}),
 ]
 
 
@@ -222,15 +228,27 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert_refused(emulator_of(stage_of(name)).call, name, arguments, message)
 
 
-def test_the_convolutions_refuse_float32_before_they_write() -> None:
+def test_the_convolutions_refuse_float64_before_they_write() -> None:
     for op, sizes in (
         ("norm_relu_conv1x1_forward", (9, 6, 5)),
         ("transition_forward", (1, 4, 4, 6, 5)),
     ):
-        case = make(op, sizes, FP32)
-        message = "x must be bfloat16 or float16, got float32"
+        case = make(op, sizes, FP64)
+        message = "x must be bfloat16, float16 or float32, got float64"
         arguments = tuple(case.arguments.values())
         for value in arguments:
             if isinstance(value, Tensor):
                 value.nan_to_num_(7.0)
         assert_refused(emulator_of(stage_of(op)).call, op, arguments, message)
+
+
+@pytest.mark.parametrize("value", [math.inf, 60000.0], ids=["infinity", "overflow"])
+def test_pooling_what_is_not_finite_gives_what_the_framework_gives(value: float) -> None:
+    """The rest of a mean that rounds to infinity is nothing, not its opposite."""
+    case = make("transition_forward", (1, 4, 4, 8, 4), FP16, stats=None)
+    case.arguments["x"][0, :2, :2, 3] = value
+    case.arguments["norm"][:2, 3] = 2.0
+    expected = framework_outputs(case.op, case.inputs())["y"]
+    y = run(emulator_of(case.op), case, seed=0)["y"]
+    assert expected.isinf().any() and torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y[~y.isfinite()], expected[~y.isfinite()])

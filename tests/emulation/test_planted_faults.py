@@ -27,6 +27,7 @@ class Fault:
     mutation: Mutation
     message: str  # of the error
     before: int = 0  # channels in front of the slice
+    dtype: torch.dtype = torch.bfloat16
 
 
 FAULTS = [
@@ -106,6 +107,14 @@ FAULTS = [
         ),
         "divergent warp primitive",
     ),
+    Fault(
+        "weight that is not rounded to TF32",
+        "norm_relu_conv1x1_forward",
+        (32, 16, 16),
+        Mutation("cuda/norm_relu_conv1x1_forward.cu", "    make_operands<T>(b);\n", ""),
+        "operand that is not rounded to TF32",
+        dtype=torch.float32,
+    ),
 ]
 
 
@@ -116,7 +125,7 @@ def identifier(value: object) -> str:
 @pytest.mark.parametrize("fault", FAULTS, ids=identifier)
 def test_fault_is_named(fault: Fault) -> None:
     torch.manual_seed(0)
-    case = make(fault.stage, fault.sizes, torch.bfloat16, before=fault.before)
+    case = make(fault.stage, fault.sizes, fault.dtype, before=fault.before)
     with (
         Emulator([fault.stage], mutations=[fault.mutation]) as emulator,
         pytest.raises(EmulationError, match=fault.message),
@@ -158,8 +167,8 @@ def test_result_that_depends_on_the_order_of_blocks_shows_in_the_bits() -> None:
 
 def test_sources_without_a_fault_pass() -> None:
     """The same calls, with nothing planted, are right: the messages above are the faults' own."""
-    for stage, sizes in {(fault.stage, fault.sizes) for fault in FAULTS}:
-        case = make(stage, sizes, torch.bfloat16)
+    for stage, sizes, dtype in {(fault.stage, fault.sizes, fault.dtype) for fault in FAULTS}:
+        case = make(stage, sizes, dtype)
         with Emulator([stage]) as emulator:
             for seed in SEEDS:
                 emulator.call(case.op, *case.arguments.values(), seed=seed)

@@ -31,9 +31,11 @@ class Model:
     )  # times, where caches serve the rest
     before: int = 0
     flops: int = 0
+    dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        return f"{self.op}-{'x'.join(map(str, self.sizes))}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op}-{'x'.join(map(str, self.sizes))}-{dtype}"
 
 
 def stem_columns(width: int, windows: int) -> float:
@@ -66,17 +68,25 @@ MODELS = [
         },
         {"x": 2, "dy": 2},
     ),
+    # Two products: with the pooled operand, and with what its rounding left.
     Model(
         "transition_forward",
         (1, 32, 32, 256, 128),
         {"x": (1, 0), "y": (0, 1)},
-        flops=2 * 256 * 256 * 128,
+        flops=2 * 2 * 256 * 256 * 128,
     ),
     Model(
         "transition_forward",
         (1, 16, 32, 512, 256),
         {"x": (1, 0), "y": (0, 1)},
-        flops=2 * 128 * 512 * 256,
+        flops=2 * 2 * 128 * 512 * 256,
+    ),
+    Model(
+        "transition_forward",
+        (1, 32, 32, 256, 128),
+        {"x": (1, 0), "y": (0, 1)},
+        flops=2 * 2 * 256 * 256 * 128,
+        dtype=torch.float32,
     ),
     Model("transition_forward", (1, 32, 32, 216, 108), {"x": (1, 0), "y": (0, 1)}),
     # x for the sums and for dx. dpooled and the pooled activations are a quarter of dx each, stored
@@ -88,6 +98,15 @@ MODELS = [
         {"x": (2, 0), "dy": (4, 0), "dx": (0.75, 1.5)},
         {"dy": 2},
         flops=4 * 256 * 256 * 128,
+    ),
+    # In float32 the pooled activations of dweight are two operands as well.
+    Model(
+        "transition_backward",
+        (1, 32, 32, 256, 128),
+        {"x": (2, 0), "dy": (4, 0), "dx": (0.75, 1.5)},
+        {"dy": 2},
+        flops=6 * 256 * 256 * 128,
+        dtype=torch.float32,
     ),
     Model(
         "transition_backward",
@@ -106,7 +125,7 @@ MODELS = [
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_traffic_follows_the_byte_model(model: Model) -> None:
-    case = make(model.op, model.sizes, torch.bfloat16, before=model.before)
+    case = make(model.op, model.sizes, model.dtype, before=model.before)
     launches = emulator_of(stage_of(model.op)).call(case.op, *case.arguments.values())
     traffic = tensor_traffic(launches)
     for name, (loaded, stored) in model.requested.items():
