@@ -1,7 +1,7 @@
 """Error against float64, tensor by tensor: ours over eager execution's, same input.
 
     python benchmarks/bench_error.py                    fp32 and bf16, 224 px, batch 2, CPU
-    python benchmarks/bench_error.py --device cuda      bf16 and fp16
+    python benchmarks/bench_error.py --device cuda      bf16, fp16 and fp32 (in TF32)
 
 torchvision's DenseNet-121 in float32 and under autocast to 16 bits, converted and not: the output,
 the input's gradient and all parameter gradients, every tensor counted, each error
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=8)
     options = parser.parse_args()
     on_cpu = torch.device(options.device).type == "cpu"
-    dtypes = options.dtypes or (("fp32", "bf16") if on_cpu else ("bf16", "fp16"))
+    dtypes = options.dtypes or (("fp32", "bf16") if on_cpu else ("bf16", "fp16", "fp32"))
     sections, failed, data = [], [], {}
     cases = [(dtype, moved) for dtype in dtypes for moved in (False, True)]
     for dtype, moved in cases:

@@ -29,9 +29,15 @@ class Path:
     stages: ModuleType = general
 
 
-@functools.lru_cache(maxsize=64)
 def choose(device: torch.device, dtype: torch.dtype) -> Path:
-    """The path of the stages on ``device`` for activations of ``dtype``."""
+    """The path of the stages on ``device`` for activations of ``dtype``. On a GPU float32 takes
+    the kernels, whose products are TF32, exactly where cuDNN's convolutions would use TF32 too."""
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return _choose(device, dtype, precision == "tf32")
+
+
+@functools.lru_cache(maxsize=64)
+def _choose(device: torch.device, dtype: torch.dtype, tf32: bool) -> Path:
     if not library.is_available():
         return Path("general", library.unavailable_reason() or "")
     if device.type not in ("cpu", "cuda"):
@@ -39,9 +45,16 @@ def choose(device: torch.device, dtype: torch.dtype) -> Path:
     gap = library.cpu_gap() if device.type == "cpu" else library.cuda_gap(device)
     if gap is not None:
         return Path("general", gap)
-    if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
-        reason = f"CUDA convolution kernels take bfloat16 and float16, not {_name(dtype)}"
-        return Path("general", reason, wide)
+    if device.type == "cuda" and dtype == torch.float64:
+        return Path("general", "CUDA convolution kernels do not take float64", wide)
+    if device.type == "cuda" and dtype == torch.float32:
+        if not tf32:
+            reason = (
+                "CUDA convolution kernels multiply float32 in TF32, which "
+                "torch.backends.cudnn.conv.fp32_precision does not allow"
+            )
+            return Path("general", reason, wide)
+        return Path("kernels", "compiled cuda kernels, float32 multiplied in TF32", ops)
     return Path("kernels", f"compiled {device.type} kernels, {_name(dtype)}", ops)
 
 

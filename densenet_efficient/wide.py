@@ -1,5 +1,5 @@
-"""The stages in float32 and float64 on a GPU: compiled operators where they take these dtypes, the
-general path for the convolutions, whose kernels are for 16 bits."""
+"""The stages in float64, and in float32 without TF32, on a GPU: compiled operators where they take
+these, the general path for the convolutions."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ struct BackwardLayout {
   int warps;
   DE_HOST_DEVICE int y_offset() const { return kPanels * kPanelBytes; }
   DE_HOST_DEVICE int x_offset() const { return 2 * kPanels * kPanelBytes; }
-  DE_HOST_DEVICE int x_panels() const {
-    return (16 * warps + device::kPanelChannels<T> - 1) / device::kPanelChannels<T>;
+  DE_HOST_DEVICE static int x_panels(int warps) {
+    return device::kIs16Bit<T> ? (warps + 1) / 2 : warps;
   }
-  DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_panels() * kPanelBytes; }
-  DE_HOST_DEVICE int stage_bytes() const { return dx_offset() + x_panels() * kPanelBytes; }
+  DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_panels(warps) * kPanelBytes; }
+  DE_HOST_DEVICE int stage_bytes() const { return dx_offset() + x_panels(warps) * kPanelBytes; }
   DE_HOST_DEVICE int correction_offset() const { return kStages * stage_bytes(); }
   DE_HOST_DEVICE int norm_offset() const {
     return correction_offset() + device::kChunk<T> * kCorrectionPitch;
@@ -180,8 +180,7 @@ struct WarpChannels {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile_row + spread(g) + 8 * half;
-      const int byte = 4 * sizeof(T) * t;
-      const int offset = panel_offset<T>(row, chunk0 + byte / 16) + byte % 16;
+      const int offset = byte_offset<T>(row, chunk0, 4 * static_cast<int>(sizeof(T)) * t);
       float values[4], sum[4];
       unpack_four<T>(shared_load<Four<T>>(x + offset), values);
       unpack_four<T>(shared_load<Four<T>>(dx + offset), sum);
@@ -208,10 +207,8 @@ struct WarpChannels {
     int of_x[kPointers<T>], of_dy[kPointers<T>];
 #pragma unroll
     for (int i = 0; i < kPointers<T>; ++i) {
-      of_x[i] = permute_chunks<T>((tile_row + b_depth<T>(lane, i)) * kPanelRowBytes + 16 * chunk0 +
-                                  b_byte<T>(lane));
-      of_dy[i] =
-          permute_chunks<T>((tile_row + a_depth<T>(lane, i)) * kPanelRowBytes + a_byte<T>(lane));
+      of_x[i] = byte_offset<T>(tile_row + b_depth<T>(lane, i), chunk0, b_byte<T>(lane));
+      of_dy[i] = byte_offset<T>(tile_row + a_depth<T>(lane, i), 0, a_byte<T>(lane));
     }
     uint32_t h[4];
     load_b_transposed<T>(h, x, of_x, 0);

@@ -90,8 +90,7 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles<T>][4],
       int of_weight[kPointers<T>], offsets[4];
 #pragma unroll
       for (int i = 0; i < kPointers<T>; ++i)
-        of_weight[i] = permute_chunks<T>((b_depth<T>(lane, i) * kTaps + 8 - tap) * kPanelRowBytes +
-                                         b_byte<T>(lane));
+        of_weight[i] = byte_offset<T>(b_depth<T>(lane, i) * kTaps + 8 - tap, 0, b_byte<T>(lane));
 #pragma unroll
       for (int m = 0; m < 4; ++m)
         offsets[m] = tap_offset<T>(rows[m], tap, dh * pitch + dw, dy, zeros);

@@ -77,7 +77,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
   int of_x[kPointers<T>];
 #pragma unroll
   for (int i = 0; i < kPointers<T>; ++i)
-    of_x[i] = permute_chunks<T>(b_depth<T>(lane, i) * kPanelRowBytes + b_byte<T>(lane));
+    of_x[i] = byte_offset<T>(b_depth<T>(lane, i), 0, b_byte<T>(lane));
   for (int step = 0; step < steps; ++step) {
     uint32_t b[2][4], rows[kPointers<T>];
 #pragma unroll

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof
         copy_chunk(stage + layout.y_offset() + offset,
                    args.y.at<T>(row0 + row, column_chunk * kChunk<T>), here, args.y.vector);
       }
-      for (int panel = 0; panel < layout.x_panels(); ++panel) {
+      for (int panel = 0; panel < layout.x_panels(args.warps); ++panel) {
         const int chunk = thread & 3;
         const int channel = block_channel0 + panel * kPanelChannels<T> + chunk * kChunk<T>;
         const int exist = channels_left<T>(channel, channel_end);

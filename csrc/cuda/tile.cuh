@@ -72,6 +72,12 @@ __device__ __forceinline__ int panel_offset(int row, int chunk) {
   return permute_chunks<T>(row * kPanelRowBytes + chunk * 16);
 }
 
+// Of a byte that lies so far behind the chunk's first, in the chunk or a later one.
+template <typename T>
+__device__ __forceinline__ int byte_offset(int row, int chunk, int byte) {
+  return panel_offset<T>(row, chunk + (byte >> 4)) + (byte & 15);
+}
+
 // What the row's number does to an offset within the row.
 template <typename T>
 __device__ __forceinline__ int row_flip(int row) {
@@ -319,14 +325,13 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const unsign
 // of the next row tile eight rows further on. The next column tile's is flipped by its bytes.
 template <typename T>
 __device__ __forceinline__ int accumulator_offset(int lane) {
-  return permute_chunks<T>((lane >> 2) * kPanelRowBytes +
-                           2 * static_cast<int>(sizeof(T)) * (lane & 3));
+  return byte_offset<T>(lane >> 2, 0, 2 * static_cast<int>(sizeof(T)) * (lane & 3));
 }
 
 // Where the 16 channels from 16 * i on are, in panels of `pitch` bytes, and their flip.
 template <typename T>
 __device__ __forceinline__ int sixteen_offset(int i, int pitch) {
-  return kIs16Bit<T> ? (i >> 1) * pitch : i * pitch;
+  return (kIs16Bit<T> ? i / 2 : i) * pitch;
 }
 template <typename T>
 __device__ __forceinline__ int sixteen_flip(int i) {

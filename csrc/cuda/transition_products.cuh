@@ -49,8 +49,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint3
   int of_b[kPointers<T>];
 #pragma unroll
   for (int i = 0; i < kPointers<T>; ++i)
-    of_b[i] = permute_chunks<T>((kDepth<T> * step + b_depth<T>(lane, i)) * kPanelRowBytes +
-                                b_byte<T>(lane));
+    of_b[i] = byte_offset<T>(kDepth<T> * step + b_depth<T>(lane, i), 0, b_byte<T>(lane));
 #pragma unroll
   for (int j = 0; j < kTiles / 2; ++j) {
     uint32_t b[4];
@@ -204,8 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight a
       int of_a[kPointers<T>];
 #pragma unroll
       for (int i = 0; i < kPointers<T>; ++i)
-        of_a[i] = permute_chunks<T>((kDepth<T> * step + a_depth<T>(lane, i)) * kPanelRowBytes +
-                                    a_byte<T>(lane));
+        of_a[i] = byte_offset<T>(kDepth<T> * step + a_depth<T>(lane, i), 0, a_byte<T>(lane));
       uint32_t a[2][4];  // the panels' channels are a's rows
 #pragma unroll
       for (int m = 0; m < 2; ++m) {

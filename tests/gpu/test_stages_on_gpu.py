@@ -36,6 +36,12 @@ SMALL = [
     ("norm_relu_conv3x3_forward", (1, 5, 70, 24, 12), BF16, 0),
     ("norm_relu_conv3x3_backward", (1, 9, 7, 48, 12), BF16, 12),
     ("norm_relu_conv3x3_backward", (2, 6, 5, 20, 48), FP16, 0),
+    ("transition_forward", (1, 7, 9, 54, 150), FP32, 2),
+    ("transition_backward", (3, 7, 9, 216, 108), FP32, 0),
+    ("norm_relu_conv1x1_forward", (77, 36, 129), FP32, 2),
+    ("norm_relu_conv1x1_backward", (77, 36, 129), FP32, 4),
+    ("norm_relu_conv3x3_forward", (1, 9, 7, 48, 12), FP32, 12),
+    ("norm_relu_conv3x3_backward", (2, 6, 5, 20, 48), FP32, 0),
 ]
 REAL = [
     ("channel_stats", (16 * 56 * 56, 64), BF16, 0),
@@ -53,6 +59,12 @@ REAL = [
     ("norm_relu_conv1x1_backward", (16 * 32 * 32, 204, 48), BF16, 0),
     ("norm_relu_conv3x3_forward", (16, 32, 32, 48, 12), BF16, 0),
     ("norm_relu_conv3x3_backward", (16, 32, 32, 48, 12), FP16, 0),
+    ("transition_forward", (4, 56, 56, 256, 128), FP32, 0),
+    ("transition_backward", (4, 56, 56, 256, 128), FP32, 0),
+    ("norm_relu_conv1x1_forward", (4 * 56 * 56, 224, 128), FP32, 0),
+    ("norm_relu_conv1x1_backward", (4 * 56 * 56, 224, 128), FP32, 0),
+    ("norm_relu_conv3x3_forward", (4, 56, 56, 128, 32), FP32, 0),
+    ("norm_relu_conv3x3_backward", (4, 56, 56, 128, 32), FP32, 0),
 ]
 
 
