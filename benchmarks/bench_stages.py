@@ -84,6 +84,7 @@ def main() -> int:
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions may, and our kernels with them
     dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
     batch = options.batch or (256 if on_gpu else 8)
     bandwidth, rate = ceilings(dtype, device)

@@ -12,8 +12,8 @@
 //   dz         the gradient behind the ReLU mask, in front of the norm's scale.
 // Activations are float64, float32, bfloat16 or float16, weights have the activations' dtype. norm,
 // stats, dnorm, correction and weight gradients are float32 (float64 beside float64 activations).
-// On CUDA the convolutions and transitions multiply float32 in TF32 and do not take float64: whether
-// a caller may use them is densenet_efficient/paths.py's to say.
+// On CUDA the convolutions and transitions multiply float32 in TF32 and take no float64: where they
+// may be used is densenet_efficient/paths.py's to say.
 // Kernels write only into the tensors marked with "!".
 #include "stable.h"
 

@@ -36,6 +36,11 @@ DESIGNED = {
     "conv3x3 weight gradient<T, 1>": (2, 192),
     "conv3x3 weight gradient<T, 2>": (2, 192),
     "conv3x3 weight gradient<T, 3>": (1, 192),
+    "transition forward<T, 64, 1>": (2, 128),
+    "transition forward<T, 128, 1>": (2, 128),
+    "transition forward<T, 128, 2>": (2, 128),
+    "transition data gradient<T>": (2, 128),
+    "transition weight gradient<T>": (2, 128),
 }
 
 
@@ -84,6 +89,16 @@ def test_kernels_use_the_hardware(compiled: dict[str, Any]) -> None:
         assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills registers"
         assert kernel.tensor > 0, f"{kernel.name} has no tensor-core instructions"
         assert kernel.copies > 0, f"{kernel.name} has no 16-byte asynchronous copies"
+
+
+@pytest.mark.parametrize("arch", ["80", "86", "89", "100", "120"])
+def test_no_kernel_spills_on_other_architectures(tool: ModuleType, arch: str) -> None:
+    try:
+        tool.find_tools()
+    except tool.MissingToolError as missing:
+        pytest.skip(str(missing))
+    for kernel in tool.compile_kernels(arch):
+        assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills on sm_{arch}"
 
 
 def test_registers_leave_room_for_the_designed_blocks(compiled: dict[str, Any]) -> None:

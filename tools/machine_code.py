@@ -32,6 +32,8 @@ SOURCES = (
     "norm_relu_conv1x1_backward",
     "norm_relu_conv3x3_forward",
     "norm_relu_conv3x3_backward",
+    "transition_forward",
+    "transition_backward",
 )
 # Instructions by the beginning of their name.
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
@@ -212,9 +214,11 @@ def kernel_name(symbol: str, source: str) -> str:
     names = {"c10::": "", "BFloat16": "bf16", "Half": "fp16", "float": "tf32", "::": ""}
     for old, new in names.items():
         text = text.replace(old, new)
-    part = re.search(r"(data|weight)_gradient", demangled)
+    part = re.search(r"(data|weight)_gradient|transition_(product|weight)_kernel", demangled)
     stage = source.removeprefix("norm_relu_").replace("_", " ")
-    stage = stage.replace("backward", f"{part[1]} gradient") if part else stage
+    if part:
+        kind = "weight" if "weight" in part[0] else "data"
+        stage = stage.replace("backward", f"{kind} gradient")
     return f"{stage}<{text.strip()}>"
 
 

@@ -6,8 +6,8 @@
 // and have 64, more than 128 make pairs of warps that share their rows; more than 256 take several
 // columns of the grid. The four pixels of each row arrive in four panels of shared memory
 // (tile.cuh); the mean of their normalised values takes the place of the first, rounded to an
-// operand, and of the second, what the rounding left. Two products instead of one cost no time
-// beside four pixels' bytes, and the mean keeps the digits that averaging four rounded pixels would.
+// operand, and of the second, what the rounding left: two products, which beside four pixels'
+// bytes cost no time, keep the digits that the mean of four rounded pixels would have.
 // Who owns what: a block walks over a static range of row tiles and, within a tile, over the
 // channels in panels, one panel ahead of the products.
 // Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the

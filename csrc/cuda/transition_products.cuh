@@ -39,12 +39,13 @@ struct DepthChunk {
   }
 };
 
-// acc += a @ b for one depth: b [kDepth, 128] lies in panels with the depth along their rows. kExact:
-// of 32-bit channels b is multiplied twice, rounded to an operand and what the rounding left.
+// acc += a @ b for one depth: b [kDepth, 128] lies in panels with the depth along their rows.
+// kExact: 32-bit words of b are two operands, what they round to and what the rounding left.
 template <typename T, bool kExact>
 __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint32_t (&a)[2][4],
                                          const unsigned char* b_panels, int step) {
   using namespace device;
+  constexpr bool kTwice = kExact && !kIs16Bit<T>;
   const int lane = lane_index();
   int of_b[kPointers<T>];
 #pragma unroll
@@ -55,19 +56,17 @@ __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint3
     uint32_t b[4];
     load_b_transposed<T>(b, b_panels + sixteen_offset<T>(j, kPanelBytes<T>), of_b,
                          sixteen_flip<T>(j));
-    uint32_t rest[4];
+    if constexpr (kTwice) {
+      uint32_t rest[4];
+      split_floats(b, rest);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t word = operand<T>(b[i]);
-      rest[i] = to_tf32(rest_of(to_float_bits(b[i]), to_float_bits(word)));
-      b[i] = word;
-    }
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], b);
-      if constexpr (kExact && !kIs16Bit<T>)
+      for (int m = 0; m < 2; ++m)
         multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], rest);
+    } else {
+      make_operands<T>(b);
     }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], b);
   }
 }
 

@@ -75,6 +75,16 @@ __device__ __forceinline__ void make_operands(uint32_t (&words)[4]) {
   for (int i = 0; i < 4; ++i) words[i] = operand<T>(words[i]);
 }
 
+// Floats made operands, and what their rounding left as well.
+__device__ __forceinline__ void split_floats(uint32_t (&words)[4], uint32_t (&rest)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float value = to_float_bits(words[i]);
+    words[i] = to_tf32(value);
+    rest[i] = to_tf32(rest_of(value, to_float_bits(words[i])));
+  }
+}
+
 // ---- Norms --------------------------------------------------------------------------------------
 
 // Scale and shift of a word's channels: (a0, s0, a1, s1) or (a0, s0).
