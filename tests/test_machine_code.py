@@ -91,8 +91,9 @@ def test_kernels_use_the_hardware(compiled: dict[str, Any]) -> None:
         assert kernel.copies > 0, f"{kernel.name} has no 16-byte asynchronous copies"
 
 
-@pytest.mark.parametrize("arch", ["80", "86", "89", "100", "120"])
+@pytest.mark.parametrize("arch", ["86", "89", "100", "120"])
 def test_no_kernel_spills_on_other_architectures(tool: ModuleType, arch: str) -> None:
+    """The build compiles sm_80 and sm_90a, and its report is checked as well."""
     try:
         tool.find_tools()
     except tool.MissingToolError as missing:

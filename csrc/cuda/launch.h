@@ -38,12 +38,11 @@ struct LaunchShape {
   int64_t shared_bytes = 0;
 };
 
-// What launchers size their grids and tiles by. The emulation pretends to be a small Hopper device.
+// What launchers size their grids and tiles by.
 struct Device {
   int index = 0;
-  int multiprocessors = 4;
-  int capability = 90;            // 10 * major + minor
-  int shared_bytes = 227 * 1024;  // the most one block may ask for
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // the most one block may ask for
 };
 
 #if defined(DE_EMULATE)
@@ -63,7 +62,7 @@ class Launcher {
 
  private:
   const char* op_;
-  Device device_;
+  Device device_{0, emulation::device().multiprocessors, emulation::device().shared_bytes};
 };
 
 #else
@@ -78,12 +77,8 @@ inline const Device& device_figures(int index) {
   std::call_once(asked[index], [index] {
     Device& device = devices[index];
     device.index = index;
-    int major = 0, minor = 0;
     cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
     cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    device.capability = 10 * major + minor;
   });
   return devices[index];
 }

@@ -60,6 +60,14 @@ struct Counters {
   std::vector<TensorCounters> tensors;
 };
 
+// What launchers size their grids and tiles by: a small Hopper device, unless told otherwise.
+struct DeviceFigures {
+  int multiprocessors = 4;
+  int shared_bytes = 227 * 1024;  // the most one block may ask for
+};
+void set_device(const DeviceFigures& figures);
+const DeviceFigures& device();
+
 // The run's order: 0 runs threads in ascending order, 1 in descending, others shuffle. Even seeds
 // let asynchronous copies arrive as late as they may, odd ones at once.
 void set_seed(uint64_t seed);

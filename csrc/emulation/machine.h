@@ -62,6 +62,7 @@ struct Thread {
 };
 
 struct Machine {
+  DeviceFigures device;
   uint64_t seed = 0;
   std::mt19937_64 random;
   std::vector<Counters> launches;

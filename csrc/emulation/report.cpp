@@ -60,6 +60,10 @@ void write(std::ostringstream& out, const Counters& launch) {
 }  // namespace
 }  // namespace densenet_efficient::emulation
 
+DE_EXPORT void de_emulation_set_device(int multiprocessors, int shared_bytes) {
+  densenet_efficient::emulation::set_device({multiprocessors, shared_bytes});
+}
+
 DE_EXPORT void de_emulation_set_seed(unsigned long long seed) {
   densenet_efficient::emulation::set_seed(seed);
 }

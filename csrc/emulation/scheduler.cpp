@@ -159,6 +159,8 @@ void run_block(int block_x, int block_y) {
 
 // ---- Interface ----------------------------------------------------------------------------------
 
+void set_device(const DeviceFigures& figures) { machine.device = figures; }
+const DeviceFigures& device() { return machine.device; }
 void set_seed(uint64_t seed) { machine.seed = seed; }
 const std::vector<Counters>& launches() { return machine.launches; }
 void clear_launches() { machine.launches.clear(); }
@@ -170,8 +172,11 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
          int64_t shared_bytes, const std::function<void()>& body) {
   Machine& m = machine;
   if (grid_x < 1 || grid_y < 1 || grid_y > 65535 || block < 1 || block > 1024 || block % kWarp ||
-      shared_bytes < 0 || shared_bytes > 227 * 1024)
-    throw std::runtime_error("emulation: impossible launch of " + std::string(kernel));
+      shared_bytes < 0 || shared_bytes > m.device.shared_bytes)
+    throw std::runtime_error("emulation: impossible launch of " + std::string(kernel) + ": grid " +
+                             std::to_string(grid_x) + " x " + std::to_string(grid_y) + ", block " +
+                             std::to_string(block) + ", " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
   if (!m.stacks || m.stacks->count() < block) m.stacks = std::make_unique<Stacks>(block);
   m.random.seed(m.seed);
   m.launches.emplace_back();

@@ -8,10 +8,11 @@ memory an exactly sized heap block filled with NaN, all of it under the address 
 """
 
 from .build import EmulationError, Mutation, build
-from .emulator import Emulator
+from .emulator import Device, Emulator
 from .report import Launch, Site, TensorTraffic, Traffic, tensor_table, tensor_traffic
 
 __all__ = [
+    "Device",
     "EmulationError",
     "Emulator",
     "Launch",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,21 @@ WORKER = Path(__file__).with_name("worker.py")
 SANITIZER = (
     "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255:malloc_context_size=4"
 )
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launchers size their grids and tiles by: a small Hopper device, unless told otherwise.
+
+    multiprocessors: positive. shared_bytes: the most that one block may ask for; launches that ask
+    for more are refused.
+    """
+
+    multiprocessors: int = 4
+    shared_bytes: int = 227 << 10
+
+
+HOPPER = Device()
 
 
 class Emulator:
@@ -47,17 +63,19 @@ class Emulator:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the emulator)
 
-    def call(self, op: str, *arguments: Any, seed: int = 0) -> list[Launch]:
+    def call(
+        self, op: str, *arguments: Any, seed: int = 0, device: Device = HOPPER
+    ) -> list[Launch]:
         """Calls torch.ops.densenet_efficient.`op`; tensors are written as the operator writes them.
 
         seed: the order in which threads run: 0 ascending, 1 descending, others shuffled; even ones
-        delay asynchronous copies as long as they may be. Returns the counters of every launch.
-        Raises EmulationError with the message of whatever was broken.
+        delay asynchronous copies as long as they may be. device: what the launcher sees. Returns
+        the counters of every launch. Raises EmulationError with the message of whatever was broken.
         """
         process = self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            send(process.stdin, (op, list(arguments), seed))
+            send(process.stdin, (op, list(arguments), seed, astuple(device)))
             reply = receive(process.stdout)
         except BrokenPipeError:
             reply = None

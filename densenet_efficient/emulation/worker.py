@@ -2,7 +2,8 @@
 this package (the operators it loads bear the same names as the real library's).
 
 Reads requests from stdin and answers on stdout, each a length and a torch.save of that many bytes:
-(operator, arguments, seed) -> (arguments after the call, counters as JSON, error or None).
+(operator, arguments, seed, device's figures) -> (arguments after the call, counters as JSON, error
+or None).
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def main() -> None:
     library = ctypes.CDLL(sys.argv[1])
     library.de_emulation_report.restype = ctypes.c_char_p
     while (request := receive(requests)) is not None:
-        op, arguments, seed = request
+        op, arguments, seed, figures = request
         arguments = on_exact_heap(arguments)
         library.de_emulation_set_seed(ctypes.c_ulonglong(seed))
+        library.de_emulation_set_device(*figures)
         error = None
         try:
             call(library, op, arguments)
