@@ -3,8 +3,8 @@
 //
 // Tile: as in the forward pass, 64 pixels a warp. dy and its halo stay in shared memory for the
 // whole tile; for a panel of x at a time (32 channels of 16 bits, 16 of 32), their weight passes by
-// and nine shifted products add up in registers. The result goes through the place where x lay, from
-// where it leaves in rows.
+// and nine shifted products add up in registers. The result goes through the place where x lay, and
+// leaves from there in rows.
 // Who owns what: a block walks over a static range of tiles; (tile, panel of channels, panel of
 // outputs) triples form one sequence, of which cp.async loads the next while this one is
 // multiplied.

@@ -13,50 +13,18 @@
 //   access          of transposed operands, which ldmatrix cannot serve
 #pragma once
 
-#include "words.cuh"
+#include "chunks.cuh"
 
 namespace densenet_efficient::device {
 
 constexpr int kPanelRowBytes = 64;
 template <typename T>
 constexpr int kPanelChannels = kPanelRowBytes / static_cast<int>(sizeof(T));
-template <typename T>
-constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // channels in 16 bytes
 
 template <typename T>
 __device__ __forceinline__ int panels_of(int channels) {
   return (channels + kPanelChannels<T> - 1) / kPanelChannels<T>;
 }
-
-// Rows of channels in global memory.
-struct RowTensor {
-  void* data;
-  int64_t stride;  // elements between two rows, at least the number of channels
-  int vector;  // elements of the widest aligned access: 16 bytes' worth, or a power of two below
-
-  template <typename T>
-  DE_HOST_DEVICE T* at(int64_t row, int channel) const {
-    return static_cast<T*>(data) + row * stride + channel;
-  }
-  // The same rows from a later channel on, a multiple of eight; the same channels from a later row
-  // on.
-  template <typename T>
-  DE_HOST_DEVICE RowTensor from_channel(int channel) const {
-    return {at<T>(0, channel), stride, vector};
-  }
-  template <typename T>
-  DE_HOST_DEVICE RowTensor from_row(int64_t row) const {
-    return {at<T>(row, 0), stride, vector};
-  }
-};
-
-// A [rows, C] table of fp32 vectors: norm or correction.
-struct Table {
-  const float* data;
-  int64_t stride;
-
-  DE_HOST_DEVICE Table from_channel(int channel) const { return {data + channel, stride}; }
-};
 
 // For row * 64 + byte.
 template <typename T>
@@ -82,113 +50,6 @@ __device__ __forceinline__ int byte_offset(int row, int chunk, int byte) {
 template <typename T>
 __device__ __forceinline__ int row_flip(int row) {
   return panel_offset<T>(row, 0) ^ (row * kPanelRowBytes);
-}
-
-// How many of a chunk's channels, the first of which is `channel`, exist.
-template <typename T>
-__device__ __forceinline__ int channels_left(int channel, int channels) {
-  const int left = channels - channel;
-  return left < 0 ? 0 : left > kChunk<T> ? kChunk<T> : left;
-}
-
-// ---- Global memory, a chunk at a time -----------------------------------------------------------
-
-// Rows aligned to 16 or 8 bytes are copied whole or in halves, any others channel by channel: slow,
-// but none of the networks' slices is like that.
-
-template <typename T>
-using Bits = std::conditional_t<kIs16Bit<T>, uint16_t, uint32_t>;
-template <typename T>
-constexpr int kHalf = kChunk<T> / 2;
-
-// Copies a chunk to shared memory; of its channels the first `valid` are read, the others are zero.
-template <typename T>
-__device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* global, int valid,
-                                           int vector DE_HERE) {
-  constexpr int kSize = sizeof(T);
-  if (vector == kChunk<T>) {
-    cp_async<16>(shared, global, kSize * valid DE_AT);
-  } else if (vector == kHalf<T>) {
-    // Half of the chunks of 256 bytes copy their upper half first, or half the banks would idle.
-    const int first = reinterpret_cast<uintptr_t>(shared) >> 7 & 1 ? kHalf<T> : 0;
-    const int second = kHalf<T> - first;
-    cp_async<8>(shared + kSize * first, global + first,
-                kSize * min(max(valid - first, 0), kHalf<T>) DE_AT);
-    cp_async<8>(shared + kSize * second, global + second,
-                kSize * min(max(valid - second, 0), kHalf<T>) DE_AT);
-  } else {
-#pragma unroll 1
-    for (int c = 0; c < kChunk<T>; ++c)
-      shared_store<Bits<T>>(shared + kSize * c,
-                            c < valid ? global_load<Bits<T>>(global + c DE_AT) : Bits<T>(0) DE_AT);
-  }
-}
-
-// Half a chunk's channels, of which the first `valid` are read; the others are zero.
-template <typename T>
-__device__ __forceinline__ uint2 load_half(const T* global, int valid, int vector DE_HERE) {
-  if (vector >= kHalf<T> && valid >= kHalf<T>) return global_load<uint2>(global DE_AT);
-  uint64_t bits = 0;
-#pragma unroll 1
-  for (int c = 0; c < kHalf<T> && c < valid; ++c)
-    bits |= uint64_t(global_load<Bits<T>>(global + c DE_AT)) << (8 * sizeof(T) * c);
-  return uint2{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
-}
-
-// The first `valid` channels of a chunk in registers, zero behind them.
-template <typename T>
-__device__ __forceinline__ uint4 load_chunk(const T* global, int valid, int vector DE_HERE) {
-  if (vector == kChunk<T> && valid == kChunk<T>) return global_load<uint4>(global DE_AT);
-  const uint2 low = load_half(global, valid, vector DE_AT);
-  const uint2 high = load_half(global + kHalf<T>, valid - kHalf<T>, vector DE_AT);
-  return uint4{low.x, low.y, high.x, high.y};
-}
-
-// Writes the first `valid` channels of half a chunk.
-template <typename T>
-__device__ __forceinline__ void store_half(T* global, uint2 half, int valid, int vector DE_HERE) {
-  if (vector >= kHalf<T> && valid >= kHalf<T>) {
-    global_store(global, half DE_AT);
-    return;
-  }
-  const uint64_t bits = half.x | uint64_t(half.y) << 32;
-#pragma unroll 1
-  for (int c = 0; c < kHalf<T> && c < valid; ++c)
-    global_store(global + c, static_cast<Bits<T>>(bits >> (8 * sizeof(T) * c)) DE_AT);
-}
-
-// Writes the first `valid` channels of a chunk.
-template <typename T>
-__device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int valid, int vector DE_HERE) {
-  if (vector == kChunk<T> && valid == kChunk<T>) {
-    global_store(global, chunk DE_AT);
-    return;
-  }
-  store_half(global, uint2{chunk.x, chunk.y}, valid, vector DE_AT);
-  store_half(global + kHalf<T>, uint2{chunk.z, chunk.w}, valid - kHalf<T>, vector DE_AT);
-}
-
-// The first `valid` of four neighbouring channels.
-template <typename T>
-__device__ __forceinline__ Four<T> load_four(const T* global, int valid, int vector DE_HERE) {
-  if constexpr (kIs16Bit<T>)
-    return load_half(global, valid, vector DE_AT);
-  else
-    return load_chunk(global, valid, vector DE_AT);
-}
-template <typename T>
-__device__ __forceinline__ void store_four(T* global, Four<T> four, int valid, int vector DE_HERE) {
-  if constexpr (kIs16Bit<T>)
-    store_half(global, four, valid, vector DE_AT);
-  else
-    store_chunk(global, four, valid, vector DE_AT);
-}
-
-__device__ __forceinline__ void to_array(uint4 chunk, uint32_t (&words)[4]) {
-  words[0] = chunk.x;
-  words[1] = chunk.y;
-  words[2] = chunk.z;
-  words[3] = chunk.w;
 }
 
 // ---- Norms --------------------------------------------------------------------------------------
