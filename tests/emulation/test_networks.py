@@ -1,0 +1,83 @@
+"""A whole network, forward and backward, on the emulated CUDA kernels: every launcher called as the
+modules call it, on rows that lie as on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import error_ratio, relative_error, training_step
+from emulators import emulator_of
+from test_kernels import identifier
+from torch import Tensor, nn
+
+from densenet_efficient import ops, reference, rows
+from densenet_efficient.emulation.cases import stage_of
+from densenet_efficient.models import EfficientDenseNet
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZES = (12, (3, 2), 24)  # growth rate, layers, first features: no row fills whole sectors
+DRAWS = 3
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every operator runs on the emulation; their names as they are called."""
+    called: list[str] = []
+
+    def operator(name: str) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            called.append(name)
+            emulator_of(stage_of(name)).call(name, *arguments, seed=len(called))
+
+        return call
+
+    on_gpu = rows.row_length
+    device = torch.device("cuda")
+    monkeypatch.setattr(ops, "_operator", functools.cache(operator))
+    monkeypatch.setattr(rows, "row_length", lambda c, dtype, _: on_gpu(c, dtype, device))
+    return called
+
+
+def networks(dtype: torch.dtype, memory: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Ours and the framework's in `dtype`, with moved norms; the latter in float64."""
+    plain = reference.DenseNet(*SIZES, num_classes=3)
+    for norm in (m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.5)
+    ours = EfficientDenseNet(*SIZES, num_classes=3, memory=memory)
+    ours.load_state_dict(plain.state_dict())
+    exact = copy.deepcopy(plain).to(dtype).double()
+    return ours.to(dtype), plain.to(dtype), exact
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=identifier)
+def test_a_step_errs_no_more_than_the_framework(
+    emulated: list[str], dtype: torch.dtype, memory: str
+) -> None:
+    ours, plain, exact = networks(dtype, memory)
+    steps: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
+    for _ in range(DRAWS):
+        x, target = torch.randn(2, 3, 40, 36).to(dtype), torch.tensor([0, 2])
+        steps[0].append(training_step(ours, x, target))
+        steps[1].append(training_step(plain, x, target))
+        steps[2].append(training_step(exact, x.double(), target))
+    assert set(emulated) == set(ops.NAMES)
+    ratio = error_ratio(*steps)
+    # On images this small single ReLUs, which rounding turns, decide over single tensors.
+    assert ratio.together <= 1.2, ratio
+
+
+def test_a_step_in_tf32_is_right(emulated: list[str]) -> None:
+    """But for what products of ten bits, and the ReLUs that they turn, leave."""
+    ours, _, exact = networks(FP32, "recompute")
+    x, target = torch.randn(2, 3, 40, 36), torch.tensor([0, 2])
+    expected = training_step(exact, x.double(), target)
+    for name, value in training_step(ours, x, target).items():
+        assert relative_error(value, expected[name]) < 3e-2, name
+    assert "norm_relu_conv3x3_backward" in emulated
