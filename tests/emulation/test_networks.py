@@ -43,13 +43,15 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def networks(dtype: torch.dtype, memory: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+def networks(
+    dtype: torch.dtype, memory: str, **options: Any
+) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Ours and the framework's in `dtype`, with moved norms; the latter in float64."""
-    plain = reference.DenseNet(*SIZES, num_classes=3)
+    plain = reference.DenseNet(*SIZES, num_classes=3, **options)
     for norm in (m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.5)
-    ours = EfficientDenseNet(*SIZES, num_classes=3, memory=memory)
+    ours = EfficientDenseNet(*SIZES, num_classes=3, memory=memory, **options)
     ours.load_state_dict(plain.state_dict())
     exact = copy.deepcopy(plain).to(dtype).double()
     return ours.to(dtype), plain.to(dtype), exact
@@ -73,9 +75,10 @@ def test_a_step_errs_no_more_than_the_framework(
     assert ratio.together <= 1.2, ratio
 
 
-def test_a_step_in_tf32_is_right(emulated: list[str]) -> None:
+@pytest.mark.parametrize("bottleneck", [True, False], ids=["bottleneck", "plain"])
+def test_a_step_in_tf32_is_right(emulated: list[str], bottleneck: bool) -> None:
     """But for what products of ten bits, and the ReLUs that they turn, leave."""
-    ours, _, exact = networks(FP32, "recompute")
+    ours, _, exact = networks(FP32, "recompute", bottleneck=bottleneck)
     x, target = torch.randn(2, 3, 40, 36), torch.tensor([0, 2])
     expected = training_step(exact, x.double(), target)
     for name, value in training_step(ours, x, target).items():
