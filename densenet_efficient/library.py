@@ -95,6 +95,14 @@ def _cuda_gap(index: int) -> str | None:
             f"the CUDA kernels were compiled for {_arch_text(built)}, and this GPU is {version}: "
             f"rebuild with TORCH_CUDA_ARCH_LIST={version}"
         )
+    # 12080 for CUDA 12.8
+    supported = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    if supported // 1000 < int(built["nvcc"].partition(".")[0]):
+        version = f"{supported // 1000}.{supported % 1000 // 10}"
+        return (
+            f"the CUDA kernels were compiled with CUDA {built['nvcc']}, and this GPU's driver "
+            f"supports CUDA {version}: update the driver, or rebuild with an older nvcc"
+        )
     return _without_kernels("CUDA")
 
 

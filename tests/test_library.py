@@ -188,6 +188,23 @@ def test_cuda_gap_names_the_gpu_and_the_cure(unloaded: pytest.MonkeyPatch) -> No
     assert "compiled for sm_90a, and this GPU is 8.6: rebuild with TORCH_CUDA_ARCH_LIST=8.6" in gap
 
 
+def test_cuda_gap_names_a_driver_that_is_too_old(unloaded: pytest.MonkeyPatch) -> None:
+    """The kernels bring the CUDA runtime of the nvcc that compiled them; torch's may be older."""
+    library.load()
+    built = {**library.build_info(), "cuda_archs": "90a", "cuda_ptx": "", "nvcc": "13.0"}
+    unloaded.setattr(library, "build_info", lambda: built)
+    unloaded.setattr(torch.cuda, "is_available", lambda: True)
+    unloaded.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    unloaded.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    gap = library.cuda_gap(torch.device("cuda", 0))
+    assert gap is not None
+    assert "compiled with CUDA 13.0, and this GPU's driver supports CUDA 12.8: update" in gap
+    library._cuda_gap.cache_clear()
+    unloaded.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13020, raising=False)
+    gap = library.cuda_gap(torch.device("cuda", 0))
+    assert gap is None or "driver" not in gap
+
+
 def test_cuda_gap_without_cuda_kernels(unloaded: pytest.MonkeyPatch) -> None:
     built = {**library.build_info(), "cuda_archs": "", "cuda": "left out (no nvcc)"}
     unloaded.setattr(library, "build_info", lambda: built)

@@ -182,7 +182,7 @@ template <typename T, bool kAccumulate>
 __global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
     kernel(DataGradient args, Images images) {
   constexpr int kChannels = kPanelChannels<T>, kSums = kDnormRows * kChannels;
-  const int output_panels = panels_of<T>(args.outputs);
+  const int output_panels = max(1, panels_of<T>(args.outputs));
   const DataGradientLayout<T> layout{images.positions, images.groups, output_panels, kAccumulate};
   const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
   const int lane = lane_index();

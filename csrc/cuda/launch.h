@@ -69,16 +69,27 @@ class Launcher {
 
 constexpr int kMaxDevices = 64;
 
-// Figures of a device, asked once per device.
-inline const Device& device_figures(int index) {
+// Fails with the operator's name and the runtime's words.
+inline void check_cuda(cudaError_t error, const char* op, const char* what) {
+  if (error == cudaSuccess) return;
+  std::ostringstream text;
+  text << "densenet_efficient::" << op << ": " << what << " failed: " << cudaGetErrorString(error);
+  throw std::runtime_error(text.str());
+}
+
+// Figures of a device, asked once per device; where that fails, the next call asks again.
+inline const Device& device_figures(int index, const char* op) {
   static Device devices[kMaxDevices];
   static std::once_flag asked[kMaxDevices];
   if (index < 0 || index >= kMaxDevices) throw std::runtime_error("device index out of range");
-  std::call_once(asked[index], [index] {
+  std::call_once(asked[index], [index, op] {
     Device& device = devices[index];
     device.index = index;
-    cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    const auto ask = [&](int& figure, cudaDeviceAttr attribute) {
+      check_cuda(cudaDeviceGetAttribute(&figure, attribute, index), op, "asking for the device");
+    };
+    ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   });
   return devices[index];
 }
@@ -105,7 +116,7 @@ class Launcher {
   explicit Launcher(const Arg& lead)
       : op_(lead.op),
         guard_(lead.tensor.get_device()),
-        device_(device_figures(lead.tensor.get_device())),
+        device_(device_figures(lead.tensor.get_device(), lead.op)),
         stream_(current_stream(lead.tensor.get_device())) {}
 
   const Device& device() const { return device_; }
@@ -136,13 +147,7 @@ class Launcher {
           "asking for shared memory");
     allowed[device_.index].store(true, std::memory_order_relaxed);
   }
-  void check(cudaError_t error, const char* what) const {
-    if (error == cudaSuccess) return;
-    std::ostringstream text;
-    text << "densenet_efficient::" << op_ << ": " << what
-         << " failed: " << cudaGetErrorString(error);
-    throw std::runtime_error(text.str());
-  }
+  void check(cudaError_t error, const char* what) const { check_cuda(error, op_, what); }
 
   const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;

@@ -83,7 +83,8 @@ inline int64_t resident_blocks(int64_t bytes, int64_t shared_limit) {
 // lies in shared memory at `positions`, tile rows `pitch` apart.
 struct Tile3x3 {
   static constexpr int kGroup = 64, kMaxGroups = 6;
-  int groups = 0;  // 0: no tile fits the device's shared memory
+  static constexpr int kMaxPositions = 1023;  // their byte offsets fill 16 bits (halo.cuh)
+  int groups = 0;                             // 0: no tile fits the device's shared memory
   int tile_height = 0, tile_width = 0;
   int strips = 1, margin = 0, pitch = 0, positions = 0;
   int64_t tiles = 0;
@@ -104,7 +105,7 @@ struct Tile3x3 {
         const int64_t bytes =
             shared.fixed + tile.positions * shared.position + candidate * shared.group;
         const bool fills = tile.tiles >= 2 * multiprocessors || candidate == 1;
-        if (!fills || bytes > shared_limit) continue;
+        if (!fills || bytes > shared_limit || tile.positions > kMaxPositions) continue;
         // Clocks per pixel: a group's products; loading and normalising a position; and a quarter
         // more where a multiprocessor has no second block to work on while one loads.
         double cost = (7.0 * kGroup * candidate + 3.0 * tile.positions) /
