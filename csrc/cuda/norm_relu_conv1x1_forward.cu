@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kStages = 3;
 constexpr int kWarpRows = 32;
-constexpr int kStagingBytes = kWarpRows * device::kPanelRowBytes;
 
 struct Forward {
   device::RowTensor x;       // [M, C]
@@ -48,10 +47,12 @@ struct ForwardLayout {
   }
   DE_HOST_DEVICE int stage_bytes() const { return norm_offset() + device::kScaleShiftBytes<T>; }
   DE_HOST_DEVICE int staging_offset() const { return kStages * stage_bytes(); }
-  // Per warp: mean [kColumns], M2 [kColumns], and behind them all the warps' counts.
-  DE_HOST_DEVICE int moments_offset() const { return staging_offset() + warps * kStagingBytes; }
-  DE_HOST_DEVICE int counts_offset() const { return moments_offset() + warps * kColumns * 8; }
-  DE_HOST_DEVICE int shared_bytes() const { return counts_offset() + warps * 4; }
+  DE_HOST_DEVICE int moments_offset() const {
+    return staging_offset() + warps * device::kStagingBytes;
+  }
+  DE_HOST_DEVICE int shared_bytes() const {
+    return moments_offset() + warps * device::BlockMoments<kColumns>::kWarpBytes;
+  }
 };
 
 // Two 8-column tiles at a time: one depth of a 32-row warp tile.
@@ -86,29 +87,6 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
   }
 }
 
-// The block's moments of its columns, from those of its warps.
-template <typename T, int kColumns, int kSplit>
-__device__ __forceinline__ void write_partial(const Forward& args, unsigned char* shared,
-                                              int column0) {
-  using namespace device;
-  const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
-  const float* moments = reinterpret_cast<const float*>(shared + layout.moments_offset());
-  const float* counts = reinterpret_cast<const float*>(shared + layout.counts_offset());
-  for (int c = thread_index(); c < kColumns * kSplit && column0 + c < args.outputs;
-       c += 32 * args.warps) {
-    Moments<float> all{0, 0, 0};
-    for (int warp = c / kColumns; warp < args.warps; warp += kSplit) {
-      const float* mean = moments + 2 * kColumns * warp + c % kColumns;
-      all = merge(all, Moments<float>{shared_load<float>(counts + warp), shared_load<float>(mean),
-                                      shared_load<float>(mean + kColumns)});
-    }
-    float* out = args.partial + int64_t(block_x()) * 3 * args.outputs + column0 + c;
-    global_store(out, all.count);
-    global_store(out + args.outputs, all.mean);
-    global_store(out + 2 * args.outputs, all.m2);
-  }
-}
-
 template <typename T, int kColumns, int kSplit>
 __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3 : 1)
     forward_kernel(Forward args) {
@@ -124,11 +102,8 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
   const int last_tile = static_cast<int>(int64_t(args.tiles) * (block_x() + 1) / grid_x());
   unsigned char* shared = shared_memory();
 
-  float* moments_data =
-      reinterpret_cast<float*>(shared + layout.moments_offset()) + 2 * kColumns * warp;
-  WarpMoments moments{moments_data, moments_data + kColumns, 0.0f};
-  for (int c = lane_index(); c < 2 * kColumns; c += 32) shared_store(moments_data + c, 0.0f);
-  sync_warp();
+  const BlockMoments<kColumns> block_moments(shared + layout.moments_offset());
+  WarpMoments moments = block_moments.start(warp);
 
   // The panel that is loaded next, kStages - 1 ahead of the one that is multiplied.
   int load_tile = first_tile;
@@ -183,11 +158,10 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
                           column, end, args.partial != nullptr, moments,
                           [&](int r) { return row0 + r < args.rows ? row0 + r : int64_t(-1); });
   }
-  if (!args.partial) return;
-  if (lane_index() == 0)
-    shared_store(reinterpret_cast<float*>(shared + layout.counts_offset()) + warp, moments.count);
-  sync_threads();
-  write_partial<T, kColumns, kSplit>(args, shared, column0);
+  if (args.partial)
+    block_moments.template finish<kSplit>(moments, args.warps,
+                                          args.partial + int64_t(block_x()) * 3 * args.outputs,
+                                          column0, args.outputs);
 }
 
 // ---- Launcher -----------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ namespace {
 using Tile = workspace::cuda::Tile3x3;
 
 constexpr int kStages = 2;
-constexpr int kStagingBytes = 32 * device::kPanelRowBytes;
 
 struct Forward {
   device::RowTensor x;       // [N * H * W, C]
@@ -41,8 +40,8 @@ struct ForwardLayout {
   static constexpr int kNormBytes = device::kScaleShiftBytes<T>;
   int positions, groups;
 
-  // A stage: weight, norm, halo. Behind the stages: zeros; per warp staging and moments (mean, M2
-  // [kColumns], count); the tile's pixels.
+  // A stage: weight, norm, halo. Behind the stages: zeros; the warps' staging; the tile's pixels;
+  // the warps' moments.
   DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
   DE_HOST_DEVICE int halo_offset() const { return norm_offset() + kNormBytes; }
   DE_HOST_DEVICE int stage_bytes() const {
@@ -50,16 +49,18 @@ struct ForwardLayout {
   }
   DE_HOST_DEVICE int zero_offset() const { return kStages * stage_bytes(); }
   DE_HOST_DEVICE int staging_offset() const { return zero_offset() + device::kZeroBytes; }
-  DE_HOST_DEVICE int pixels_offset() const { return staging_offset() + groups * kStagingBytes; }
+  DE_HOST_DEVICE int pixels_offset() const {
+    return staging_offset() + groups * device::kStagingBytes;
+  }
   DE_HOST_DEVICE int moments_offset() const {
     return pixels_offset() + groups * Tile::kGroup * device::kPixelBytes;
   }
-  DE_HOST_DEVICE int moments_bytes() const { return (2 * kColumns + 1) * 4; }
 
   static Tile::Shared shared() {
     return {kStages * (kWeightBytes + kNormBytes) + device::kZeroBytes,
             kStages * device::kPanelRowBytes,
-            kStagingBytes + Tile::kGroup * device::kPixelBytes + (2 * kColumns + 1) * 4};
+            device::kStagingBytes + Tile::kGroup * device::kPixelBytes +
+                device::BlockMoments<kColumns>::kWarpBytes};
   }
 };
 
@@ -99,26 +100,6 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
   }
 }
 
-// The block's moments of its columns, from those of its warps.
-template <int kColumns>
-__device__ __forceinline__ void write_partial(const Forward& args, const unsigned char* moments,
-                                              int moments_bytes, int warps, int column0) {
-  using namespace device;
-  for (int c = thread_index(); c < kColumns && column0 + c < args.outputs; c += 32 * warps) {
-    Moments<float> all{0, 0, 0};
-    for (int warp = 0; warp < warps; ++warp) {
-      const float* of_warp = reinterpret_cast<const float*>(moments + warp * moments_bytes);
-      all = merge(all, Moments<float>{shared_load<float>(of_warp + 2 * kColumns),
-                                      shared_load<float>(of_warp + c),
-                                      shared_load<float>(of_warp + kColumns + c)});
-    }
-    float* out = args.partial + int64_t(block_x()) * 3 * args.outputs + column0 + c;
-    global_store(out, all.count);
-    global_store(out + args.outputs, all.mean);
-    global_store(out + 2 * args.outputs, all.m2);
-  }
-}
-
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
     forward_kernel(Forward args, Images images) {
@@ -133,13 +114,11 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
   unsigned char* shared = shared_memory();
   unsigned char* pixels = shared + layout.pixels_offset();
-  unsigned char* all_moments = shared + layout.moments_offset();
 
   for (int i = thread; i < kZeroBytes / 16; i += threads)
     shared_store(shared + layout.zero_offset() + 16 * i, uint4{0, 0, 0, 0});
-  float* moments_data = reinterpret_cast<float*>(all_moments + warp * layout.moments_bytes());
-  WarpMoments moments{moments_data, moments_data + kColumns, 0.0f};
-  for (int c = lane; c < 2 * kColumns; c += 32) shared_store(moments_data + c, 0.0f);
+  const BlockMoments<kColumns> block_moments(shared + layout.moments_offset());
+  WarpMoments moments = block_moments.start(warp);
   // The halo of a strip does not fill its positions; those between are normalised, never used.
   for (int stage = 0; stage < kStages && images.strips > 1; ++stage)
     for (int i = thread; i < images.positions * 4; i += threads)
@@ -207,10 +186,10 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
                             });
     }
   }
-  if (!args.partial) return;
-  if (lane == 0) shared_store(moments_data + 2 * kColumns, moments.count);
-  sync_threads();
-  write_partial<kColumns>(args, all_moments, layout.moments_bytes(), images.groups, column0);
+  if (args.partial)
+    block_moments.template finish<1>(moments, images.groups,
+                                     args.partial + int64_t(block_x()) * 3 * args.outputs, column0,
+                                     args.outputs);
 }
 
 // ---- Launcher -----------------------------------------------------------------------------------

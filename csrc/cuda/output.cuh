@@ -14,6 +14,47 @@ struct WarpMoments {
   float count;  // rows seen, the same for all columns
 };
 
+// The same of all a block's warps, one behind the other: mean [kColumns], M2 [kColumns], count.
+template <int kColumns>
+struct BlockMoments {
+  static constexpr int kPitch = 2 * kColumns + 1, kWarpBytes = 4 * kPitch;
+  float* data;
+
+  __device__ __forceinline__ explicit BlockMoments(unsigned char* shared)
+      : data(reinterpret_cast<float*>(shared)) {}
+
+  // A warp's own: of no rows yet.
+  __device__ __forceinline__ WarpMoments start(int warp) const {
+    float* const own = data + warp * kPitch;
+    for (int c = lane_index(); c < 2 * kColumns; c += 32) shared_store(own + c, 0.0f);
+    sync_warp();
+    return {own, own + kColumns, 0.0f};
+  }
+
+  // Merges them in the warps' order, kSplit warps side by side, and writes those of the columns
+  // [column0, outputs) to the block's partial [3, outputs]: count, mean, M2.
+  template <int kSplit>
+  __device__ __forceinline__ void finish(const WarpMoments& own, int warps, float* partial,
+                                         int column0, int outputs) const {
+    if (lane_index() == 0) shared_store(own.m2 + kColumns, own.count);
+    sync_threads();
+    for (int c = thread_index(); c < kColumns * kSplit && column0 + c < outputs; c += 32 * warps) {
+      Moments<float> all{0, 0, 0};
+      for (int warp = c / kColumns; warp < warps; warp += kSplit) {
+        const float* of_warp = data + warp * kPitch;
+        const float* mean = of_warp + c % kColumns;
+        all = merge(all,
+                    Moments<float>{shared_load<float>(of_warp + 2 * kColumns),
+                                   shared_load<float>(mean), shared_load<float>(mean + kColumns)});
+      }
+      float* const out = partial + column0 + c;
+      global_store(out, all.count);
+      global_store(out + outputs, all.mean);
+      global_store(out + 2 * outputs, all.m2);
+    }
+  }
+};
+
 // Takes 32 rows of one panel of rounded outputs into the moments. Each lane holds 16 rows of the
 // columns of one word in registers: exact two-pass moments, then two merges in a fixed order.
 template <typename T>
@@ -68,8 +109,10 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, int 
   shared_store(m2 + c, all.m2);
 }
 
+constexpr int kStagingBytes = 32 * kPanelRowBytes;
+
 // Rounds 32 rows of a warp's accumulators, takes their moments (if asked) and writes them to y.
-// `staging` is 2 KB of the warp's own; row_of(r) is the global row of the warp's row r, negative
+// `staging` is kStagingBytes of its own; row_of(r) is the global row of the warp's row r, negative
 // where there is none; columns [column, columns) of y and of the moments are the accumulators'.
 template <typename T, int kTiles, typename RowOf>
 __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned char* staging,

@@ -22,7 +22,6 @@ namespace densenet_efficient {
 namespace {
 
 constexpr int kStages = 2, kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 32;
-constexpr int kStagingBytes = kWarpRows * device::kPanelRowBytes;
 
 struct Forward {
   device::RowTensor x;       // [N * H * W, C]
@@ -44,9 +43,8 @@ struct Layout {
   static constexpr int kNorm = kWeight + kColumns * kSplit * device::kPanelRowBytes;
   static constexpr int kStageBytes = kNorm + device::kScaleShiftBytes<T>;
   static constexpr int kStaging = kStages * kStageBytes;
-  static constexpr int kMoments = kStaging + kWarps * kStagingBytes;  // mean, M2 [kColumns] a warp
-  static constexpr int kCounts = kMoments + kWarps * kColumns * 8;
-  static constexpr int kBytes = kCounts + kWarps * 4;
+  static constexpr int kMoments = kStaging + kWarps * device::kStagingBytes;
+  static constexpr int kBytes = kMoments + kWarps * device::BlockMoments<kColumns>::kWarpBytes;
 };
 
 // The mean of four pixels' normalised words: an operand, and in `rest` what its rounding left.
@@ -124,28 +122,6 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4],
   }
 }
 
-// The block's moments of its columns, from those of its warps.
-template <typename T, int kColumns, int kSplit>
-__device__ __forceinline__ void write_partial(const Forward& args, const unsigned char* shared,
-                                              int column0) {
-  using namespace device;
-  using Layout = Layout<T, kColumns, kSplit>;
-  const float* moments = reinterpret_cast<const float*>(shared + Layout::kMoments);
-  const float* counts = reinterpret_cast<const float*>(shared + Layout::kCounts);
-  for (int c = thread_index(); c < kColumns * kSplit && column0 + c < args.outputs; c += kThreads) {
-    Moments<float> all{0, 0, 0};
-    for (int warp = c / kColumns; warp < kWarps; warp += kSplit) {
-      const float* mean = moments + 2 * kColumns * warp + c % kColumns;
-      all = merge(all, Moments<float>{shared_load<float>(counts + warp), shared_load<float>(mean),
-                                      shared_load<float>(mean + kColumns)});
-    }
-    float* out = args.partial + int64_t(block_x()) * 3 * args.outputs + column0 + c;
-    global_store(out, all.count);
-    global_store(out + args.outputs, all.mean);
-    global_store(out + 2 * args.outputs, all.m2);
-  }
-}
-
 template <typename T, int kColumns, int kSplit>
 __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward args) {
   using namespace device;
@@ -161,11 +137,8 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
   const int last_tile = static_cast<int>(tiles * (block_x() + 1) / grid_x());
   unsigned char* const shared = shared_memory();
 
-  float* const moments_data =
-      reinterpret_cast<float*>(shared + Layout::kMoments) + 2 * kColumns * warp;
-  WarpMoments moments{moments_data, moments_data + kColumns, 0.0f};
-  for (int c = lane_index(); c < 2 * kColumns; c += 32) shared_store(moments_data + c, 0.0f);
-  sync_warp();
+  const BlockMoments<kColumns> block_moments(shared + Layout::kMoments);
+  WarpMoments moments = block_moments.start(warp);
 
   // The panel that is loaded next, one ahead of the one that is multiplied.
   int load_tile = first_tile, load_panel = 0;
@@ -231,11 +204,10 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
                           min(column + kColumns, args.outputs), args.partial != nullptr, moments,
                           [&](int r) { return row0 + r < rows ? int64_t(row0 + r) : -1; });
   }
-  if (!args.partial) return;
-  if (lane_index() == 0)
-    shared_store(reinterpret_cast<float*>(shared + Layout::kCounts) + warp, moments.count);
-  sync_threads();
-  write_partial<T, kColumns, kSplit>(args, shared, column0);
+  if (args.partial)
+    block_moments.template finish<kSplit>(moments, kWarps,
+                                          args.partial + int64_t(block_x()) * 3 * args.outputs,
+                                          column0, args.outputs);
 }
 
 // ---- Launcher -----------------------------------------------------------------------------------
