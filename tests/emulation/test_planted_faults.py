@@ -98,12 +98,9 @@ FAULTS = [
         "transition_forward",
         (1, 8, 8, 64, 32),
         Mutation(
-            "cuda/transition_forward.cu",
-            "  for (int c = lane_index(); c < 2 * kColumns; c += 32) "
-            "shared_store(moments_data + c, 0.0f);\n  sync_warp();",
-            "  for (int c = lane_index(); c < 2 * kColumns; c += 32) "
-            "shared_store(moments_data + c, 0.0f);\n"
-            "  if (lane_index() < 31) sync_warp(); else sync_warp();",
+            "cuda/output.cuh",
+            "shared_store(own + c, 0.0f);\n    sync_warp();",
+            "shared_store(own + c, 0.0f);\n    if (lane_index() < 31) sync_warp(); else sync_warp();",
         ),
         "divergent warp primitive",
     ),
