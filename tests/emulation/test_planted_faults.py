@@ -100,7 +100,8 @@ FAULTS = [
         Mutation(
             "cuda/output.cuh",
             "shared_store(own + c, 0.0f);\n    sync_warp();",
-            "shared_store(own + c, 0.0f);\n    if (lane_index() < 31) sync_warp(); else sync_warp();",
+            "shared_store(own + c, 0.0f);\n"
+            "    if (lane_index() < 31) sync_warp(); else sync_warp();",
         ),
         "divergent warp primitive",
     ),
