@@ -1,6 +1,7 @@
 """Each operator as PyTorch's own layers compute it, rounding what they round: the measure that the
 kernels' errors are held to. One function per operator, by the names of its arguments. Convolutions
-of float32 are those of a GPU that may use TF32: operands rounded to ten bits of fraction."""
+of float32 are a model of a GPU's that may use TF32: operands rounded to nearest, to ten bits of
+fraction."""
 
 from __future__ import annotations
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from bad_calls import BAD_CALLS, assert_refused
+from conftest import relative_error
 from emulators import emulator_of
 from kernel_check import compare
 from torch import Tensor
 
 from densenet_efficient import ops, reference
 from densenet_efficient.emulation import Emulator
-from densenet_efficient.emulation.cases import Case, framework_outputs, make, stage_of
+from densenet_efficient.emulation.cases import Case, exact, framework_outputs, make, stage_of
 
 SEEDS = (0, 1, 2, 5)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -253,6 +254,17 @@ def test_the_convolutions_refuse_float64_before_they_write() -> None:
             if isinstance(value, Tensor):
                 value.nan_to_num_(7.0)
         assert_refused(emulator_of(stage_of(op)).call, op, arguments, message)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(BF16, 0.85), (FP32, 0.95)], ids=identifier)
+def test_a_pooled_operand_keeps_what_its_rounding_leaves(dtype: torch.dtype, bound: float) -> None:
+    """Rounded once and alone, it would err 1.1 times as much as the mean of four rounded pixels."""
+    case = make("transition_forward", (2, 12, 12, 256, 128), dtype)
+    inputs = case.inputs()
+    y = run(emulator_of(case.op), case, seed=0)["y"]
+    truth = exact(case.op, dict(inputs))["y"]
+    framework = relative_error(framework_outputs(case.op, inputs)["y"], truth)
+    assert relative_error(y, truth) <= bound * framework
 
 
 @pytest.mark.parametrize("value", [math.inf, 60000.0], ids=["infinity", "overflow"])
