@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import densenet_efficient
-from densenet_efficient.reports import markdown_table, write_results
-from densenet_efficient.vision import import_torchvision
+from densenet_efficient.bench.tables import markdown_table, write_results
+from densenet_efficient.torchvision_compat import import_torchvision
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

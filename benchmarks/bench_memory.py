@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy
 
 import densenet_efficient
-from densenet_efficient.benchmarking import Case, MeasurementError, measure_memory
-from densenet_efficient.networks import NetworkSpec
-from densenet_efficient.reports import markdown_table, megabytes, write_results
+from densenet_efficient.bench.steps import Case, MeasurementError, measure_memory
+from densenet_efficient.bench.tables import markdown_table, megabytes, write_results
+from densenet_efficient.models.networks import NetworkSpec
 
 PEERS = ("eager", "checkpoint", "store", "recompute")
 # The two batches that each curve's slope is taken from: the others' fit into 16 GB at depth 400;

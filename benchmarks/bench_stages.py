@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from stage_work import LAYER_STAGES, SHAPES, STEM, STEMS, TRANSITIONS, Inputs, Work
 
-from densenet_efficient.benchmarking import MeasurementError, quantiles, time_in_turns
-from densenet_efficient.reports import markdown_table, write_results
+from densenet_efficient.bench.steps import MeasurementError, quantiles, time_in_turns
+from densenet_efficient.bench.tables import markdown_table, write_results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = 1e-6  # what summation in another order may cost in fp32

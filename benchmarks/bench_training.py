@@ -19,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from densenet_efficient.benchmarking import DTYPES, PEERS, Case, MeasurementError
-from densenet_efficient.comparison import compare, comparison_table
-from densenet_efficient.networks import NETWORKS, NetworkSpec
-from densenet_efficient.reports import write_results
+from densenet_efficient.bench.comparison import compare, comparison_table
+from densenet_efficient.bench.steps import DTYPES, PEERS, Case, MeasurementError
+from densenet_efficient.bench.tables import write_results
+from densenet_efficient.models.networks import NETWORKS, NetworkSpec
 
 CPU_PEERS = ("eager", "checkpoint", "store", "recompute")
 GPU_PEERS = ("eager", "checkpoint", "compile", "compile-budget", "store", "recompute")

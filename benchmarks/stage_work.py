@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from densenet_efficient import ops, reference
+from densenet_efficient import reference
+from densenet_efficient.ops import compiled
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def channel_stats(i: Inputs) -> Work:
     stats = i.wide(2, x.shape[1])
     packed = x.contiguous()
     return Work(
-        lambda: ops.channel_stats(x, stats),
+        lambda: compiled.channel_stats(x, stats),
         [stats],
         lambda dtype: (reference.channel_stats(*_cast(dtype, x)),),
         lambda: torch.var_mean(packed, 0),
@@ -107,7 +108,7 @@ def norm_relu_conv1x1_forward(i: Inputs) -> Work:
     norm, w = i.norm(x), i.weight(k, x.shape[1])
     y, stats, packed = x.new_empty(len(x), k), i.wide(2, k), x.contiguous()
     return Work(
-        lambda: ops.norm_relu_conv1x1_forward(x, norm, w, y, stats),
+        lambda: compiled.norm_relu_conv1x1_forward(x, norm, w, y, stats),
         [y, stats],
         lambda dtype: reference.norm_relu_conv1x1_forward(*_cast(dtype, x, norm, w)),
         lambda: packed @ w.t(),
@@ -130,7 +131,7 @@ def norm_relu_conv1x1_backward(i: Inputs) -> Work:
         torch.mm(dz.t(), packed)
 
     return Work(
-        lambda: ops.norm_relu_conv1x1_backward(dz, y, correction, x, norm, w, dx, dw, dnorm),
+        lambda: compiled.norm_relu_conv1x1_backward(dz, y, correction, x, norm, w, dx, dw, dnorm),
         [dx, dw, dnorm],
         lambda dtype: reference.norm_relu_conv1x1_backward(
             *_cast(dtype, dz, y, correction, x, norm, w)
@@ -148,7 +149,7 @@ def norm_relu_conv3x3_forward(i: Inputs) -> Work:
     stats, packed = i.wide(2, k), _nchw(x)
     filters = w.contiguous(memory_format=torch.channels_last)
     return Work(
-        lambda: ops.norm_relu_conv3x3_forward(x, norm, w, y, stats),
+        lambda: compiled.norm_relu_conv3x3_forward(x, norm, w, y, stats),
         [y, stats],
         lambda dtype: reference.norm_relu_conv3x3_forward(*_cast(dtype, x, norm, w)),
         lambda: functional.conv2d(packed, filters, padding=1),
@@ -166,7 +167,7 @@ def norm_relu_conv3x3_backward(i: Inputs) -> Work:
     packed, gradient = _nchw(x), _nchw(dy)
     filters = w.contiguous(memory_format=torch.channels_last)
     return Work(
-        lambda: ops.norm_relu_conv3x3_backward(
+        lambda: compiled.norm_relu_conv3x3_backward(
             dy, y, correction, x, norm, w, False, dx, dw, dnorm
         ),
         [dx, dw, dnorm],
@@ -188,7 +189,7 @@ def transition_forward(i: Inputs) -> Work:
     norm, w = i.norm(x), i.weight(k, i.shape.total)
     y, stats, packed = i.image(k, side=side), i.wide(2, k), x.flatten(0, 2)
     return Work(
-        lambda: ops.transition_forward(x, norm, w, y, stats),
+        lambda: compiled.transition_forward(x, norm, w, y, stats),
         [y, stats],
         lambda dtype: reference.transition_forward(*_cast(dtype, x, norm, w)),
         lambda: functional.avg_pool2d(
@@ -212,7 +213,7 @@ def transition_backward(i: Inputs) -> Work:
         torch.mm(rows.t(), packed)
 
     return Work(
-        lambda: ops.transition_backward(dy, x, norm, w, count, dx, dw, dnorm),
+        lambda: compiled.transition_backward(dy, x, norm, w, count, dx, dw, dnorm),
         [dx, dw, dnorm],
         lambda dtype: reference.transition_backward(*_cast(dtype, dy, x, norm, w), count),
         bare,
@@ -226,7 +227,7 @@ def stem_forward(i: Inputs) -> Work:
     norm, y = i.norm(x), i.image(64, side=-(-i.shape.side // 2))
     stats, packed = i.wide(2, 64), _nchw(x)
     return Work(
-        lambda: ops.stem_forward(x, norm, y, stats),
+        lambda: compiled.stem_forward(x, norm, y, stats),
         [y, stats],
         lambda dtype: reference.stem_forward(*_cast(dtype, x, norm)),
         lambda: functional.max_pool2d(packed, 3, 2, 1),
@@ -242,7 +243,7 @@ def stem_backward(i: Inputs) -> Work:
     packed, gradient = _nchw(x), _nchw(dy)
     _, winners = functional.max_pool2d(packed, 3, 2, 1, return_indices=True)
     return Work(
-        lambda: ops.stem_backward(dy, x, norm, count, dx, dnorm),
+        lambda: compiled.stem_backward(dy, x, norm, count, dx, dnorm),
         [dx, dnorm],
         lambda dtype: reference.stem_backward(*_cast(dtype, dy, x, norm), count),
         lambda: torch.ops.aten.max_pool2d_with_indices_backward(

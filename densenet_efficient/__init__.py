@@ -1,11 +1,9 @@
 """DenseNets in nearly the least memory that exact back-propagation allows."""
 
-from .arena import release
-from .convert import convert, register_adapter, unconvert
-from .explain import explain
-from .features import EfficientFeatures, EfficientTransition
-from .library import MissingLibraryError, info
-from .models import (
+from .conversion import convert, register_adapter, unconvert
+from .core.arena import release
+from .memory.planner import Plan, max_batch, plan
+from .models.densenet import (
     EfficientDenseNet,
     densenet121,
     densenet161,
@@ -15,8 +13,10 @@ from .models import (
     densenet264_k48,
     densenet_cifar,
 )
-from .modules import EfficientDenseBlock, LayerParts
-from .plan import Plan, max_batch, plan
+from .nn.dense_block import EfficientDenseBlock, LayerParts
+from .nn.features import EfficientFeatures, EfficientTransition
+from .ops.library import MissingLibraryError, info
+from .report.explanation import explain
 from .version import __version__
 
 __all__ = [

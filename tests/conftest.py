@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from densenet_efficient.vision import import_torchvision
+from densenet_efficient.torchvision_compat import import_torchvision
 
 _PEER_TESTS = [
     "test_convert.py",

@@ -11,7 +11,7 @@ from conftest import relative_error
 from torch import Tensor
 
 from densenet_efficient import reference
-from densenet_efficient.emulation.cases import exact, framework_outputs
+from tools.emulation.cases import exact, framework_outputs
 
 
 def floor(value: Tensor) -> float:

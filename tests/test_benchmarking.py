@@ -11,20 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from densenet_efficient import benchmarking, comparison
-from densenet_efficient.agreement import agreement, check_agreement, largest_difference
-from densenet_efficient.benchmarking import (
+from densenet_efficient.bench import comparison
+from densenet_efficient.bench import steps as benchmarking
+from densenet_efficient.bench.accuracy import agreement, check_agreement, largest_difference
+from densenet_efficient.bench.comparison import compare, comparison_table
+from densenet_efficient.bench.steps import (
     Case,
     MeasurementError,
     measure_memory,
     quantiles,
     time_in_turns,
 )
-from densenet_efficient.comparison import compare, comparison_table
-from densenet_efficient.memory import allocator_peak_bytes
-from densenet_efficient.networks import NetworkSpec
-from densenet_efficient.reports import environment, markdown_table, write_results
-from densenet_efficient.summary import summarise
+from densenet_efficient.bench.tables import environment, markdown_table, write_results
+from densenet_efficient.memory.process import allocator_peak_bytes
+from densenet_efficient.models.networks import NetworkSpec
+from densenet_efficient.report.summary import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = NetworkSpec("densenet_cifar", depth=16, growth_rate=8, num_classes=10)

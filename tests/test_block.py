@@ -6,9 +6,10 @@ from block_pair import MEMORY, assert_same, pair, step
 from torch import nn
 
 import densenet_efficient as de
-from densenet_efficient import paths, reference, wide
-from densenet_efficient.models import EfficientDenseNet
-from densenet_efficient.paths import Path
+from densenet_efficient import reference
+from densenet_efficient.models.densenet import EfficientDenseNet
+from densenet_efficient.ops import dispatch, mixed
+from densenet_efficient.ops.dispatch import Path
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -155,8 +156,8 @@ def test_dropout_rates_at_the_ends(rate):
 def on_a_gpu(monkeypatch):
     """The path that float32 and float64 take on a GPU: compiled operators around the general
     convolutions."""
-    path = Path("general", "as on a GPU", wide)
-    monkeypatch.setattr(paths, "choose", lambda device, dtype: path)
+    path = Path("general", "as on a GPU", mixed)
+    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: path)
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -164,7 +165,7 @@ def on_a_gpu(monkeypatch):
 def test_a_block_in_float64_as_on_a_gpu(dims):
     block, ours = pair(dims=dims)
     x = torch.randn(2, 10, *(3, 4, 5)[:dims], dtype=torch.float64)
-    assert ours.path(x).stages is wide
+    assert ours.path(x).stages is mixed
     assert_same(step(block, x), step(ours, x))
 
 
@@ -175,5 +176,5 @@ def test_a_network_in_float64_as_on_a_gpu():
     plain = reference.DenseNet(6, (2, 2), 8, num_classes=3).double()
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 48, 40, dtype=torch.float64)
-    assert model.features.stem_path(x).stages is wide
+    assert model.features.stem_path(x).stages is mixed
     assert_same(step(plain, x), step(model, x))

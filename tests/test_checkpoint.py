@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from densenet_efficient.checkpoint import (
+from densenet_efficient.models.networks import NetworkSpec
+from densenet_efficient.train.checkpoint import (
     CheckpointError,
     random_state,
     read_checkpoint,
     restore_random_state,
     write_atomically,
 )
-from densenet_efficient.data import load_data
-from densenet_efficient.networks import NetworkSpec
-from densenet_efficient.recipes import recipe_for
-from densenet_efficient.training import CHECKPOINT, Trainer, TrainingOptions
+from densenet_efficient.train.data import load_data
+from densenet_efficient.train.recipes import recipe_for
+from densenet_efficient.train.trainer import CHECKPOINT, Trainer, TrainingOptions
 
 # Dropout and augmentation draw random numbers in every step; 97 images leave a batch of one over.
 NETWORK = NetworkSpec(
@@ -182,7 +182,7 @@ def foreign(state: dict[str, Any], how: str) -> None:
 def test_foreign_checkpoints_change_nothing(
     good: Path, tmp_path: Path, how: str, message: str
 ) -> None:
-    from densenet_efficient.checkpoint import restore_checkpoint
+    from densenet_efficient.train.checkpoint import restore_checkpoint
 
     trainer = Trainer(options(tmp_path), DATA)
     run_epochs(trainer, 1)  # so that there is momentum

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
 from densenet_efficient import reference
-from densenet_efficient.convert import convert, inspect_conversion, unconvert
-from densenet_efficient.features import EfficientFeatures, EfficientTransition
-from densenet_efficient.modules import (
-    EfficientDenseBlock,
-)
+from densenet_efficient.conversion import convert, inspect_conversion, unconvert
+from densenet_efficient.nn.dense_block import EfficientDenseBlock
+from densenet_efficient.nn.features import EfficientFeatures, EfficientTransition
 
 OPTIONS: dict[str, Any] = {
     "growth_rate": 4, "block_config": (2, 3), "num_init_features": 8, "num_classes": 5,

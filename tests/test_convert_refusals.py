@@ -13,8 +13,8 @@ from test_convert import network, snapshot
 from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer
 
-from densenet_efficient.convert import ConversionError, block_adapter, convert, register_adapter
-from densenet_efficient.modules import EfficientDenseBlock, standard_parts
+from densenet_efficient.conversion import ConversionError, block_adapter, convert, register_adapter
+from densenet_efficient.nn.dense_block import EfficientDenseBlock, standard_parts
 
 
 def with_activation(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from densenet_efficient.data import DataError, TensorImages, load_data, loader
+from densenet_efficient.train.data import DataError, TensorImages, load_data, loader
 
 
 def test_the_digits_are_split_once_and_evenly() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from densenet_efficient import reference
-from densenet_efficient.models import EfficientDenseNet, densenet121, densenet_cifar
-from densenet_efficient.modules import EfficientDenseBlock
+from densenet_efficient.models.densenet import EfficientDenseNet, densenet121, densenet_cifar
+from densenet_efficient.nn.dense_block import EfficientDenseBlock
 
 MEMORY = pytest.mark.parametrize("memory", ["recompute", "store"])
 

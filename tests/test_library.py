@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from densenet_efficient import library
-from densenet_efficient.library import MissingLibraryError
+from densenet_efficient.ops import library
+from densenet_efficient.ops.library import MissingLibraryError
 from densenet_efficient.version import __version__
 
 
@@ -133,7 +133,7 @@ def test_loader_errors_are_explained(
 def test_disabling_is_visible_and_operators_raise() -> None:
     code = """
 import warnings, torch
-from densenet_efficient import library, ops
+from densenet_efficient.ops import compiled as ops, library
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     assert not library.is_available() and not library.is_available()

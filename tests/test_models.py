@@ -15,8 +15,9 @@ from conftest import relative_error, training_step
 from torch import nn
 from torchvision.models import Weights, WeightsEnum
 
-from densenet_efficient import models, reference
-from densenet_efficient.weights import fetch_weights, load_weights
+from densenet_efficient import reference
+from densenet_efficient.models import densenet as models
+from densenet_efficient.models.pretrained import fetch_weights, load_weights
 
 SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8}
 

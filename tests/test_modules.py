@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import densenet_efficient as de
-from densenet_efficient import arena, functions, ops, ownership, reference
-from densenet_efficient.models import EfficientDenseNet
+from densenet_efficient import reference
+from densenet_efficient.core import arena, functions, ownership
+from densenet_efficient.models.densenet import EfficientDenseNet
+from densenet_efficient.ops import compiled
 
 
 def test_memory_formats_slices_and_lists():
@@ -59,7 +61,7 @@ def test_running_statistics_are_updated_once_under_checkpointing(reentrant):
 def test_a_failed_call_leaves_running_statistics_alone(monkeypatch):
     _, ours = pair()
     before = copy.deepcopy(ours.state_dict())
-    from densenet_efficient import block as algorithm
+    from densenet_efficient.core import dense_block as algorithm
 
     def broken(self, *args):
         raise RuntimeError("planted")
@@ -319,18 +321,18 @@ def test_transition_children_can_be_called_one_by_one():
 def test_operators_pass_opcheck(memory, monkeypatch):
     """Every operator, with the arguments of a real step: slices of larger buffers among them."""
     calls = {}
-    for name in ops.NAMES:
-        real = getattr(ops, name)
+    for name in compiled.NAMES:
+        real = getattr(compiled, name)
 
         def record(*args, real=real, name=name):
             copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
             calls.setdefault(name, copies)
             return real(*args)
 
-        monkeypatch.setattr(ops, name, record)
+        monkeypatch.setattr(compiled, name, record)
     model = EfficientDenseNet(4, (2, 2), 6, 2, num_classes=3, memory=memory).double()
     model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
     calls.setdefault("norm_correction_apply", None)
-    assert set(calls) == set(ops.NAMES)
+    assert set(calls) == set(compiled.NAMES)
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.densenet_efficient, name).default, args)

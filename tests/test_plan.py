@@ -5,7 +5,7 @@ import torch
 
 import densenet_efficient as de
 from densenet_efficient import reference
-from densenet_efficient.models import EfficientDenseNet, densenet121, densenet_cifar
+from densenet_efficient.models.densenet import EfficientDenseNet, densenet121, densenet_cifar
 
 GIB = 2**30
 

@@ -11,8 +11,8 @@ from block_pair import MEMORY, assert_same, pair, step
 from torch import nn
 
 import densenet_efficient as de
-from densenet_efficient import functions, rows
-from densenet_efficient.models import EfficientDenseNet
+from densenet_efficient.core import functions, layout
+from densenet_efficient.models.densenet import EfficientDenseNet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -20,21 +20,21 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def padded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as on a GPU."""
-    on_gpu = rows.row_length
-    monkeypatch.setattr(rows, "row_length", lambda c, dtype, device: on_gpu(c, dtype, CUDA))
+    on_gpu = layout.row_length
+    monkeypatch.setattr(layout, "row_length", lambda c, dtype, device: on_gpu(c, dtype, CUDA))
 
 
 def test_rows_begin_at_sectors_on_a_gpu() -> None:
     for channels, length in ((16, 16), (216, 224), (300, 304), (342, 352)):
-        assert rows.row_length(channels, torch.bfloat16, CUDA) == length
-        assert rows.row_length(channels, torch.bfloat16, CPU) == channels
-    assert rows.row_length(9, torch.float64, CUDA) == 12
+        assert layout.row_length(channels, torch.bfloat16, CUDA) == length
+        assert layout.row_length(channels, torch.bfloat16, CPU) == channels
+    assert layout.row_length(9, torch.float64, CUDA) == 12
 
 
 def test_new_buffers_are_packed_but_for_their_padding() -> None:
     for image in ((2, 3, 5), (4, 1, 1), (3, 7), (0, 3, 5)):
-        assert rows.strides(image, 11) == torch.empty(*image, 11).stride()
-    assert rows.empty((2, 3), 5, torch.float32, CPU).is_contiguous()
+        assert layout.strides(image, 11) == torch.empty(*image, 11).stride()
+    assert layout.empty((2, 3), 5, torch.float32, CPU).is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_new_buffers_are_packed_but_for_their_padding() -> None:
     ],
 )
 def test_row_stride(x: torch.Tensor, stride: int | None) -> None:
-    assert rows.row_stride(x) == stride
-    same = rows.channels_last(x.movedim(-1, 1))
+    assert layout.row_stride(x) == stride
+    same = layout.channels_last(x.movedim(-1, 1))
     assert torch.equal(same, x) or x.isnan().any()
     assert (same.data_ptr() == x.data_ptr()) == (stride is not None)
 
@@ -66,7 +66,7 @@ def test_a_block_with_padded_rows_is_the_reference(memory: str, options: dict) -
         torch.manual_seed(3)
         got = step(copy.deepcopy(ours), x)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rows, "row_length", lambda channels, dtype, device: channels)
+            patch.setattr(layout, "row_length", lambda channels, dtype, device: channels)
             torch.manual_seed(3)
             expected = step(ours, x)
     else:
@@ -89,13 +89,13 @@ def test_a_network_with_padded_rows_copies_no_gradient_but_the_last(
     def watched(held: list[torch.Tensor], may_own: bool) -> torch.Tensor:
         arrived = held[0].data_ptr()
         e = take(held, may_own)
-        owned.append((rows.row_stride(e), e.data_ptr() == arrived))
+        owned.append((layout.row_stride(e), e.data_ptr() == arrived))
         return e
 
     monkeypatch.setattr(functions, "gradient_buffer", watched)
     got = step(model, x)
     assert owned == [(68, False), (48, True)]
-    monkeypatch.setattr(rows, "row_length", lambda channels, dtype, device: channels)
+    monkeypatch.setattr(layout, "row_length", lambda channels, dtype, device: channels)
     model.apply(lambda m: m.reset_running_stats() if isinstance(m, nn.BatchNorm2d) else None)
     assert_same(step(model, x), got)
     assert owned[2:] == [(67, True), (45, True)]

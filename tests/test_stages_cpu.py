@@ -15,7 +15,8 @@ from bad_calls import BAD_CALLS, assert_refused
 from conftest import relative_error
 from torch import Tensor
 
-from densenet_efficient import ops, reference
+from densenet_efficient import reference
+from densenet_efficient.ops import compiled
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Relative error against the reference on the same rounded input: what is left is the order of the
@@ -89,7 +90,7 @@ Stage = Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
 def conv1x1_forward(b: Buffers, M: int, C: int, K: int) -> tuple:
     x, y, stats = b.random(M, C), b.slice(M, K), b.table(2, K)
     norm, weight = norm_of(x), torch.randn(K, C, dtype=b.dtype)
-    ops.norm_relu_conv1x1_forward(x, norm, weight, y, stats)
+    compiled.norm_relu_conv1x1_forward(x, norm, weight, y, stats)
     exact = reference.norm_relu_conv1x1_forward(x, norm, weight)
     return dict(y=y, stats=stats), dict(y=exact[0], stats=reference.channel_stats(y))
 
@@ -99,7 +100,7 @@ def conv1x1_backward(b: Buffers, M: int, C: int, K: int) -> tuple:
     norm, correction, weight = norm_of(x), correction_of(y), torch.randn(K, C, dtype=b.dtype)
     dweight, dnorm = torch.full((K, C), math.nan, dtype=norm.dtype), b.table(2, C)
     before = dx.clone()
-    ops.norm_relu_conv1x1_backward(dz_y, y, correction, x, norm, weight, dx, dweight, dnorm)
+    compiled.norm_relu_conv1x1_backward(dz_y, y, correction, x, norm, weight, dx, dweight, dnorm)
     added, *exact = reference.norm_relu_conv1x1_backward(dz_y, y, correction, x, norm, weight)
     return (
         dict(dx=dx, dweight=dweight, dnorm=dnorm),
@@ -110,7 +111,7 @@ def conv1x1_backward(b: Buffers, M: int, C: int, K: int) -> tuple:
 def conv3x3_forward(b: Buffers, N: int, H: int, W: int, C: int, K: int) -> tuple:
     x, y, stats = b.random(N, H, W, C), b.slice(N, H, W, K), b.table(2, K)
     norm, weight = norm_of(x), torch.randn(K, C, 3, 3, dtype=b.dtype)
-    ops.norm_relu_conv3x3_forward(x, norm, weight, y, stats)
+    compiled.norm_relu_conv3x3_forward(x, norm, weight, y, stats)
     exact = reference.norm_relu_conv3x3_forward(x, norm, weight)
     return dict(y=y, stats=stats), dict(y=exact[0], stats=reference.channel_stats(y.flatten(0, 2)))
 
@@ -126,7 +127,7 @@ def conv3x3_backward(
     weight = torch.randn(K, 3, 3, C, dtype=b.dtype).permute(0, 3, 1, 2)
     dweight, dnorm = torch.full((K, C, 3, 3), math.nan, dtype=norm.dtype), b.table(2, C)
     before = dx.clone()
-    ops.norm_relu_conv3x3_backward(
+    compiled.norm_relu_conv3x3_backward(
         dy, y, correction, x, norm, weight, accumulate, dx, dweight, dnorm
     )
     dx_exact, *exact = reference.norm_relu_conv3x3_backward(
@@ -143,7 +144,7 @@ def conv3x3_backward(
 def transition_forward(b: Buffers, N: int, H: int, W: int, C: int, K: int) -> tuple:
     x, y, stats = b.random(N, H, W, C), b.slice(N, H // 2, W // 2, K), b.table(2, K)
     norm, weight = norm_of(x), torch.randn(K, C, dtype=b.dtype)
-    ops.transition_forward(x, norm, weight, y, stats)
+    compiled.transition_forward(x, norm, weight, y, stats)
     exact = reference.transition_forward(x, norm, weight)
     return dict(y=y, stats=stats), dict(y=exact[0], stats=reference.channel_stats(y.flatten(0, 2)))
 
@@ -155,7 +156,7 @@ def transition_backward(
     norm, weight = norm_of(x), torch.randn(K, C, dtype=b.dtype)
     dweight, dnorm = torch.full((K, C), math.nan, dtype=norm.dtype), b.table(2, C)
     count = N * H * W if batch_statistics else 0
-    ops.transition_backward(dy, x, norm, weight, count, dx, dweight, dnorm)
+    compiled.transition_backward(dy, x, norm, weight, count, dx, dweight, dnorm)
     exact = reference.transition_backward(dy, x, norm, weight, count)
     return (
         dict(dx=dx, dweight=dweight, dnorm=dnorm),
@@ -166,7 +167,7 @@ def transition_backward(
 def stem_forward(b: Buffers, N: int, H: int, W: int, C: int) -> tuple:
     x, y, stats = b.random(N, H, W, C), b.slice(N, (H + 1) // 2, (W + 1) // 2, C), b.table(2, C)
     norm = norm_of(x)
-    ops.stem_forward(x, norm, y, stats)
+    compiled.stem_forward(x, norm, y, stats)
     exact = reference.stem_forward(x, norm)
     return dict(y=y, stats=stats), dict(y=exact[0], stats=reference.channel_stats(y.flatten(0, 2)))
 
@@ -175,21 +176,21 @@ def stem_backward(b: Buffers, N: int, H: int, W: int, C: int, batch_statistics: 
     x, dx = b.random(N, H, W, C), b.slice(N, H, W, C)
     dy, dnorm = b.random(N, (H + 1) // 2, (W + 1) // 2, C), b.table(2, C)
     norm, count = norm_of(x), N * H * W if batch_statistics else 0
-    ops.stem_backward(dy, x, norm, count, dx, dnorm)
+    compiled.stem_backward(dy, x, norm, count, dx, dnorm)
     exact = reference.stem_backward(dy, x, norm, count)
     return dict(dx=dx, dnorm=dnorm), dict(dx=exact[0], dnorm=exact[1])
 
 
 def channel_stats(b: Buffers, M: int, C: int) -> tuple:
     x, stats = b.random(M, C), b.table(2, C)
-    ops.channel_stats(x, stats)
+    compiled.channel_stats(x, stats)
     return dict(stats=stats), dict(stats=reference.channel_stats(x))
 
 
 def norm_correction_apply(b: Buffers, M: int, C: int) -> tuple:
     x, dx = b.random(M, C), b.random(M, C)
     correction, before = correction_of(x), dx.clone()
-    ops.norm_correction_apply(dx, x, correction)
+    compiled.norm_correction_apply(dx, x, correction)
     return dict(dx=dx), dict(dx=reference.norm_correction_apply(before, x, correction))
 
 
@@ -296,19 +297,19 @@ def test_empty_input(dtype: torch.dtype) -> None:
         written.append(torch.full(shape, math.nan, dtype=wide))
         return written[-1]
 
-    ops.channel_stats(x, out(2, 6))
-    ops.norm_correction_apply(x, x, torch.ones(4, 6, dtype=wide))
-    ops.norm_relu_conv1x1_forward(x, norm, weight, y, out(2, 4))
-    ops.norm_relu_conv1x1_backward(y, y, correction, x, norm, weight, x, out(4, 6), out(2, 6))
-    ops.norm_relu_conv3x3_forward(image, norm, weight3x3, image_y, out(2, 4))
-    ops.norm_relu_conv3x3_backward(
+    compiled.channel_stats(x, out(2, 6))
+    compiled.norm_correction_apply(x, x, torch.ones(4, 6, dtype=wide))
+    compiled.norm_relu_conv1x1_forward(x, norm, weight, y, out(2, 4))
+    compiled.norm_relu_conv1x1_backward(y, y, correction, x, norm, weight, x, out(4, 6), out(2, 6))
+    compiled.norm_relu_conv3x3_forward(image, norm, weight3x3, image_y, out(2, 4))
+    compiled.norm_relu_conv3x3_backward(
         image_y, image_y, correction, image, norm, weight3x3, False, image, out(4, 6, 3, 3),
         out(2, 6),
     )  # fmt: skip
-    ops.transition_forward(image, norm, weight, pooled_y, out(2, 4))
-    ops.transition_backward(pooled_y, image, norm, weight, 0, image, out(4, 6), out(2, 6))
-    ops.stem_forward(image, norm, pooled, out(2, 6))
-    ops.stem_backward(pooled, image, norm, 0, image, out(2, 6))
+    compiled.transition_forward(image, norm, weight, pooled_y, out(2, 4))
+    compiled.transition_backward(pooled_y, image, norm, weight, 0, image, out(4, 6), out(2, 6))
+    compiled.stem_forward(image, norm, pooled, out(2, 6))
+    compiled.stem_backward(pooled, image, norm, 0, image, out(2, 6))
     for tensor in written:
         assert (tensor == 0).all()
 
@@ -322,19 +323,19 @@ def test_norm_fold_and_correction(dtype: torch.dtype) -> None:
     stats, gamma, beta = reference.channel_stats(x), torch.randn(9, dtype=dtype), None
     for use_gamma, use_beta in ((None, None), (gamma, beta), (gamma, torch.randn(9, dtype=dtype))):
         norm = b.table(4, 9)
-        ops.norm_fold(stats, use_gamma, use_beta, 1e-3, norm)
+        compiled.norm_fold(stats, use_gamma, use_beta, 1e-3, norm)
         exact = reference.norm_fold(stats.double(), use_gamma, use_beta, 1e-3)
         assert relative_error(norm, exact) < TOLERANCE[dtype]
     dnorm = torch.randn(2, 9, dtype=dtype)
     for count in (0, 40):
         correction = b.table(4, 9)
-        ops.norm_correction(dnorm, norm, count, False, correction)
+        compiled.norm_correction(dnorm, norm, count, False, correction)
         exact = reference.norm_correction(dnorm, norm, count)
         assert relative_error(correction, exact) < TOLERANCE[dtype]
     shared = torch.randn(4, 12, dtype=dtype)
     exact = shared.clone()
     exact[:, :9] += reference.norm_correction(dnorm, norm, 40, accumulate=True)
-    ops.norm_correction(dnorm, norm, 40, True, shared)
+    compiled.norm_correction(dnorm, norm, 40, True, shared)
     assert relative_error(shared, exact) < TOLERANCE[dtype]
 
 
@@ -343,14 +344,14 @@ def test_relu_mask_is_the_forwards_and_nan_passes() -> None:
     x = torch.tensor([[0.0, -1.0, 2.0, math.nan]], dtype=torch.float64)
     norm = torch.tensor([[1.0] * 4, [0.0] * 4, [0.0] * 4, [1.0] * 4], dtype=torch.float64)
     y = torch.empty(1, 4, dtype=torch.float64)
-    ops.norm_relu_conv1x1_forward(x[:, :3], norm[:, :3], torch.eye(4, 3).double(), y, None)
+    compiled.norm_relu_conv1x1_forward(x[:, :3], norm[:, :3], torch.eye(4, 3).double(), y, None)
     assert y.tolist() == [[0.0, 0.0, 2.0, 0.0]]
-    ops.norm_relu_conv1x1_forward(x, norm, torch.eye(4).double(), y, None)
+    compiled.norm_relu_conv1x1_forward(x, norm, torch.eye(4).double(), y, None)
     assert y[0, 3].isnan()
     dx, dnorm = torch.zeros(1, 4, dtype=torch.float64), torch.empty(2, 4, dtype=torch.float64)
     plain = torch.tensor([[1.0] * 4, [0.0] * 4, [0.0] * 4, [0.0] * 4], dtype=torch.float64)
     ones = torch.ones(1, 4, dtype=torch.float64)
-    ops.norm_relu_conv1x1_backward(
+    compiled.norm_relu_conv1x1_backward(
         ones, ones, plain, x, norm, torch.eye(4).double(), dx, None, dnorm
     )
     assert dx.tolist() == [[0.0, 0.0, 1.0, 1.0]]
@@ -361,12 +362,12 @@ def test_optional_results() -> None:
     """Without stats and without a weight gradient the other results are the same."""
     x, y = torch.randn(50, 20), torch.empty(50, 8)
     norm, weight = norm_of(x), torch.randn(8, 20)
-    ops.norm_relu_conv1x1_forward(x, norm, weight, y, None)
+    compiled.norm_relu_conv1x1_forward(x, norm, weight, y, None)
     assert relative_error(y, reference.norm_relu_conv1x1_forward(x, norm, weight)[0]) < 1e-6
     results = []
     for dweight in (torch.empty(8, 20), None):
         dx, dnorm = torch.zeros(50, 20), torch.empty(2, 20)
-        ops.norm_relu_conv1x1_backward(
+        compiled.norm_relu_conv1x1_backward(
             y, y, correction_of(y).fill_(0.5), x, norm, weight, dx, dweight, dnorm
         )
         results.append((dx, dnorm))
@@ -378,4 +379,4 @@ def test_optional_results() -> None:
 def test_bad_input_is_named_and_nothing_is_written(
     name: str, arguments: tuple, message: str
 ) -> None:
-    assert_refused(lambda op, *a: getattr(ops, op)(*a), name, arguments, message)
+    assert_refused(lambda op, *a: getattr(compiled, op)(*a), name, arguments, message)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import error_ratio, relative_error
 from torch import Tensor
 
-from densenet_efficient import general, ops, reference
+from densenet_efficient import reference
+from densenet_efficient.ops import compiled, fallback
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -20,12 +21,12 @@ def test_statistics_do_not_cancel() -> None:
     """A mean a million times the deviation: E[x^2] - E[x]^2 would lose every digit."""
     x = torch.randn(5000, 3, dtype=torch.float64) + 1e6
     stats = torch.empty(2, 3, dtype=torch.float64)
-    ops.channel_stats(x, stats)
+    compiled.channel_stats(x, stats)
     exact = torch.stack([x.mean(0), x.var(0, unbiased=False)])
     assert relative_error(stats[1], exact[1]) < 1e-9
     x32 = (x - 1e6 + 1e3).float()
     stats32 = torch.empty(2, 3)
-    ops.channel_stats(x32, stats32)
+    compiled.channel_stats(x32, stats32)
     assert relative_error(stats32[1], x32.double().var(0, unbiased=False)) < 1e-6
 
 
@@ -47,25 +48,27 @@ def our_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor
     N, H, W, C = rows.shape
     K, M = weight.shape[0], N * H * W
     stats, norm, dnorm = torch.empty(2, C), torch.empty(4, C), torch.empty(2, C)
-    ops.channel_stats(rows.view(M, C), stats)
-    ops.norm_fold(stats, gamma, beta, 1e-5, norm)
+    compiled.channel_stats(rows.view(M, C), stats)
+    compiled.norm_fold(stats, gamma, beta, 1e-5, norm)
     y, dx, dweight = torch.empty_like(dy), torch.zeros_like(rows), torch.empty(weight.shape)
     if weight.shape[-1] == 1:
         plain = torch.zeros(4, K)
         plain[0] = 1
         weight = weight.view(K, C)
-        ops.norm_relu_conv1x1_forward(rows.view(M, C), norm, weight, y.view(M, K), None)
-        ops.norm_relu_conv1x1_backward(
+        compiled.norm_relu_conv1x1_forward(rows.view(M, C), norm, weight, y.view(M, K), None)
+        compiled.norm_relu_conv1x1_backward(
             dy.view(M, K), y.view(M, K), plain, rows.view(M, C), norm, weight, dx.view(M, C),
             dweight.view(K, C), dnorm,
         )  # fmt: skip
     else:
-        ops.norm_relu_conv3x3_forward(rows, norm, weight, y, None)
-        ops.norm_relu_conv3x3_backward(dy, None, None, rows, norm, weight, True, dx, dweight, dnorm)
+        compiled.norm_relu_conv3x3_forward(rows, norm, weight, y, None)
+        compiled.norm_relu_conv3x3_backward(
+            dy, None, None, rows, norm, weight, True, dx, dweight, dnorm
+        )
     correction = torch.zeros(4, C)
-    ops.norm_correction(dnorm, norm, M, False, correction)
+    compiled.norm_correction(dnorm, norm, M, False, correction)
     correction[0] = 1  # dx holds a * dz already
-    ops.norm_correction_apply(dx.view(M, C), rows.view(M, C), correction)
+    compiled.norm_correction_apply(dx.view(M, C), rows.view(M, C), correction)
     return dict(
         y=y.permute(0, 3, 1, 2), dx=dx.permute(0, 3, 1, 2), dgamma=dnorm[0], dbeta=dnorm[1],
         dweight=dweight,
@@ -99,7 +102,7 @@ def test_error_against_float64_is_not_larger_than_the_frameworks(
     assert error_ratio([ours], [peer], [exact]).together <= 1.2
 
 
-@pytest.mark.parametrize("stages", [ops, general], ids=["kernels", "general"])
+@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "general"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_correction_below_the_last_digit_is_not_lost(
     stages: ModuleType, dtype: torch.dtype
@@ -123,7 +126,7 @@ def test_a_correction_below_the_last_digit_is_not_lost(
         assert (taken.mean(0) - correction[1].double() / step).abs().max() < bound
 
 
-@pytest.mark.parametrize("stages", [ops, general], ids=["kernels", "general"])
+@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "general"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_correction_of_nothing_changes_nothing(stages: ModuleType, dtype: torch.dtype) -> None:
     special = [0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, -65504.0, 1.0]

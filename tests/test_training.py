@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from densenet_efficient.data import Data, TensorImages, load_data
-from densenet_efficient.networks import EXECUTIONS, NetworkSpec
-from densenet_efficient.recipes import Recipe, build_optimizer, build_schedule, recipe_for
-from densenet_efficient.training import CHECKPOINT, Trainer, TrainingError, TrainingOptions
+from densenet_efficient.models.networks import EXECUTIONS, NetworkSpec
+from densenet_efficient.train.data import Data, TensorImages, load_data
+from densenet_efficient.train.recipes import Recipe, build_optimizer, build_schedule, recipe_for
+from densenet_efficient.train.trainer import CHECKPOINT, Trainer, TrainingError, TrainingOptions
 
 NETWORK = NetworkSpec("densenet_cifar", depth=10, growth_rate=4, num_classes=10, in_channels=1)
 

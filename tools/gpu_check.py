@@ -100,7 +100,7 @@ def library_gap() -> str | None:
     """Why the library that is there cannot serve this GPU; None where it can. Asked in a process of
     its own, since this one loads the library only after the build."""
     code = (
-        "import torch\nfrom densenet_efficient import library\n"
+        "import torch\nfrom densenet_efficient.ops import library\n"
         "reason = library.unavailable_reason() or library.cuda_gap(torch.device('cuda'))\n"
         "print(reason or '')"
     )
@@ -180,7 +180,7 @@ def main() -> int:
         return fail(f"{error}: make gpu-check needs torch and pytest; PYTHON=... names another one")
     if not torch.cuda.is_available():
         return fail(f"torch {torch.__version__} sees no CUDA device")
-    from densenet_efficient.reports import markdown_table, write_results
+    from densenet_efficient.bench.tables import markdown_table, write_results
 
     major, minor = torch.cuda.get_device_capability()
     runner = Runner(options.minutes, RESULTS / "gpu-check.log")

@@ -2,8 +2,8 @@
 blocks and models built of ordinary nn.Modules. They are the specification; nothing here needs the
 compiled library, and everything works in float64."""
 
-from .models import DenseBlock, DenseLayer, DenseNet, Transition
-from .stages import (
+from .modules import DenseBlock, DenseLayer, DenseNet, Transition
+from .operators import (
     channel_stats,
     norm_correction,
     norm_correction_apply,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 
-from densenet_efficient.emulation import Emulator
+from tools.emulation import Emulator
 
 
 @functools.cache

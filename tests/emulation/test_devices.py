@@ -9,8 +9,8 @@ from emulators import emulator_of
 from kernel_check import compare
 from test_kernels import identifier
 
-from densenet_efficient.emulation import Device, EmulationError, Launch
-from densenet_efficient.emulation.cases import make, stage_of
+from tools.emulation import Device, EmulationError, Launch
+from tools.emulation.cases import make, stage_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL = Device(multiprocessors=2, shared_bytes=99 << 10)

@@ -10,9 +10,9 @@ import torch
 from emulators import emulator_of
 from test_kernels import check, identifier
 
-from densenet_efficient.emulation import Emulator, Launch
-from densenet_efficient.emulation.cases import make
-from densenet_efficient.emulation.report import Traffic, tensor_traffic
+from tools.emulation import Emulator, Launch
+from tools.emulation.cases import make
+from tools.emulation.report import Traffic, tensor_traffic
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD, BACKWARD = "norm_relu_conv1x1_forward", "norm_relu_conv1x1_backward"

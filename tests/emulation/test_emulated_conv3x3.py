@@ -11,8 +11,8 @@ from emulators import emulator_of
 from test_emulated_conv1x1 import total
 from test_kernels import check, identifier
 
-from densenet_efficient.emulation import Emulator, Launch
-from densenet_efficient.emulation.cases import make
+from tools.emulation import Emulator, Launch
+from tools.emulation.cases import make
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD, BACKWARD = "norm_relu_conv3x3_forward", "norm_relu_conv3x3_backward"

@@ -20,9 +20,10 @@ from emulators import emulator_of
 from kernel_check import compare
 from torch import Tensor
 
-from densenet_efficient import ops, reference
-from densenet_efficient.emulation import Emulator
-from densenet_efficient.emulation.cases import Case, exact, framework_outputs, make, stage_of
+from densenet_efficient import reference
+from densenet_efficient.ops import compiled
+from tools.emulation import Emulator
+from tools.emulation.cases import Case, exact, framework_outputs, make, stage_of
 
 SEEDS = (0, 1, 2, 5)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -230,7 +231,7 @@ def test_dithering_is_the_cpus(dtype: torch.dtype) -> None:
     multiply-adds."""
     case = make("norm_correction_apply", (300, 40), dtype, before=8)
     expected = {name: value.clone() for name, value in case.inputs().items()}
-    ops.norm_correction_apply(*expected.values())
+    compiled.norm_correction_apply(*expected.values())
     result = run(emulator_of("norm_correction"), case, seed=0)["dx"]
     assert (result == expected["dx"]).double().mean() > 0.999
 

@@ -15,9 +15,11 @@ from emulators import emulator_of
 from test_kernels import identifier
 from torch import Tensor, nn
 
-from densenet_efficient import ops, reference, rows
-from densenet_efficient.emulation.cases import stage_of
-from densenet_efficient.models import EfficientDenseNet
+from densenet_efficient import reference
+from densenet_efficient.core import layout
+from densenet_efficient.models.densenet import EfficientDenseNet
+from densenet_efficient.ops import compiled
+from tools.emulation.cases import stage_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (12, (3, 2), 24)  # growth rate, layers, first features: no row fills whole sectors
@@ -36,10 +38,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    on_gpu = rows.row_length
+    on_gpu = layout.row_length
     device = torch.device("cuda")
-    monkeypatch.setattr(ops, "_operator", functools.cache(operator))
-    monkeypatch.setattr(rows, "row_length", lambda c, dtype, _: on_gpu(c, dtype, device))
+    monkeypatch.setattr(compiled, "_operator", functools.cache(operator))
+    monkeypatch.setattr(layout, "row_length", lambda c, dtype, _: on_gpu(c, dtype, device))
     return called
 
 
@@ -69,7 +71,7 @@ def test_a_step_errs_no_more_than_the_framework(
         steps[0].append(training_step(ours, x, target))
         steps[1].append(training_step(plain, x, target))
         steps[2].append(training_step(exact, x.double(), target))
-    assert set(emulated) == set(ops.NAMES)
+    assert set(emulated) == set(compiled.NAMES)
     ratio = error_ratio(*steps)
     # On images this small single ReLUs, which rounding turns, decide over single tensors.
     assert ratio.together <= 1.2, ratio

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from densenet_efficient import reference
-from densenet_efficient.emulation import EmulationError, Emulator, Mutation
-from densenet_efficient.emulation.cases import make
+from tools.emulation import EmulationError, Emulator, Mutation
+from tools.emulation.cases import make
 
 SEEDS = range(4)
 

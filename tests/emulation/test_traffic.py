@@ -13,9 +13,9 @@ import pytest
 import torch
 from emulators import emulator_of
 
-from densenet_efficient.emulation import tensor_traffic
-from densenet_efficient.emulation.cases import make, stage_of
-from densenet_efficient.emulation.report import SECTOR
+from tools.emulation import tensor_traffic
+from tools.emulation.cases import make, stage_of
+from tools.emulation.report import SECTOR
 
 TOLERANCE = 0.02
 SECTOR_EFFICIENCY = 0.99

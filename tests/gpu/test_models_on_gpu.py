@@ -12,8 +12,9 @@ from conftest import error_ratio, training_step
 from torch import Tensor, nn
 
 import densenet_efficient as de
-from densenet_efficient import arena, reference
-from densenet_efficient.models import EfficientDenseNet, densenet264, densenet_cifar
+from densenet_efficient import reference
+from densenet_efficient.core import arena
+from densenet_efficient.models.densenet import EfficientDenseNet, densenet264, densenet_cifar
 
 torchvision = pytest.importorskip("torchvision")
 pytestmark = pytest.mark.gpu

@@ -11,8 +11,8 @@ import torch
 from kernel_check import compare
 from torch import Tensor
 
-from densenet_efficient import ops
-from densenet_efficient.emulation.cases import Case, make
+from densenet_efficient.ops import compiled
+from tools.emulation.cases import Case, make
 
 pytestmark = pytest.mark.gpu
 
@@ -93,7 +93,7 @@ def on_gpu(case: Case) -> tuple[dict[str, object], list[tuple[Tensor, slice]]]:
 
 def run(case: Case) -> dict[str, Tensor]:
     arguments, buffers = on_gpu(case)
-    getattr(ops, case.op)(*arguments.values())
+    getattr(compiled, case.op)(*arguments.values())
     for whole, columns in buffers:
         whole = whole.clone()
         whole[..., columns] = math.nan
@@ -128,5 +128,5 @@ def test_an_empty_batch_is_left_alone() -> None:
 
 
 def test_operators_are_registered_for_cuda() -> None:
-    for name in ops.NAMES:
+    for name in compiled.NAMES:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densenet_efficient::{name}", "CUDA")

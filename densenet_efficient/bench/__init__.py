@@ -1,0 +1,2 @@
+"""Benchmarks: peers next to each other, agreement before speed. May import `models`, `memory` and
+below."""

@@ -1,0 +1,282 @@
+"""Measuring training steps: peers side by side, correctness before speed, memory in processes of
+their own.
+
+Conventions. A step is forward, cross entropy, backward, SGD with momentum. Time: peers take turns,
+step by step, in one process; medians and quantiles of the turns. Memory: the peak during a step
+over what stood before it (parameters, momentum, input). Gradients are None before the step, so
+parameter gradients count; one warm-up step comes first, and our idle scratch is given back before
+what stands is read. On the CPU each peer is measured in a process of its own (see `memory`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import arena
+from ..memory.process import ALLOCATOR_SETTINGS, allocator_peak_bytes, measure_step
+from ..models.networks import NetworkSpec
+
+__all__ = [
+    "DTYPES",
+    "PEERS",
+    "Case",
+    "MeasurementError",
+    "TrainingStep",
+    "measure_memory",
+    "quantiles",
+    "time_in_turns",
+]
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEERS = {
+    "eager": "torchvision's own (the plain twin where torchvision has no such network)",
+    "checkpoint": "the same with memory_efficient=True",
+    "compile": "eager under torch.compile",
+    "compile-budget": "eager under torch.compile with activation_memory_budget 0.3",
+    "store": "ours, bottlenecks kept",
+    "recompute": "ours, bottlenecks computed again",
+}
+OURS = ("store", "recompute")
+MEMORY_BUDGET = 0.3
+
+
+class MeasurementError(RuntimeError):
+    """Something that must not be measured, or could not be."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a step is run on. batch, image_size: positive. dtype: "fp32", or "bf16" or "fp16" by
+    autocast. ValueError naming the field otherwise."""
+
+    network: NetworkSpec
+    batch: int
+    image_size: int
+    dtype: str = "fp32"
+    device: str = "cpu"
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "image_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def title(self) -> str:
+        """One line."""
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return (
+            f"{self.network.title}, {self.image_size} px, batch {self.batch}, {self.dtype}, "
+            f"{layout}, {self.device}"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_description(fields: dict[str, Any]) -> Case:
+        """The inverse of `describe`."""
+        return Case(**{**fields, "network": NetworkSpec(**fields["network"])})
+
+    def build(self, peer: str, seed: int = 0) -> nn.Module:
+        """The peer's network on the device, the same weights for every peer. ValueError for an
+        unknown peer."""
+        if peer not in PEERS:
+            raise ValueError(f"peers: expected some of {', '.join(PEERS)}, got {peer!r}")
+        execution = peer
+        if peer not in OURS:
+            plain = self.network.small_inputs or self.network.in_channels != 3
+            execution = "reference" if plain else "torchvision"
+            execution += "-checkpoint" if peer == "checkpoint" else ""
+        torch.manual_seed(seed)
+        return self.network.build(execution).to(
+            device=self.device,
+            memory_format=self.memory_format,  # type: ignore[call-overload]
+        )
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def batch_of(self, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Random images [size, C, H, W] float32 and labels [size] on the device."""
+        generator = torch.Generator().manual_seed(seed)
+        n, s = self.network, self.image_size
+        images = torch.randn(size, n.in_channels, s, s, generator=generator)
+        labels = torch.randint(n.num_classes, (size,), generator=generator)
+        return images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
+
+
+class TrainingStep:
+    """One peer's training step, warmed up and ready to be called.
+
+    graph: capture the whole step in a CUDA graph and replay that (CUDA only).
+    """
+
+    def __init__(self, case: Case, peer: str, *, warm_up: int = 1, graph: bool = False) -> None:
+        self.case, self.device = case, torch.device(case.device)
+        self.model = case.build(peer)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.images, self.labels = case.batch_of(case.batch)
+        self._run: Callable[[Tensor], Tensor] = self.model
+        self._graph: Any = None
+        start = time.perf_counter()
+        if peer.startswith("compile"):
+            import torch._functorch.config as config
+
+            budget = MEMORY_BUDGET if peer == "compile-budget" else 1.0
+            self._run = torch.compile(self.model)
+            with config.patch(activation_memory_budget=budget):  # compiled by the first call
+                self()
+        for _ in range(warm_up):
+            self()
+        if graph:
+            self._capture()
+        self.synchronize()
+        self.warm_up_seconds = time.perf_counter() - start
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        dtype = DTYPES[self.case.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return nn.functional.cross_entropy(self._run(self.images), self.labels)
+
+    def rest(self, loss: Tensor) -> None:
+        """Backward, the optimiser's step, gradients back to None."""
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self.rest(self.forward())
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of one more step: `before`, `peak` and `kept`, see `memory.StepMemory`."""
+        _settle()
+        found = measure_step(self.forward, self.rest, self.device, arena.reserved_bytes)
+        return dataclasses.asdict(found)
+
+    def _capture(self) -> None:
+        if self.device.type != "cuda":
+            raise ValueError(f"graph: expected device cuda, got {self.device}")
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.rest(self.forward())
+        self._graph = graph
+
+
+def time_in_turns(
+    steps: dict[str, Callable[[], None]], rounds: int, device: torch.device, inner: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds per step of every peer, one value a round. In each round every peer takes its
+    turn of `inner` steps; the first of a round is another peer each time. CUDA events on a GPU."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(_time(steps[name], inner, device) / inner)
+    return times
+
+
+def _time(step: Callable[[], None], inner: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(inner):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    for _ in range(inner):
+        step()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10 % and 90 % quantile."""
+    points = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    )
+    return {"p10": float(points[0]), "median": float(points[1]), "p90": float(points[2])}
+
+
+def measure_memory(case: Case, peer: str, *, exact: bool = False) -> dict[str, int]:
+    """Bytes of one step of a peer: `peak` and `kept` over what stood `before` it, and, with `exact`
+    on the CPU, `allocator_peak`, torch's own allocations counted to the byte (a further step).
+    On the CPU in a fresh process, on CUDA here.
+
+    Raises:
+        MeasurementError: the process failed; with its last lines.
+    """
+    if torch.device(case.device).type == "cuda":
+        return _probe(case, peer, exact=False)
+    package_folder = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package_folder, os.environ.get("PYTHONPATH")]))
+    request = json.dumps({"case": case.describe(), "peer": peer, "exact": exact})
+    done = subprocess.run(
+        [sys.executable, "-m", "densenet_efficient.bench.steps", request],
+        env={**os.environ, **ALLOCATOR_SETTINGS, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise MeasurementError(
+            f"memory of {peer}, {case.title}: the measuring process ended with "
+            f"{done.returncode}:\n" + "\n".join(done.stderr.splitlines()[-5:])
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _probe(case: Case, peer: str, *, exact: bool) -> dict[str, int]:
+    step = TrainingStep(case, peer)
+    found = step.memory()
+    if exact:
+        _settle()
+        found["allocator_peak"] = allocator_peak_bytes(step)
+    return found
+
+
+def _settle() -> None:
+    """Give back what no step needs: garbage, and our idle scratch, which is then the step's."""
+    gc.collect()
+    arena.release()
+
+
+if __name__ == "__main__":
+    _request = json.loads(sys.argv[1])
+    _case = Case.from_description(_request["case"])
+    print(json.dumps(_probe(_case, _request["peer"], exact=_request["exact"])))

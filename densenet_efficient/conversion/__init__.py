@@ -1,0 +1,31 @@
+"""Conversion: a DenseNet of another library, in place, in the least memory. May import `nn` and
+below.
+
+A block of one's own, whose children are its layers and which appends each layer's new channels
+behind all earlier ones, is taught by naming the parts of a layer:
+
+    def parts(layer):
+        return LayerParts(layer.bn1, layer.squeeze, layer.bn2, layer.grow, layer.p)
+
+    register_adapter(MyBlock, block_adapter(parts))
+
+The numerical self-check finds an adapter that is wrong before anything is swapped.
+"""
+
+from . import torchvision_tree
+from .adapters import Adapter, Unsupported, block_adapter, register_adapter
+from .swap import ConversionError, Report, convert, inspect_conversion, unconvert
+
+torchvision_tree.register()
+
+__all__ = [
+    "Adapter",
+    "ConversionError",
+    "Report",
+    "Unsupported",
+    "block_adapter",
+    "convert",
+    "inspect_conversion",
+    "register_adapter",
+    "unconvert",
+]

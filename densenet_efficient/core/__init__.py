@@ -1,0 +1,2 @@
+"""The algorithm on tensors: what a call is, memory layout, shared scratch, the dense block forward
+and backward, and its autograd functions. May import `ops`."""

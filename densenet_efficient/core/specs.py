@@ -1,0 +1,118 @@
+"""What one call of a stage is, apart from its differentiable tensors, and the memory it takes.
+
+A call names its norms' modes, its convolutions' geometry and the implementation of the stages; the
+tables say what a block keeps and what scratch it shares, for the execution and for the memory call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..ops.convolution import ConvOptions
+from ..ops.fallback import accumulation_dtype
+from . import layout
+from .arena import Buffer
+
+PARAMETERS_PER_LAYER = 8
+"""gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2; None where a layer has none."""
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One batch norm of a call.
+
+    eps: added to the variance. running: [2, C] mean and variance to use, or None for the batch's.
+    """
+
+    eps: float
+    running: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One dense layer of a call.
+
+    in_channels C_l, growth k, bottleneck K (0: a plain layer, norm1 and conv1 only).
+    conv1, conv2: None for the kernels' own geometry (1x1; 3x3 with padding 1), else the options of
+    the general path. A plain layer's only convolution is conv1, with None meaning 3x3.
+    drop_rate: probability of dropping a new value, 0 outside training.
+    """
+
+    in_channels: int
+    growth: int
+    bottleneck: int
+    norm1: NormCall
+    norm2: NormCall | None
+    conv1: ConvOptions | None = None
+    conv2: ConvOptions | None = None
+    drop_rate: float = 0.0
+    channelwise_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Everything about one call of a block that is not a differentiable tensor.
+
+    stages: `ops.compiled` or `ops.fallback`. memory:
+    ``"store"`` or ``"recompute"``. seed: of the dropout masks, which backward draws again.
+    """
+
+    layers: tuple[LayerCall, ...]
+    stages: ModuleType
+    memory: str
+    seed: int = 0
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the block's input."""
+        return self.layers[0].in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the feature buffer."""
+        return self.layers[-1].in_channels + self.layers[-1].growth
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether any norm1 of the block uses the batch's statistics of F's channels."""
+        return any(layer.norm1.running is None for layer in self.layers)
+
+
+def scratch_table(
+    call: BlockCall, image: Sequence[int], dtype: torch.dtype, backward: bool
+) -> list[Buffer]:
+    """Shared scratch of one forward or backward call.
+
+    image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
+    """
+    widest = max(layer.bottleneck for layer in call.layers)
+    table = []
+    if widest and call.memory == "recompute":
+        table.append(Buffer("bottleneck", (*image, widest), dtype, "scratch"))
+    if widest and backward:
+        table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))
+    if any(layer.drop_rate > 0 for layer in call.layers):
+        growth = max(layer.growth for layer in call.layers)
+        table.append(Buffer("dropout mask", (*image, growth), dtype, "scratch"))
+    return table
+
+
+def kept_table(
+    call: BlockCall, image: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> list[Buffer]:
+    """What a block keeps from forward to backward."""
+    row = layout.row_length(call.out_channels, dtype, device)
+    table = [Buffer("features", (*image, row), dtype, "output")]
+    acc = accumulation_dtype(dtype)
+    table.append(Buffer("statistics", (2, call.out_channels), acc, "kept"))
+    for index, layer in enumerate(call.layers):
+        if layer.bottleneck:
+            table.append(Buffer(f"statistics of b{index}", (2, layer.bottleneck), acc, "kept"))
+            if call.memory == "store":
+                table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))
+    return table

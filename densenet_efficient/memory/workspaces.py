@@ -1,0 +1,106 @@
+"""Temporary memory inside the operators, for the memory plan.
+
+The compiled operators allocate exactly what the functions of ``csrc/workspace.h`` say; the
+general path holds a chunk's normalised copy, the convolution's operands and its results.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import torch
+
+from ..core.specs import BlockCall, LayerCall
+from ..ops import compiled, fallback
+from ..ops.dispatch import choose
+from ..ops.fallback import accumulation_dtype
+
+_GENERAL_COPIES = 4
+"""Chunk-sized tensors the general path holds at a time: normalised, ReLU, operand, result."""
+
+
+def operator(
+    name: str,
+    shape: tuple[int, ...],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Bytes operator ``name`` allocates for x of ``shape`` and ``channels`` output channels."""
+    path = choose(device, dtype)
+    if path.stages is not compiled:
+        return _general(shape, dtype)
+    if device.type == "cuda":
+        workers = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        workers = torch.get_num_threads()
+    return _compiled(name, shape, channels, dtype, device.type, workers)
+
+
+def _general(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    image = math.prod(shape[1:]) * accumulation_dtype(dtype).itemsize
+    chunk = min(shape[0] * image, max(image, fallback.CHUNK_BYTES))
+    return _GENERAL_COPIES * chunk
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(
+    name: str,
+    shape: tuple[int, ...],
+    channels: int,
+    dtype: torch.dtype,
+    device_type: str,
+    workers: int,
+) -> int:
+    """workers: threads of the CPU, or multiprocessors of the GPU."""
+    from .. import _module
+
+    if device_type != "cpu":
+        size = dtype.itemsize
+        return _module.cuda_workspace_bytes(name, list(shape), channels, size, workers)
+    element = accumulation_dtype(dtype).itemsize
+    return _module.workspace_bytes(name, list(shape), channels, element, workers)
+
+
+def _layer_calls(
+    layer: LayerCall, image: tuple[int, ...], backward: bool, recompute: bool
+) -> Iterable[tuple[str, tuple[int, ...], int]]:
+    """(operator, shape of x, output channels) of one layer's call."""
+    way = "backward" if backward else "forward"
+    rows = math.prod(image)
+    if layer.bottleneck:
+        first = (rows, layer.in_channels)
+        yield f"norm_relu_conv1x1_{way}", first, layer.bottleneck
+        if backward and recompute:
+            yield "norm_relu_conv1x1_forward", first, layer.bottleneck
+        yield f"norm_relu_conv3x3_{way}", (*image, layer.bottleneck), layer.growth
+    else:
+        yield f"norm_relu_conv3x3_{way}", (*image, layer.in_channels), layer.growth
+
+
+def block(
+    call: BlockCall,
+    image: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+) -> int:
+    """The most bytes that one layer of a block holds beside its tables: the largest operator's
+    workspace and, in low precision, the layer's weights in the activations' dtype."""
+    worst = 0
+    recompute = call.memory == "recompute"
+    for layer in call.layers:
+        weights = layer.bottleneck * layer.in_channels + 9 * layer.bottleneck * layer.growth
+        if not layer.bottleneck:
+            weights = 9 * layer.in_channels * layer.growth
+        cast = 0 if dtype == torch.float32 else weights * dtype.itemsize
+        general_path = layer.conv1 is not None or layer.conv2 is not None
+        for name, shape, channels in _layer_calls(layer, image, backward, recompute):
+            if general_path or (len(image) != 3 and "3x3" in name):
+                size = _general((*image, shape[-1]), dtype)
+            else:
+                size = operator(name, shape, channels, dtype, device)
+            worst = max(worst, size + cast)
+    return worst

@@ -1,0 +1,2 @@
+"""The modules: dense block, transition, feature extractor, and the architecture they form. May
+import `core` and `ops`."""

@@ -1,0 +1,328 @@
+"""The general path: every stage through the framework's own operators, on any device and dtype.
+
+The functions have the names, arguments and results of `ops.compiled`, and serve
+whatever the compiled kernels do not: 1-D and 3-D images, other kernel sizes, dilation, groups,
+bias, devices without kernels, a missing library. Memory stays in the same class: images are
+processed in chunks, so that the normalised copy a framework convolution needs is bounded by
+``CHUNK_BYTES``. Sums and statistics are taken in the accumulation dtype (float32, float64 beside
+float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .convolution import ConvOptions
+from .dither import dithered
+
+CHUNK_BYTES = 64 << 20
+"""Upper bound of one chunk's normalised copy (one image may exceed it)."""
+
+
+_CONV3X3 = ConvOptions((1, 1), (1, 1))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, sums and parameter gradients beside activations of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Slices over the images of x [N, *spatial, C] whose normalised copies stay bounded."""
+    if x.numel() == 0:
+        return
+    image_bytes = x[0].numel() * accumulation_dtype(x.dtype).itemsize
+    step = max(1, CHUNK_BYTES // image_bytes)
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _normalise(x: Tensor, norm: Tensor) -> Tensor:
+    """a x + s in the accumulation dtype; the sign decides the ReLU mask."""
+    return torch.addcmul(norm[1], x.to(norm.dtype), norm[0])
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
+
+
+def _rows(x: Tensor) -> tuple[int, ...]:  # of x [..., C]: what per-channel sums run over
+    return tuple(range(x.dim() - 1))
+
+
+def _masked(dh: Tensor, normalised: Tensor) -> Tensor:
+    """dz: dh [..., C] in the accumulation dtype, zero where the ReLU cut."""
+    return torch.ops.aten.threshold_backward(dh.to(normalised.dtype), normalised, 0)
+
+
+def _norm_sums(dz: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """dnorm [2, C]: dgamma and dbeta of dz (accumulation dtype), x [..., C]."""
+    centred = x.to(norm.dtype) - norm[2]
+    dgamma = centred.mul_(dz).sum(_rows(dz)).mul_(norm[3])
+    return torch.stack((dgamma, dz.sum(_rows(dz))))
+
+
+def channel_stats(x: Tensor, stats: Tensor) -> None:
+    """See `ops.compiled.channel_stats`; x may have any rank [..., C]."""
+    if x.numel() == 0:
+        stats.zero_()
+        return
+    var, mean = torch.var_mean(x.to(stats.dtype), dim=_rows(x), correction=0)
+    stats[0].copy_(mean)
+    stats[1].copy_(var)
+
+
+def norm_fold(
+    stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, norm: Tensor
+) -> None:
+    """See `ops.compiled.norm_fold`."""
+    mean, var = stats
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd if gamma is None else gamma * rstd
+    shift = -mean * scale
+    norm[0].copy_(scale)
+    norm[1].copy_(shift if beta is None else beta + shift)
+    norm[2].copy_(mean)
+    norm[3].copy_(rstd)
+
+
+def norm_correction(
+    dnorm: Tensor, norm: Tensor, count: int, accumulate: bool, correction: Tensor
+) -> None:
+    """See `ops.compiled.norm_correction`."""
+    share = norm[0] * (1.0 / count if count else 0.0)
+    p, q = share * dnorm[1], share * norm[3] * dnorm[0]
+    if accumulate:
+        channels = dnorm.shape[1]
+        correction[1, :channels] += p
+        correction[2, :channels] += q
+    else:
+        correction.copy_(torch.stack((norm[0], p, q, norm[2])))
+
+
+def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
+    a, p, q, mean = correction
+    centred = y.to(a.dtype) - mean
+    return torch.addcmul(torch.addcmul(-p, centred, -q), dy.to(a.dtype), a)
+
+
+def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> None:
+    """See `ops.compiled.norm_correction_apply`; dx and x may be [..., C]."""
+    for rows in _chunks(x):
+        first = rows.start * x[0].numel()
+        dx[rows] = dithered(_corrected(dx[rows], x[rows], correction), dx.dtype, first)
+
+
+def norm_relu_conv_forward(
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: ConvOptions,
+    y: Tensor,
+) -> None:
+    """y [N, *spatial, K] = conv(relu(a x + s)) for any geometry that keeps the image size."""
+    for images in _chunks(x):
+        z = _normalise(x[images], norm).relu_().to(x.dtype)
+        y[images].copy_(options.forward(_channels_first(z), weight, bias).movedim(1, -1))
+
+
+def norm_relu_conv_backward(
+    dy: Tensor,
+    y: Tensor | None,
+    correction: Tensor | None,
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    options: ConvOptions,
+    accumulate: bool,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dnorm: Tensor,
+) -> None:
+    """Backward of :func:`norm_relu_conv_forward`; the arguments of stage B's backward."""
+    dnorm.zero_()
+    for total in (dweight, dbias):
+        if total is not None:
+            total.zero_()
+    for images in _chunks(x):
+        part = dy[images]
+        if y is not None and correction is not None:
+            part = _corrected(part, y[images], correction)
+        if dbias is not None:
+            dbias += part.to(dbias.dtype).sum(_rows(part))
+        normalised = _normalise(x[images], norm)
+        z = normalised.relu().to(x.dtype)
+        dz, dw = options.backward(
+            _channels_first(part.to(x.dtype)), _channels_first(z), weight, dweight is not None
+        )
+        if dweight is not None and dw is not None:
+            dweight += dw
+        dz = _masked(dz.movedim(1, -1), normalised)
+        dnorm += _norm_sums(dz, x[images], norm)
+        if accumulate:
+            dx[images] += dz.mul_(norm[0])
+        else:
+            dx[images].copy_(dz)
+
+
+def norm_relu_conv1x1_forward(
+    x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+) -> None:
+    """See `ops.compiled.norm_relu_conv1x1_forward`."""
+    for rows in _chunks(x):
+        z = _normalise(x[rows], norm).relu_().to(x.dtype)
+        torch.mm(z, weight.t(), out=y[rows])
+    if stats is not None:
+        channel_stats(y, stats)
+
+
+def norm_relu_conv1x1_backward(
+    dz_y: Tensor,
+    y: Tensor,
+    correction: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dnorm: Tensor,
+) -> None:
+    """See `ops.compiled.norm_relu_conv1x1_backward`."""
+    dnorm.zero_()
+    if dweight is not None:
+        dweight.zero_()
+    for rows in _chunks(x):
+        dy = _corrected(dz_y[rows], y[rows], correction).to(x.dtype)
+        normalised = _normalise(x[rows], norm)
+        if dweight is not None:
+            dweight += torch.mm(dy.t(), normalised.relu().to(x.dtype))
+        dz = _masked(torch.mm(dy, weight), normalised)
+        dnorm += _norm_sums(dz, x[rows], norm)
+        dx[rows] += dz.mul_(norm[0])
+
+
+def norm_relu_conv3x3_forward(
+    x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+) -> None:
+    """See `ops.compiled.norm_relu_conv3x3_forward`."""
+    norm_relu_conv_forward(x, norm, weight, None, _CONV3X3, y)
+    if stats is not None:
+        channel_stats(y, stats)
+
+
+def norm_relu_conv3x3_backward(
+    dy: Tensor,
+    y: Tensor | None,
+    correction: Tensor | None,
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    accumulate: bool,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dnorm: Tensor,
+) -> None:
+    """See `ops.compiled.norm_relu_conv3x3_backward`."""
+    norm_relu_conv_backward(
+        dy, y, correction, x, norm, weight, _CONV3X3, accumulate, dx, dweight, None, dnorm
+    )
+
+
+_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _average(z: Tensor) -> Tensor:
+    """[N, *spatial, C] -> [N, *(spatial // 2), C]."""
+    dims = z.dim() - 2
+    return _AVG_POOL[dims](_channels_first(z), 2, 2).movedim(1, -1)
+
+
+def _spread(dpooled: Tensor, spatial: torch.Size) -> Tensor:
+    """The gradient of :func:`_average`: each value to its 2^dims pixels, zero on dropped edges."""
+    out = dpooled / 2 ** (dims := dpooled.dim() - 2)
+    for d in range(1, dims + 1):
+        out = out.repeat_interleave(2, dim=d)
+    padding: list[int] = [0, 0]
+    for d in range(dims, 0, -1):
+        padding += [0, spatial[d - 1] - out.shape[d]]
+    return F.pad(out, padding)
+
+
+def transition_forward(
+    x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+) -> None:
+    """See `ops.compiled.transition_forward`; any number of dimensions."""
+    for images in _chunks(x):
+        pooled = _average(_normalise(x[images], norm).relu_()).to(x.dtype)
+        y[images].copy_(torch.matmul(pooled, weight.t()))
+    if stats is not None:
+        channel_stats(y, stats)
+
+
+def transition_backward(
+    dy: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    count: int,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dnorm: Tensor,
+) -> None:
+    """See `ops.compiled.transition_backward`; any number of dimensions."""
+    dnorm.zero_()
+    if dweight is not None:
+        dweight.zero_()
+    for images in _chunks(x):
+        normalised = _normalise(x[images], norm)
+        if dweight is not None:
+            pooled = _average(normalised.relu()).to(x.dtype)
+            dweight += torch.mm(dy[images].flatten(0, -2).t(), pooled.flatten(0, -2))
+        dpooled = torch.matmul(dy[images], weight).to(norm.dtype)
+        dz = _masked(_spread(dpooled, x.shape[1:-1]), normalised)
+        dnorm += _norm_sums(dz, x[images], norm)
+        dx[images].copy_(dz)
+    _through_norm(dx, x, norm, count, dnorm)
+
+
+def _through_norm(dx: Tensor, x: Tensor, norm: Tensor, count: int, dnorm: Tensor) -> None:
+    """dx holds dz; make it the gradient in front of the norm."""
+    correction = torch.empty_like(norm)
+    norm_correction(dnorm, norm, count, False, correction)
+    norm_correction_apply(dx, x, correction)
+
+
+_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
+    """See `ops.compiled.stem_forward`; any number of dimensions."""
+    for images in _chunks(x):
+        z = _channels_first(_normalise(x[images], norm).relu_())
+        y[images].copy_(_MAX_POOL[x.dim() - 2](z, 3, 2, 1).movedim(1, -1))
+    if stats is not None:
+        channel_stats(y, stats)
+
+
+def stem_backward(
+    dy: Tensor, x: Tensor, norm: Tensor, count: int, dx: Tensor, dnorm: Tensor
+) -> None:
+    """See `ops.compiled.stem_backward`; any number of dimensions."""
+    pool = _MAX_POOL[x.dim() - 2]
+    dnorm.zero_()
+    for images in _chunks(x):
+        normalised = _normalise(x[images], norm)
+        with torch.enable_grad():
+            leaf = _channels_first(normalised.relu()).requires_grad_()
+            pooled = pool(leaf, 3, 2, 1)
+        (dz,) = torch.autograd.grad(pooled, leaf, _channels_first(dy[images]).to(norm.dtype))
+        dz = _masked(dz.movedim(1, -1), normalised)
+        dnorm += _norm_sums(dz, x[images], norm)
+        dx[images].copy_(dz)
+    _through_norm(dx, x, norm, count, dnorm)

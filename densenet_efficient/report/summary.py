@@ -1,0 +1,139 @@
+"""The volumes through a network, block by block: a table and a picture in text.
+
+Computed on the meta device: nothing is allocated and nothing is run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models.networks import NetworkSpec
+
+__all__ = ["Stage", "Summary", "summarise"]
+
+_KINDS = {
+    "conv": "convolution",
+    "norm": "norm",
+    "relu": "ReLU",
+    "pool": "pooling",
+    "denseblock": "dense block",
+    "transition": "transition",
+    "classifier": "linear",
+}
+_BAR = 28
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. shape: of its output [N, C, H, W] (classifier: [N, classes]). layers: of a dense
+    block, else 0. parameters: numbers. multiply_adds: of its products, for the whole batch."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    layers: int
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summarise` found; `str` of it is a table."""
+
+    title: str
+    input_shape: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    parameters: int
+    depth: int
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the whole forward pass."""
+        return sum(stage.multiply_adds for stage in self.stages)
+
+    def __str__(self) -> str:
+        n, c, h, w = self.input_shape
+        lines = [
+            f"{self.title}: {self.parameters:,} parameters, depth {self.depth}, "
+            f"{self.multiply_adds / n / 1e9:.3f} G multiply-adds an image",
+            "",
+            f"{'stage':16} {'what':22} {'channels':>8} {'height x width':>15} {'values':>12} "
+            f"{'parameters':>12} {'G mult-adds':>11}",
+            f"{'input':16} {f'batch of {n}':22} {c:>8} {f'{h} x {w}':>15} {c * h * w:>12,}",
+        ]
+        widest = max(_values(stage.shape) for stage in self.stages)
+        for stage in self.stages:
+            what = f"{stage.kind}, {stage.layers} layers" if stage.layers else stage.kind
+            volume = " x ".join(str(side) for side in stage.shape[2:]) or "-"
+            values = _values(stage.shape)
+            bar = "#" * max(1, round(_BAR * values / widest))
+            lines.append(
+                f"{stage.name:16} {what:22} {stage.shape[1]:>8} {volume:>15} {values:>12,} "
+                f"{stage.parameters:>12,} {stage.multiply_adds / n / 1e9:>11.3f}  {bar}"
+            )
+        lines += ["", "values: numbers in the output, per image; the bars show them to scale"]
+        return "\n".join(lines)
+
+
+def _values(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:])
+
+
+def _kind(name: str) -> str:
+    return _KINDS.get(name.rstrip("0123456789"), name)
+
+
+def summarise(network: NetworkSpec, batch: int = 1, image_size: int | None = None) -> Summary:
+    """Follow a batch of images through a network.
+
+    Args:
+        network: which.
+        batch: images, positive.
+        image_size: pixels a side; None: what the papers use it at.
+
+    Raises:
+        ValueError: an option out of its range, or images too small for the network.
+    """
+    for name, value in (("batch", batch), ("image_size", image_size)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    size = image_size or network.default_image_size
+    with torch.device("meta"):
+        model = network.build("reference").eval()
+        images = torch.empty(batch, network.in_channels, size, size)
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            shapes[name] = tuple(output.shape)
+
+        return hook
+
+    children: dict[str, nn.Module] = dict(model.features.named_children())  # type: ignore[union-attr]
+    if network.num_classes:
+        children["classifier"] = model.classifier  # type: ignore[assignment]
+    for name, child in children.items():
+        child.register_forward_hook(record(name))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    by_module = counter.get_flop_counts()
+    root = type(model).__name__
+    stages = []
+    convolutions = 0
+    for name, child in children.items():
+        path = f"{root}.{name}" if name == "classifier" else f"{root}.features.{name}"
+        flops = sum(by_module.get(path, {}).values())
+        kinds = (nn.Conv2d, nn.Linear)
+        convolutions += sum(isinstance(module, kinds) for module in child.modules())
+        layers = len(list(child.children())) if name.startswith("denseblock") else 0
+        count = sum(parameter.numel() for parameter in child.parameters())
+        stages.append(Stage(name, _kind(name), shapes[name], layers, count, flops // 2))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shape = (batch, network.in_channels, size, size)
+    return Summary(network.title, shape, tuple(stages), total, convolutions)

@@ -1,0 +1,268 @@
+"""The data sets of the command line: loading, splits, normalisation and the papers' augmentations.
+
+torchvision's data sets and transforms do the work. The digits come with scikit-learn, so they need
+no download. Whatever cannot be read ends in a `DataError` that names the file or folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import urllib.error
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..torchvision_compat import import_torchvision
+
+__all__ = ["DATASETS", "Data", "DataError", "TensorImages", "load_data", "loader", "on_device"]
+
+DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder", "synthetic")
+# Mean and standard deviation per channel, of the training images scaled to 0..1.
+_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_CLASSES = {"cifar10": 10, "cifar100": 100, "fashion-mnist": 10}
+_IMAGE_SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "fashion-mnist": 28}
+
+
+class DataError(RuntimeError):
+    """Data that cannot be read, or that is not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """train, test: data sets of (image [channels, image_size, image_size] float32, class)."""
+
+    name: str
+    train: Dataset
+    test: Dataset
+    num_classes: int
+    channels: int
+    image_size: int
+
+
+class TensorImages(Dataset):
+    """Images held in memory: images [n, C, H, W] float32, labels [n] int64, and a transform of one
+    image [C, H, W] for each time it is drawn."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]
+        return self.transform(image) if self.transform else image, int(self.labels[index])
+
+
+def load_data(
+    name: str,
+    *,
+    root: str | os.PathLike[str] = "data",
+    path: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    augment: bool = True,
+    download: bool = False,
+    limit: int | None = None,
+    shape: tuple[int, int] = (3, 10),
+) -> Data:
+    """Open a data set.
+
+    Args:
+        name: one of `DATASETS`.
+        root: folder of the data sets that torchvision keeps.
+        path: for "imagefolder": a folder with `train/CLASS/*` and `val/CLASS/*`.
+        image_size: pixels a side (None: the data set's own; 224 for "imagefolder", 32 for
+            "synthetic").
+        augment: random crops and flips (digits: small rotations, shifts and scalings).
+        download: fetch what is missing in `root`.
+        limit: use the first `limit` images of each split only; "synthetic" makes that many.
+        shape: for "synthetic": channels and classes.
+
+    Raises:
+        ValueError: an option out of its range.
+        DataError: missing or unreadable files.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {name!r}")
+    for option, value in (("image_size", image_size), ("limit", limit)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"{option}: expected a positive integer, got {value!r}")
+    if (path is not None) != (name == "imagefolder"):
+        raise ValueError(f"path: expected with data imagefolder only, got {path!r} with {name}")
+    size = image_size or _IMAGE_SIZES.get(name, 224 if name == "imagefolder" else 32)
+    if name == "digits":
+        data = _digits(size, augment)
+    elif name == "synthetic":
+        return _synthetic(size, limit or 1024, *shape)
+    elif name == "imagefolder":
+        data = _image_folder(Path(path or ""), size, augment)
+    else:
+        data = _torchvision(name, Path(root), size, augment, download)
+    if limit is None:
+        return data
+    return dataclasses.replace(data, train=_first(data.train, limit), test=_first(data.test, limit))
+
+
+def _first(images: Dataset, count: int) -> Dataset:
+    return Subset(images, range(min(count, len(images))))  # type: ignore[arg-type]
+
+
+def _digits(size: int, augment: bool) -> Data:
+    """1797 handwritten digits, 8x8; a quarter of each class is held out (450 images)."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError(
+            f"data digits: expected an installed scikit-learn, which bundles them, got: {error}. "
+            "Install it with `pip install scikit-learn`."
+        ) from error
+    digits = load_digits()
+    labels = torch.from_numpy(numpy.asarray(digits.target)).long()
+    images = torch.from_numpy(numpy.asarray(digits.images)).float().unsqueeze(1) / 16
+    if size != images.shape[-1]:
+        images = torch.nn.functional.interpolate(
+            images, size=(size, size), mode="bilinear", align_corners=False
+        )
+    train, test = train_test_split(
+        numpy.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels.numpy()
+    )
+    mean, std = images[train].mean(), images[train].std()
+    background = float(-mean / std)
+    images = (images - mean) / std
+    transform = None
+    if augment:
+        v2 = import_torchvision("torchvision.transforms.v2")
+        transform = v2.RandomAffine(
+            10,
+            translate=(0.1, 0.1),
+            scale=(0.9, 1.1),
+            fill=background,
+            interpolation=v2.InterpolationMode.BILINEAR,
+        )
+    return Data(
+        "digits",
+        TensorImages(images[train], labels[train], transform),
+        TensorImages(images[test], labels[test]),
+        10,
+        1,
+        size,
+    )
+
+
+def _synthetic(size: int, count: int, channels: int, classes: int) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, channels, size, size, generator=generator)
+    labels = torch.randint(classes, (count,), generator=generator)
+    images_and_labels = TensorImages(images, labels)
+    return Data("synthetic", images_and_labels, images_and_labels, classes, channels, size)
+
+
+def _torchvision(name: str, root: Path, size: int, augment: bool, download: bool) -> Data:
+    datasets = import_torchvision("torchvision.datasets")
+    v2 = import_torchvision("torchvision.transforms.v2")
+    classes = {
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+        "fashion-mnist": datasets.FashionMNIST,
+    }
+    own = _IMAGE_SIZES[name]
+    resize = [] if size == own else [v2.Resize(size)]
+    crops = [v2.RandomCrop(size, padding=max(size // 8, 1)), v2.RandomHorizontalFlip()]
+    common = _to_normalised(v2, name)
+    parts = []
+    for train in (True, False):
+        steps = [*resize, *(crops if augment and train else []), *common]
+        try:
+            parts.append(
+                classes[name](root, train=train, transform=v2.Compose(steps), download=download)
+            )
+        except (RuntimeError, OSError, urllib.error.URLError, EOFError, ValueError) as error:
+            hint = "" if download else "; --download fetches it where there is a network"
+            raise DataError(
+                f"data {name}: expected its files, whole, in {root.resolve()}, got: {error}{hint}"
+            ) from error
+    train_images, test_images = parts
+    return Data(name, train_images, test_images, _CLASSES[name], len(_STATISTICS[name][0]), size)
+
+
+def _image_folder(path: Path, size: int, augment: bool) -> Data:
+    datasets = import_torchvision("torchvision.datasets")
+    v2 = import_torchvision("torchvision.transforms.v2")
+    common = _to_normalised(v2, "imagefolder")
+    plain = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *common]
+    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *common]
+    parts: list[Any] = []
+    for split in ("train", "val"):
+        steps = random if augment and split == "train" else plain
+        try:
+            parts.append(datasets.ImageFolder(path / split, v2.Compose(steps), loader=_open_image))
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"data imagefolder: expected images in {path / split}/CLASS/, got: {error}"
+            ) from error
+    train, test = parts
+    if train.classes != test.classes:
+        raise DataError(
+            f"data imagefolder: expected the same classes in train and val, got "
+            f"{len(train.classes)} and {len(test.classes)}, differing in "
+            f"{sorted(set(train.classes) ^ set(test.classes))[:5]}"
+        )
+    return Data("imagefolder", train, test, len(train.classes), 3, size)
+
+
+def _open_image(path: str) -> Any:
+    from PIL import Image
+
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # a damaged file raises any of them
+        raise DataError(f"data imagefolder: {path}: expected an image, got: {error}") from error
+
+
+def _to_normalised(v2: Any, name: str) -> list[Any]:
+    mean, std = _STATISTICS[name]
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+
+
+def loader(
+    dataset: Dataset, batch_size: int, *, shuffle: bool, seed: int, workers: int, pin: bool
+) -> DataLoader:
+    """Batches of (images, labels). The order follows from `seed` alone; a last batch of one image
+    is dropped while training, as batch statistics over one value need not exist."""
+    size = len(dataset)  # type: ignore[arg-type]
+    if size == 0:
+        raise DataError("data: expected at least one image, got none")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=shuffle and size % batch_size == 1 and size > 1,
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def on_device(
+    batches: DataLoader, device: torch.device, memory_format: torch.memory_format
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches on the device: images [n, C, H, W] in the memory format, labels [n]."""
+    for images, labels in batches:
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        yield images, labels.to(device, non_blocking=True)
