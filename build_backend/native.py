@@ -124,7 +124,7 @@ class Build:
         self.compiler = toolchain.find_compiler()
         self.folder = root / "build" / self.options.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.host_sources = [root / "csrc/ops.cpp", *sorted((root / "csrc/cpu").glob("*.cpp"))]
+        self.host_sources = [root / "csrc/ops.cpp", *sorted((root / "csrc/cpu").rglob("*.cpp"))]
         self.cuda_sources = sorted((root / "csrc/cuda").glob("*.cu"))
         self.nvcc, self.cuda_status = self.choose_cuda()
         self.archs = toolchain.CudaArchs((), ())

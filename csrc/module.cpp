@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "workspace_calls.h"
+#include "workspaces.h"
 
 namespace densenet_efficient {
 namespace {

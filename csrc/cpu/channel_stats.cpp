@@ -2,7 +2,7 @@
 //
 // A tile of rows is read twice, the second time from the cache: M * C elements from memory. Tasks
 // are groups of neighbouring tiles; a group's moments are kept in double and merged in order.
-#include "moments.h"
+#include "rows/moments.h"
 
 namespace densenet_efficient::cpu {
 namespace {

@@ -9,7 +9,7 @@
 
 #include "../dither.h"
 #include "parallel.h"
-#include "rows.h"
+#include "rows/operands.h"
 
 namespace densenet_efficient::cpu {
 namespace {

@@ -5,7 +5,7 @@
 // C elements only: one thread, in double, rounded once.
 #include <cmath>
 
-#include "rows.h"
+#include "rows/operands.h"
 
 namespace densenet_efficient::cpu {
 namespace {

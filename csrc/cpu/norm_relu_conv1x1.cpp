@@ -6,8 +6,8 @@
 //   dweight += dy^T @ relu(a * x + s)
 // dy = a_y * dz_y - p - (y - mean) * q is made per tile from dz_y and y [M, K]. x and dx are read
 // once, dx is written once: M * (2 K + 3 C) elements.
-#include "product_backward.h"
-#include "product_forward.h"
+#include "gemm/backward.h"
+#include "gemm/forward.h"
 
 namespace densenet_efficient::cpu {
 namespace {

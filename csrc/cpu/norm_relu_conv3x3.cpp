@@ -11,8 +11,8 @@
 // Where a unit holds two pixels of that reduction, they come from the upper and the lower half of
 // the band: so both shift by a tap together. Bytes moved: x once (and dx once or twice), dy and y
 // once, halos again. Tasks are groups of bands; partial sums merge in their order.
-#include "moments.h"
-#include "product.h"
+#include "gemm/product.h"
+#include "rows/moments.h"
 
 namespace densenet_efficient::cpu {
 namespace {

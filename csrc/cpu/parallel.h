@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "../stable.h"
-#include "../workspace.h"
+#include "tiling.h"
 
 namespace densenet_efficient::cpu {
 

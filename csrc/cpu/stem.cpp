@@ -9,7 +9,7 @@
 // type, unrounded; where a window's maximum is not positive the ReLU cuts, whichever pixel won.
 #include <limits>
 
-#include "moments.h"
+#include "rows/moments.h"
 
 namespace densenet_efficient::cpu {
 namespace {

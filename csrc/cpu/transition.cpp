@@ -6,8 +6,8 @@
 // its own ReLU passed. The norm's correction needs the sums of dz, so the first pass takes sums and
 // dweight, and the second makes dpooled again and writes dx: cheaper than keeping dz, and not
 // rounded.
-#include "product_backward.h"
-#include "product_forward.h"
+#include "gemm/backward.h"
+#include "gemm/forward.h"
 
 namespace densenet_efficient::cpu {
 namespace {

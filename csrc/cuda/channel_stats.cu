@@ -8,7 +8,7 @@
 // through shared memory, their partials in a second kernel, always in the same order.
 //
 // Bytes moved: x once (M * C elements), the partials twice (2 * C per block), stats once.
-#include "reduce.cuh"
+#include "reduce/block.cuh"
 
 namespace densenet_efficient {
 namespace {

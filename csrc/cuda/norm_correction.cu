@@ -9,8 +9,8 @@
 // results are dithered (dither.h).
 // Bytes moved: x once, dx twice (read and written), the correction once per block.
 #include "../dither.h"
-#include "columns.h"
 #include "launch.h"
+#include "reduce/columns.h"
 #include "vector.cuh"
 
 namespace densenet_efficient {

@@ -13,8 +13,8 @@
 // 4 (K + 2) C for each row block, twice.
 // Sums: fp32 in registers over the block's rows, in row order; blocks in a second pass.
 // Rows past the end get dy = 0; channels past the end get a = s = 0.
-#include "conv1x1_gradients.cuh"
-#include "partials.cuh"
+#include "conv1x1/warp_backward.cuh"
+#include "reduce/finish.cuh"
 
 namespace densenet_efficient {
 namespace {

@@ -12,9 +12,9 @@
 // cache). Sums: fp32 accumulators over C; moments exact two-pass over 16 rows, then merged in a
 // fixed order: rows of a warp, warps of a block, blocks (second pass, from 12 K bytes a block).
 // C tail: x and weight arrive as zeros, and so do scale and shift: relu(0 * 0 + 0) = 0.
-#include "operands.h"
-#include "output.cuh"
-#include "partials.cuh"
+#include "gemm/epilogue.cuh"
+#include "gemm/row_tensor.h"
+#include "reduce/finish.cuh"
 #include "tiling.h"
 
 namespace densenet_efficient {

@@ -7,10 +7,10 @@
 // One kernel for both would save reading x and dy a second time, a third of the bytes, but its
 // accumulators leave room for one block a multiprocessor, and the products, not the bytes, are the
 // longer part of this stage.
-#include "conv3x3_data_gradient.cuh"
-#include "conv3x3_weight_gradient.cuh"
-#include "partials.cuh"
-#include "weight3x3.cuh"
+#include "conv3x3/data_gradient.cuh"
+#include "conv3x3/pack_weight.cuh"
+#include "conv3x3/weight_gradient.cuh"
+#include "reduce/finish.cuh"
 
 namespace densenet_efficient {
 namespace {

@@ -12,10 +12,10 @@
 // the weight once per tile (2 * 9 K C, from the L2 cache).
 // Sums: fp32 accumulators over taps and channels; moments exact per 16 pixels, merged in a fixed
 // order. C tail: x and weight arrive as zeros, and so do scale and shift.
-#include "halo.cuh"
-#include "output.cuh"
-#include "partials.cuh"
-#include "weight3x3.cuh"
+#include "conv3x3/halo.cuh"
+#include "conv3x3/pack_weight.cuh"
+#include "gemm/epilogue.cuh"
+#include "reduce/finish.cuh"
 
 namespace densenet_efficient {
 namespace {

@@ -11,9 +11,9 @@
 // Who owns what: stem.cuh. Bytes moved: x twice (its columns asked for 1.5 times), dy twice (in the
 // second pass twice over), dx once, two partial sums per channel and block. Sums in fixed order
 // (reduce.cuh).
-#include "correction.cuh"
-#include "reduce.cuh"
-#include "stem.cuh"
+#include "pool/stem.cuh"
+#include "reduce/block.cuh"
+#include "reduce/correction.cuh"
 
 namespace densenet_efficient {
 namespace {

@@ -6,8 +6,8 @@
 // Who owns what: stem.cuh. Bytes moved: x once (its columns asked for 1.5 times), y once, two
 // partial moments per channel and block. Moments of y as stored, by exact two-pass over kGroup
 // rows, merged by Chan's formula in a fixed order (reduce.cuh).
-#include "reduce.cuh"
-#include "stem.cuh"
+#include "pool/stem.cuh"
+#include "reduce/block.cuh"
 
 namespace densenet_efficient {
 namespace {

@@ -16,10 +16,10 @@
 // Bytes, with X = N * H * W * C elements of two bytes: 2 X read (x), 3/4 X written and read again,
 // 1 X written (dx); dy once per 128 channels and, for dweight, once more; the weight from the L2
 // cache.
-#include "correction.cuh"
-#include "partials.cuh"
-#include "reduce.cuh"
-#include "transition_products.cuh"
+#include "pool/transition_products.cuh"
+#include "reduce/block.cuh"
+#include "reduce/correction.cuh"
+#include "reduce/finish.cuh"
 
 namespace densenet_efficient {
 namespace {

@@ -13,10 +13,10 @@
 // Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the
 // weight once per tile (2 K C, from the L2 cache).
 // Sums: fp32 accumulators over C; moments exact two-pass, merged in a fixed order (output.cuh).
-#include "operands.h"
-#include "output.cuh"
-#include "partials.cuh"
-#include "quads.h"
+#include "gemm/epilogue.cuh"
+#include "gemm/row_tensor.h"
+#include "pool/windows.h"
+#include "reduce/finish.cuh"
 
 namespace densenet_efficient {
 namespace {

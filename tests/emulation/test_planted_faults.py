@@ -36,7 +36,7 @@ FAULTS = [
         "channel_stats",
         (300, 16),
         Mutation(
-            "cuda/reduce.cuh",
+            "cuda/reduce/block.cuh",
             "    sync_threads();\n    if (half == 0) break;",
             "    if (half == 0) break;",
         ),
@@ -47,7 +47,7 @@ FAULTS = [
         "channel_stats",
         (300, 16),
         Mutation(
-            "cuda/reduce.cuh",
+            "cuda/reduce/block.cuh",
             "    sync_threads();\n    if (half == 0) break;",
             "    if (at.lane < plan.lanes / 2) sync_threads();\n    if (half == 0) break;",
         ),
@@ -64,14 +64,14 @@ FAULTS = [
         "shared memory too small by one plane",
         "channel_stats",
         (300, 16),
-        Mutation("cuda/reduce.cuh", "(2 * V + 1) * kPlanePitch", "(2 * V) * kPlanePitch"),
+        Mutation("cuda/reduce/block.cuh", "(2 * V + 1) * kPlanePitch", "(2 * V) * kPlanePitch"),
         "access outside of shared memory",
     ),
     Fault(
         "vectors wider than the alignment",
         "channel_stats",
         (300, 12),
-        Mutation("cuda/columns.h", "  while (width > 1) {", "  while (width > 8) {"),
+        Mutation("cuda/reduce/columns.h", "  while (width > 1) {", "  while (width > 8) {"),
         "misaligned access of 16 bytes",
         before=12,
     ),
@@ -98,7 +98,7 @@ FAULTS = [
         "transition_forward",
         (1, 8, 8, 64, 32),
         Mutation(
-            "cuda/output.cuh",
+            "cuda/gemm/epilogue.cuh",
             "shared_store(own + c, 0.0f);\n    sync_warp();",
             "shared_store(own + c, 0.0f);\n"
             "    if (lane_index() < 31) sync_warp(); else sync_warp();",
@@ -148,7 +148,7 @@ def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
 def test_result_that_depends_on_the_order_of_blocks_shows_in_the_bits() -> None:
     """Moments kept by the order in which blocks arrive, as with floating-point atomics."""
     fault = Mutation(
-        "cuda/reduce.cuh",
+        "cuda/reduce/block.cuh",
         "  A* const out = partials + int64_t(block_x()) * 2 * plan.channels + first;",
         "  static int arrivals = 0;\n"
         "  const int slot = block_y() == 0 && thread == 0 ? arrivals++ : arrivals - 1;\n"

@@ -3,9 +3,9 @@
 // same shape gives the same bits, whatever the schedule.
 #pragma once
 
+#include "../launch.h"
+#include "../vector.cuh"
 #include "columns.h"
-#include "launch.h"
-#include "vector.cuh"
 
 namespace densenet_efficient {
 

@@ -2,7 +2,7 @@
 // the moments of its columns.
 #pragma once
 
-#include "tile.cuh"
+#include "panel.cuh"
 
 namespace densenet_efficient::device {
 

@@ -4,9 +4,9 @@
 // the second pixel of each window.
 #pragma once
 
-#include "operands.h"
-#include "output.cuh"
-#include "quads.h"
+#include "../gemm/epilogue.cuh"
+#include "../gemm/row_tensor.h"
+#include "windows.h"
 
 namespace densenet_efficient {
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "../arguments.h"
-#include "vector.h"
+#include "../../arguments.h"
+#include "../vector.h"
 
 namespace densenet_efficient::cpu {
 

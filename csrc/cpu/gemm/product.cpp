@@ -8,7 +8,7 @@
 #include <limits>
 #include <utility>
 
-#include "vector.h"
+#include "../vector.h"
 
 namespace densenet_efficient::cpu {
 namespace {

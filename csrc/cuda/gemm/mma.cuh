@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace densenet_efficient::device {
 

@@ -2,8 +2,8 @@
 // while it is in the cache, merged by Chan's formula in double, tile by tile, then group by group.
 #pragma once
 
-#include "parallel.h"
-#include "rows.h"
+#include "../parallel.h"
+#include "operands.h"
 
 namespace densenet_efficient::cpu {
 

@@ -3,8 +3,8 @@
 
 #include <optional>
 
-#include "launch.h"
-#include "tile.cuh"
+#include "../launch.h"
+#include "panel.cuh"
 
 namespace densenet_efficient {
 

@@ -7,9 +7,9 @@
 // negative, and zero takes no gradient.
 #pragma once
 
-#include "columns.h"
-#include "launch.h"
-#include "vector.cuh"
+#include "../launch.h"
+#include "../reduce/columns.h"
+#include "../vector.cuh"
 
 namespace densenet_efficient {
 

@@ -2,7 +2,7 @@
 // registers and out of them, whatever the rows are aligned to.
 #pragma once
 
-#include "words.cuh"
+#include "mma.cuh"
 
 namespace densenet_efficient::device {
 

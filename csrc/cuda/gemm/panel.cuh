@@ -13,7 +13,7 @@
 //   access          of transposed operands, which ldmatrix cannot serve
 #pragma once
 
-#include "chunks.cuh"
+#include "row_io.cuh"
 
 namespace densenet_efficient::device {
 

@@ -11,7 +11,7 @@
 // block, twice. Sums: fp32 in registers over the block's pixels in order; blocks in a second pass.
 #pragma once
 
-#include "conv3x3_gradients.cuh"
+#include "output_gradient.cuh"
 
 namespace densenet_efficient {
 

@@ -2,7 +2,7 @@
 // row 9 k + tap. A channels-last weight lies like that already; any other layout is copied first.
 #pragma once
 
-#include "operands.h"
+#include "../gemm/row_tensor.h"
 
 namespace densenet_efficient {
 

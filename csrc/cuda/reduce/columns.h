@@ -8,7 +8,7 @@
 #include <initializer_list>
 #include <utility>
 
-#include "../norm_relu.h"
+#include "../../norm_relu.h"
 
 namespace densenet_efficient {
 

@@ -14,7 +14,7 @@
 // own partial, blocks in a second pass.
 #pragma once
 
-#include "conv3x3_gradients.cuh"
+#include "output_gradient.cuh"
 
 namespace densenet_efficient {
 

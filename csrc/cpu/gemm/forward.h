@@ -6,7 +6,7 @@
 // packed once per call. Bytes moved: h's source once, y once.
 #pragma once
 
-#include "moments.h"
+#include "../rows/moments.h"
 #include "product.h"
 
 namespace densenet_efficient::cpu {

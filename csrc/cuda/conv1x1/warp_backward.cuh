@@ -3,8 +3,8 @@
 // norm_relu_conv1x1_backward.cu.
 #pragma once
 
-#include "operands.h"
-#include "tiling.h"
+#include "../gemm/row_tensor.h"
+#include "../tiling.h"
 
 namespace densenet_efficient::conv1x1_backward {
 

@@ -2,8 +2,8 @@
 // q = scale * rstd * dgamma / count, both 0 for constant statistics (count 0).
 #pragma once
 
-#include "launch.h"
-#include "vector.cuh"
+#include "../launch.h"
+#include "../vector.cuh"
 
 namespace densenet_efficient {
 

@@ -5,8 +5,8 @@
 // order; their eight results are then taken in order. Reads each partial once.
 #pragma once
 
-#include "device.cuh"
-#include "launch.h"
+#include "../device.cuh"
+#include "../launch.h"
 
 namespace densenet_efficient {
 

@@ -10,7 +10,7 @@
 // over many tiles that loses less than one long chain of additions.
 #pragma once
 
-#include "numeric.h"
+#include "../numeric.h"
 
 namespace densenet_efficient::cpu {
 

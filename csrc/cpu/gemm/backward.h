@@ -11,9 +11,9 @@
 // Tile sums are added in double, groups in order.
 #pragma once
 
-#include "parallel.h"
+#include "../parallel.h"
+#include "../rows/operands.h"
 #include "product.h"
-#include "rows.h"
 
 namespace densenet_efficient::cpu {
 

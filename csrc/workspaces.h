@@ -9,9 +9,9 @@
 #include <map>
 #include <string>
 
-#include "cuda/columns.h"
+#include "cpu/tiling.h"
+#include "cuda/reduce/columns.h"
 #include "cuda/tiling.h"
-#include "workspace.h"
 
 namespace densenet_efficient::workspace {
 

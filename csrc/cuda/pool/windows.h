@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "launch.h"
+#include "../launch.h"
 
 namespace densenet_efficient {
 

@@ -8,8 +8,8 @@
 // bank once.
 #pragma once
 
-#include "operands.h"
-#include "tiling.h"
+#include "../gemm/row_tensor.h"
+#include "../tiling.h"
 
 namespace densenet_efficient {
 
