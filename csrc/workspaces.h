@@ -1,7 +1,7 @@
 // The scratch of every operator by name and shape, for the memory plan. The sizes themselves stand
-// where the launchers take them from: workspace.h for the CPU, cuda/tiling.h and cuda/columns.h for
-// CUDA. CUDA figures are for rows aligned to 16 bytes, and bounds where a kernel's own tiles
-// decide.
+// where the launchers take them from: cpu/tiling.h for the CPU, cuda/tiling.h and
+// cuda/reduce/columns.h for CUDA. CUDA figures are for rows aligned to 16 bytes, and bounds where a
+// kernel's own tiles decide.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // norm_relu_conv1x1: y [M, K] = relu(a * x + s) @ weight^T and its gradients.
 //
-// Forward: product_forward.h over rows of x [M, C]; moves M * (C + K) elements.
-// Backward: product_backward.h; for each block of columns of a row tile
+// Forward: gemm/forward.h over rows of x [M, C]; moves M * (C + K) elements.
+// Backward: gemm/backward.h; for each block of columns of a row tile
 //   dz = (dy @ weight) * [a * x + s > 0], dx += a * dz, sums of dz and dz * (x - mean)
 //   dweight += dy^T @ relu(a * x + s)
 // dy = a_y * dz_y - p - (y - mean) * q is made per tile from dz_y and y [M, K]. x and dx are read

@@ -49,7 +49,7 @@ class Workspace {
   A* take(int64_t count) {
     A* piece = reinterpret_cast<A*>(at_);
     at_ += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
-    if (at_ > end_) throw std::logic_error("densenet_efficient: workspace.h counts too little");
+    if (at_ > end_) throw std::logic_error("densenet_efficient: cpu/tiling.h counts too little");
     return piece;
   }
 

@@ -1,8 +1,8 @@
 // transition: y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T and its gradients.
 //
-// Pooling in front of the product quarters its work. Forward: product_forward.h over pooled rows,
+// Pooling in front of the product quarters its work. Forward: gemm/forward.h over pooled rows,
 // each the mean of four normalised rows of x, rounded once; moves N * H * W * C + M * K elements.
-// Backward: product_backward.h gives dpooled; each of the four pixels gets dz = dpooled / 4 where
+// Backward: gemm/backward.h gives dpooled; each of the four pixels gets dz = dpooled / 4 where
 // its own ReLU passed. The norm's correction needs the sums of dz, so the first pass takes sums and
 // dweight, and the second makes dpooled again and writes dx: cheaper than keeping dz, and not
 // rounded.

@@ -1,8 +1,8 @@
 // norm_relu_conv3x3, backward: two kernels, each described in its header, and the second pass of
 // both.
 //   dy  = a_y * dy - p - (y - mean_y) * q where y is given           [N, H, W, K], never written
-//   dz  = conv3x3^T(dy, weight) * [a * x + s > 0]                    conv3x3_data_gradient.cuh
-//   dweight [K, C, 3, 3] of dy and relu(a * x + s)                   conv3x3_weight_gradient.cuh
+//   dz  = conv3x3^T(dy, weight) * [a * x + s > 0]                    conv3x3/data_gradient.cuh
+//   dweight [K, C, 3, 3] of dy and relu(a * x + s)                   conv3x3/weight_gradient.cuh
 //   dnorm = sums of dz * x_hat and dz [2, C]
 // One kernel for both would save reading x and dy a second time, a third of the bytes, but its
 // accumulators leave room for one block a multiprocessor, and the products, not the bytes, are the

@@ -1,10 +1,10 @@
 // norm_relu_conv3x3, forward: y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1, stride
 // 1, and the moments of y as stored.
 //
-// Tile: rows of pixels of the images, 64 pixels a warp (halo.cuh), all K columns (in steps of 16,
-// 32 or 48; more than 48 in several columns of the grid). The halo of a tile is loaded for 32
-// channels at a time, normalised once in place, and multiplied nine times at shifted positions; the
-// accumulators stay in registers over all channels.
+// Tile: rows of pixels of the images, 64 pixels a warp (conv3x3/halo.cuh), all K columns (in steps
+// of 16, 32 or 48; more than 48 in several columns of the grid). The halo of a tile is loaded for
+// 32 channels at a time, normalised once in place, and multiplied nine times at shifted positions;
+// the accumulators stay in registers over all channels.
 // Who owns what: a block walks over a static range of tiles and, within a tile, over the panels of
 // 32 channels; (tile, panel) pairs form one sequence, of which cp.async loads the next while this
 // one is multiplied. A warp writes its pixels and takes their moments as in the 1x1 convolution.

@@ -8,9 +8,9 @@
 // and from its right neighbour's, by their winners' positions, exchanged in shared memory. Blocks
 // of the second pass compute one column and one row of windows more than they own.
 //
-// Who owns what: stem.cuh. Bytes moved: x twice (its columns asked for 1.5 times), dy twice (in the
-// second pass twice over), dx once, two partial sums per channel and block. Sums in fixed order
-// (reduce.cuh).
+// Who owns what: pool/stem.cuh. Bytes moved: x twice (its columns asked for 1.5 times), dy twice
+// (in the second pass twice over), dx once, two partial sums per channel and block. Sums in fixed
+// order (reduce/finish.cuh).
 #include "pool/stem.cuh"
 #include "reduce/block.cuh"
 #include "reduce/correction.cuh"

@@ -3,9 +3,9 @@
 //
 //   y = max over the window of relu(a * x + s)   [N, OH, OW, C], OH = ceil(H / 2), OW = ceil(W / 2)
 //
-// Who owns what: stem.cuh. Bytes moved: x once (its columns asked for 1.5 times), y once, two
+// Who owns what: pool/stem.cuh. Bytes moved: x once (its columns asked for 1.5 times), y once, two
 // partial moments per channel and block. Moments of y as stored, by exact two-pass over kGroup
-// rows, merged by Chan's formula in a fixed order (reduce.cuh).
+// rows, merged by Chan's formula in a fixed order (reduce/finish.cuh).
 #include "pool/stem.cuh"
 #include "reduce/block.cuh"
 

@@ -83,7 +83,7 @@ inline int64_t resident_blocks(int64_t bytes, int64_t shared_limit) {
 // lies in shared memory at `positions`, tile rows `pitch` apart.
 struct Tile3x3 {
   static constexpr int kGroup = 64, kMaxGroups = 6;
-  static constexpr int kMaxPositions = 1023;  // their byte offsets fill 16 bits (halo.cuh)
+  static constexpr int kMaxPositions = 1023;  // their byte offsets fill 16 bits (conv3x3/halo.cuh)
   int groups = 0;                             // 0: no tile fits the device's shared memory
   int tile_height = 0, tile_width = 0;
   int strips = 1, margin = 0, pitch = 0, positions = 0;

@@ -5,13 +5,13 @@
 //
 // p and q need the sums over all rows, so dx comes last; until then dx's own memory is the scratch:
 //   1. product   dpooled into each window's first pixel of dx. Tile: 128 windows x 128 channels, a
-//                warp 32 x 128; dy and weight in panels of outputs, two ahead (tile.cuh).
+//                warp 32 x 128; dy and weight in panels of outputs, two ahead (gemm/panel.cuh).
 //   2. sums      x and dpooled once; the pooled activations into the window's second pixel. A
-//                thread owns V channels and walks over windows (columns.h); sums in fixed order
-//                (reduce.cuh).
+//                thread owns V channels and walks over windows (reduce/columns.h); sums in fixed
+//                order (reduce/finish.cuh).
 //   3. dweight   dy^T @ pooled. Tile: 128 outputs x 128 channels, a warp 32 x 128, over a static
 //                range of windows; fp32 partials in a workspace, summed in fixed order
-//                (partials.cuh).
+//                (reduce/finish.cuh).
 //   4. dx        x and dpooled once, dx written once; pixels on a dropped odd edge have dz = 0.
 // Bytes, with X = N * H * W * C elements of two bytes: 2 X read (x), 3/4 X written and read again,
 // 1 X written (dx); dy once per 128 channels and, for dweight, once more; the weight from the L2

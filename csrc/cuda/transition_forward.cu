@@ -5,14 +5,15 @@
 // Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps stand below each other
 // and have 64, more than 128 make pairs of warps that share their rows; more than 256 take several
 // columns of the grid. The four pixels of each row arrive in four panels of shared memory
-// (tile.cuh); the mean of their normalised values takes the place of the first, rounded to an
+// (gemm/panel.cuh); the mean of their normalised values takes the place of the first, rounded to an
 // operand, and of the second, what the rounding left: two products, which beside four pixels'
 // bytes cost no time, keep the digits that the mean of four rounded pixels would have.
 // Who owns what: a block walks over a static range of row tiles and, within a tile, over the
 // channels in panels, one panel ahead of the products.
 // Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the
 // weight once per tile (2 K C, from the L2 cache).
-// Sums: fp32 accumulators over C; moments exact two-pass, merged in a fixed order (output.cuh).
+// Sums: fp32 accumulators over C; moments exact two-pass, merged in a fixed order
+// (gemm/epilogue.cuh).
 #include "gemm/epilogue.cuh"
 #include "gemm/row_tensor.h"
 #include "pool/windows.h"

@@ -1,6 +1,6 @@
 """Temporary memory inside the operators, for the memory plan.
 
-The compiled operators allocate exactly what the functions of ``csrc/workspace.h`` say; the
+The compiled operators allocate exactly what the functions of ``csrc/cpu/tiling.h`` say; the
 general path holds a chunk's normalised copy, the convolution's operands and its results.
 """
 

@@ -1,8 +1,8 @@
 // The 3x3 convolution's weight gradient: dweight [K, C, 3, 3] = sum over pixels of dy^T times
 // relu(a * x + s) at each of nine shifts.
 //
-// Tile: rows of pixels of the images (halo.cuh), 16, 32 or 48 outputs, 64 channels. It is dy that
-// is shifted, so that x needs no halo and each element of it is normalised once, in place.
+// Tile: rows of pixels of the images (conv3x3/halo.cuh), 16, 32 or 48 outputs, 64 channels. It is
+// dy that is shifted, so that x needs no halo and each element of it is normalised once, in place.
 // Who owns what: three warps for each 32 channels, one for each row of taps: 3 taps x outputs x
 // 32 channels of dweight in registers for the whole run. A block walks over a static range of
 // tiles; cp.async loads the next tile of x while this one is multiplied.

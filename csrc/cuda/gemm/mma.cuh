@@ -1,6 +1,6 @@
 // What tensor cores take: operands in 32-bit words. A word holds two neighbouring 16-bit channels,
 // or one float32 channel in TF32: rounded to ten bits of fraction. Everything in which the two
-// differ that is not about where a word lies (tile.cuh) is here, by the storage type T.
+// differ that is not about where a word lies (gemm/panel.cuh) is here, by the storage type T.
 //
 // A product d [16, 8] += a [16, kDepth] @ b [kDepth, 8] takes 32 bytes of depth from each row, 16
 // bytes (kDepth / 2 channels) of which are in a lane's first words, the others in its second:

@@ -1,5 +1,6 @@
 // Tiles of activations between global memory, shared memory and the tensor cores: what the
-// convolution kernels share. T is the storage type: BFloat16, Half, or float for TF32 (words.cuh).
+// convolution kernels share. T is the storage type: BFloat16, Half, or float for TF32
+// (gemm/mma.cuh).
 //
 // A panel is [rows, 64 bytes of channels] in shared memory: four chunks of 16 bytes a row, their
 // order permuted by bits 1 and 2 of the row. Every way in which the kernels touch a panel meets

@@ -1,6 +1,6 @@
 // The two products of the transition's backward on tensor cores: dpooled = dy @ weight and
 // dweight = dy^T @ pooled. Both keep a block tile of 128 x 128, a warp 32 x 128, their operands in
-// panels (tile.cuh), kStages deep. dpooled and pooled lie in dx, in the first and
+// panels (gemm/panel.cuh), kStages deep. dpooled and pooled lie in dx, in the first and
 // the second pixel of each window.
 #pragma once
 
