@@ -13,13 +13,11 @@ from safetensors.torch import load_file
 from densenet_efficient.models.networks import NetworkSpec
 from densenet_efficient.train.checkpoint import (
     CheckpointError,
-    random_state,
     read_checkpoint,
-    restore_random_state,
-    write_atomically,
 )
 from densenet_efficient.train.data import load_data
 from densenet_efficient.train.recipes import recipe_for
+from densenet_efficient.train.rng import random_state, restore_random_state
 from densenet_efficient.train.trainer import CHECKPOINT, Trainer, TrainingOptions
 
 # Dropout and augmentation draw random numbers in every step; 97 images leave a batch of one over.
@@ -73,20 +71,6 @@ def test_the_memory_mode_may_change_between_runs(tmp_path: Path) -> None:
     run_epochs(Trainer(options(tmp_path, execution="recompute"), DATA), 1)
     changed = options(tmp_path, execution="store", resume=tmp_path / CHECKPOINT)
     assert Trainer(changed, DATA).epoch == 1
-
-
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, lambda name: Path(name).write_text("old") and None)
-
-    def fail(name: str) -> None:
-        Path(name).write_text("half of the n")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_random_state_covers_all_generators() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..train.checkpoint import write_atomically
+from ..files import write_atomically
 from ..version import __version__
 
 __all__ = ["environment", "markdown_table", "megabytes", "write_results"]

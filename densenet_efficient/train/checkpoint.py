@@ -1,34 +1,29 @@
 """Checkpoints: written atomically, read back whole or not at all.
 
-A file is written beside its destination, flushed to the disk and then renamed over it, so that at
-any moment, whatever is killed, the destination is the old checkpoint or the new one. Reading checks
-the file, its version and every tensor against the model, the optimiser and the schedule *before*
-any of them is touched: a foreign or damaged file leaves all of them as they were.
+Reading checks the file, its version and every tensor against the model, the optimiser and the
+schedule *before* any of them is touched: a foreign or damaged file leaves all of them as they were.
 """
 
 from __future__ import annotations
 
 import os
-import random
-import secrets
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
+
+from ..files import write_atomically
+from .rng import random_state, restore_random_state
 
 __all__ = [
     "CheckpointError",
     "export_safetensors",
-    "random_state",
     "read_checkpoint",
     "restore_checkpoint",
-    "restore_random_state",
     "save_checkpoint",
-    "write_atomically",
 ]
 
 FORMAT = "densenet-efficient checkpoint"
@@ -47,65 +42,6 @@ _ENTRIES = {
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or that belongs to something else."""
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file in the folder of ``path``, then put it in its place.
-
-    Args:
-        path: the destination; its folder is made where it is missing.
-        write: called with the temporary file's name.
-
-    Whatever ``write`` raises is passed on, the temporary file is removed and an older ``path``
-    stays.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile's, which only the owner may read.
-    temporary = str(target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"))
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself lives in the folder
-        _sync(target.parent)
-
-
-def _sync(path: str | os.PathLike[str]) -> None:
-    # A folder can only be opened for reading; Windows syncs only what is open for writing.
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def random_state() -> dict[str, Any]:
-    """The states of every random generator a training run may draw from."""
-    state: Any = numpy.random.get_state()
-    kind, keys, position, has_gauss, cached = state
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
-    }
-
-
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put every generator back to where :func:`random_state` found it. CUDA generators are set
-    for as many devices as both the state and this machine have."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, device)
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
 
 
 def save_checkpoint(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
+from ..files import write_atomically
 from ..memory.process import peak_bytes
 from ..models.networks import NetworkSpec
 from .checkpoint import (
@@ -27,10 +26,10 @@ from .checkpoint import (
     read_checkpoint,
     restore_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from .data import Data, loader, on_device
 from .recipes import Recipe, build_optimizer, build_schedule
+from .rng import seed_everything
 
 __all__ = ["AMP", "Trainer", "TrainingError", "TrainingOptions", "train"]
 
@@ -106,9 +105,7 @@ class Trainer:
                 f"{self.checkpoint}"
             )
         state = None if options.resume is None else read_checkpoint(options.resume)
-        random.seed(options.seed)
-        numpy.random.seed(options.seed % 2**32)
-        torch.manual_seed(options.seed)
+        seed_everything(options.seed)
         self.device = check_device(options.device)
         self.memory_format = (
             torch.channels_last if options.channels_last else torch.contiguous_format

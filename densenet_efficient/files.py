@@ -1,0 +1,79 @@
+"""Files that are the old one or the new one at any moment, whatever is killed.
+
+A file is written next to its destination, flushed to the disk and then renamed over it. Imports
+nothing of the package.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["remove_leftovers", "write_atomically"]
+
+# .NAME.PID.TOKEN; not tempfile's names and modes, which only the owner may read.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}")
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Let ``write`` fill a temporary file in the folder of ``path``, then put it in its place.
+
+    Args:
+        path: the destination; its folder is made where it is missing.
+        write: called with the name of the temporary file, which exists and is empty.
+
+    The file has the mode that the umask gives a new file, whatever ``write`` sets. Whatever
+    ``write`` raises is passed on, the temporary file is removed and an older ``path`` stays.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        write(str(temporary))
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself lives in the folder
+        _sync(target.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove the temporary files of processes that were killed while they wrote into ``folder``;
+    returns their paths. Files of processes that are alive stay."""
+    removed = []
+    for path in sorted(Path(folder).glob(".*")):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not _is_alive(int(found["pid"])):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # there signal 0 is not a question
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's, or cannot be told
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    # A folder can only be opened for reading; Windows syncs only what is open for writing.
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,87 @@
+"""The random generators that a training run may draw from: their states, saved and put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+try:
+    import numpy
+except ImportError:  # then nothing can draw from its generator either
+    numpy = None  # type: ignore[assignment]
+
+__all__ = ["check_random_state", "random_state", "restore_random_state", "seed_everything"]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator of :func:`random_state`."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of PyTorch's, Python's and, where it is installed, NumPy's global generators."""
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+    }
+    if numpy is not None:
+        numpy_state: Any = numpy.random.get_state()
+        kind, keys, position, has_gauss, cached = numpy_state
+        keys = torch.from_numpy(keys.astype("int64"))
+        state["numpy"] = [kind, keys, position, has_gauss, cached]
+    return state
+
+
+def check_random_state(state: Mapping[str, Any]) -> None:
+    """Try the states on generators of no consequence.
+
+    Raises:
+        ValueError: a state that its generator does not accept; nothing has been changed.
+    """
+    trials = {
+        "torch": lambda: torch.Generator().set_state(state["torch"]),
+        "cuda": lambda: _each_cuda(state, lambda i, s: torch.Generator(f"cuda:{i}").set_state(s)),
+        "python": lambda: random.Random().setstate(_python_state(state)),
+        "numpy": lambda: _set_numpy(state, None if numpy is None else numpy.random.RandomState()),
+    }
+    for name, attempt in trials.items():
+        try:
+            attempt()
+        except Exception as error:  # whatever a generator says of bytes that are not its own
+            raise ValueError(
+                f"random generators: {name}: expected a state of this generator, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put every generator back to where :func:`random_state` found it. CUDA generators are set
+    for as many devices as both the state and this machine have."""
+    torch.set_rng_state(state["torch"])
+    _each_cuda(state, lambda device, one: torch.cuda.set_rng_state(one, device))
+    random.setstate(_python_state(state))
+    _set_numpy(state, None if numpy is None else numpy.random)
+
+
+def _each_cuda(state: Mapping[str, Any], use: Callable[[int, torch.Tensor], object]) -> None:
+    for device, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        use(device, one)
+
+
+def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    version, keys, gauss = state["python"]
+    return version, tuple(keys), gauss
+
+
+def _set_numpy(state: Mapping[str, Any], generator: Any) -> None:
+    if generator is None or "numpy" not in state:
+        return
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    generator.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
