@@ -7,7 +7,7 @@ torchvision's DenseNet-121 in float32 and under autocast to 16 bits, converted a
 the input's gradient and all parameter gradients, every tensor counted, each error
 ||x - float64|| / ||float64|| as the median over the draws. Once at torchvision's initial values,
 where the gradient of the first norm is zero but for rounding, and once with norms that have moved
-away from them. Both memory modes give the same bits (tests/test_exactness.py). In float32 single
+away from them. Both memory modes give the same bits (tests/models). In float32 single
 ReLUs that rounding puts on the other side of zero are most of the error, of eager execution's too:
 the smaller the images and the fewer the draws, the more chance decides.
 Writes benchmarks/results/error-DEVICE.{json,md}; exit status 1 where ours is beyond 1.2 times

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from densenet_efficient.torchvision_compat import import_torchvision
 
 _PEER_TESTS = [
-    "test_convert.py",
-    "test_convert_refusals.py",
-    "test_exactness.py",
-    "test_models.py",
-    "test_reference.py",
+    "conversion/test_convert.py",
+    "conversion/test_refusals.py",
+    "models/test_exactness.py",
+    "models/test_models.py",
+    "reference/test_reference.py",
 ]
 collect_ignore: list[str] = []
 _missing_peer = ""

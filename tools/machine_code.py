@@ -4,7 +4,7 @@ the tensor cores, read from `ptxas -v` and the disassembly.
     python tools/machine_code.py [--arch 90a] [--write]
 
 prints a table with a row for each kernel, in Markdown; --write puts it into docs/kernels.md, where
-tests/test_machine_code.py compares with it. Needs nvcc, and the disassembler cuobjdump: from a
+tests/tools compares with it. Needs nvcc, and the disassembler cuobjdump: from a
 CUDA toolkit, or from the triton package (pip install --no-deps triton).
 """
 

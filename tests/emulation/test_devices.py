@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulators import emulator_of
-from kernel_check import compare
-from test_kernels import identifier
 
+from tests.emulation.test_kernels import identifier
+from tests.support.emulators import emulator_of
+from tests.support.kernel_check import compare
 from tools.emulation import Device, EmulationError, Launch
 from tools.emulation.cases import make, stage_of
 

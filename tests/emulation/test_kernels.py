@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from bad_calls import BAD_CALLS, assert_refused
-from conftest import relative_error
-from emulators import emulator_of
-from kernel_check import compare
 from torch import Tensor
 
 from densenet_efficient import reference
 from densenet_efficient.ops import compiled
+from tests.conftest import relative_error
+from tests.support.bad_calls import BAD_CALLS, assert_refused
+from tests.support.emulators import emulator_of
+from tests.support.kernel_check import compare
 from tools.emulation import Emulator
 from tools.emulation.cases import Case, exact, framework_outputs, make, stage_of
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error_ratio, relative_error, training_step
-from emulators import emulator_of
-from test_kernels import identifier
 from torch import Tensor, nn
 
 from densenet_efficient import reference
 from densenet_efficient.core import layout
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import compiled
+from tests.conftest import error_ratio, relative_error, training_step
+from tests.emulation.test_kernels import identifier
+from tests.support.emulators import emulator_of
 from tools.emulation.cases import stage_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

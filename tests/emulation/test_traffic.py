@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from emulators import emulator_of
 
+from tests.support.emulators import emulator_of
 from tools.emulation import tensor_traffic
 from tools.emulation.cases import make, stage_of
 from tools.emulation.report import SECTOR

@@ -8,13 +8,13 @@ import threading
 
 import pytest
 import torch
-from conftest import error_ratio, training_step
 from torch import Tensor, nn
 
 import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.core import arena
 from densenet_efficient.models.densenet import EfficientDenseNet, densenet264, densenet_cifar
+from tests.conftest import error_ratio, training_step
 
 torchvision = pytest.importorskip("torchvision")
 pytestmark = pytest.mark.gpu

@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from kernel_check import compare
 from torch import Tensor
 
 from densenet_efficient.ops import compiled
+from tests.support.kernel_check import compare
 from tools.emulation.cases import Case, make
 
 pytestmark = pytest.mark.gpu

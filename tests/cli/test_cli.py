@@ -14,7 +14,7 @@ import pytest
 
 from densenet_efficient.cli.commands import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4"]
 TRAIN = ["train", *SMALL, "--image-size", "8", "--limit", "64", "--batch", "32", "--device", "cpu"]
 

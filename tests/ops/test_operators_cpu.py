@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from bad_calls import BAD_CALLS, assert_refused
-from conftest import relative_error
 from torch import Tensor
 
 from densenet_efficient import reference
 from densenet_efficient.ops import compiled
+from tests.conftest import relative_error
+from tests.support.bad_calls import BAD_CALLS, assert_refused
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Relative error against the reference on the same rounded input: what is left is the order of the

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from conftest import relative_error
 from torch import Tensor
 
 from densenet_efficient import reference
+from tests.conftest import relative_error
 from tools.emulation.cases import exact, framework_outputs
 
 

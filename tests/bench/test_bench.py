@@ -27,7 +27,7 @@ from densenet_efficient.memory.process import allocator_peak_bytes
 from densenet_efficient.models.networks import NetworkSpec
 from densenet_efficient.report.summary import summarise
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = NetworkSpec("densenet_cifar", depth=16, growth_rate=8, num_classes=10)
 CASE = Case(TINY, 4, 16)
 OURS = ("store", "recompute")

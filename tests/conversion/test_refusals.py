@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import relative_error
-from test_convert import network, snapshot
 from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer
 
 from densenet_efficient.conversion import ConversionError, block_adapter, convert, register_adapter
 from densenet_efficient.nn.dense_block import EfficientDenseBlock, standard_parts
+from tests.conftest import relative_error
+from tests.conversion.test_convert import network, snapshot
 
 
 def with_activation(model: nn.Module) -> nn.Module:

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import training_step
 from torch import Tensor
 
 from densenet_efficient import reference
+from tests.conftest import training_step
 
 EPS = 1e-3
 

@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_ratio, relative_error
 from torch import Tensor
 
 from densenet_efficient import reference
 from densenet_efficient.ops import compiled, fallback
+from tests.conftest import error_ratio, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from emulators import emulator_of
-from test_emulated_conv1x1 import total
-from test_kernels import check, identifier
 
+from tests.emulation.test_conv1x1 import total
+from tests.emulation.test_kernels import check, identifier
+from tests.support.emulators import emulator_of
 from tools.emulation import Emulator, Launch
 from tools.emulation.cases import make
 

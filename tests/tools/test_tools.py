@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 REPORT = """\
 ptxas info    : 0 bytes gmem

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import relative_error, training_step
 from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
@@ -20,6 +19,7 @@ from densenet_efficient import reference
 from densenet_efficient.conversion import convert, inspect_conversion, unconvert
 from densenet_efficient.nn.dense_block import EfficientDenseBlock
 from densenet_efficient.nn.features import EfficientFeatures, EfficientTransition
+from tests.conftest import relative_error, training_step
 
 OPTIONS: dict[str, Any] = {
     "growth_rate": 4, "block_config": (2, 3), "num_init_features": 8, "num_classes": 5,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from block_pair import MEMORY, assert_same, pair, step
 from torch import nn
 
 import densenet_efficient as de
@@ -10,6 +9,7 @@ from densenet_efficient import reference
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import dispatch, mixed
 from densenet_efficient.ops.dispatch import Path
+from tests.support.block_pair import MEMORY, assert_same, pair, step
 
 
 @pytest.mark.parametrize("memory", MEMORY)

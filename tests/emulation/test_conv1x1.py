@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from emulators import emulator_of
-from test_kernels import check, identifier
 
+from tests.emulation.test_kernels import check, identifier
+from tests.support.emulators import emulator_of
 from tools.emulation import Emulator, Launch
 from tools.emulation.cases import make
 from tools.emulation.report import Traffic, tensor_traffic

@@ -7,12 +7,12 @@ import copy
 
 import pytest
 import torch
-from block_pair import MEMORY, assert_same, pair, step
 from torch import nn
 
 import densenet_efficient as de
 from densenet_efficient.core import functions, layout
 from densenet_efficient.models.densenet import EfficientDenseNet
+from tests.support.block_pair import MEMORY, assert_same, pair, step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

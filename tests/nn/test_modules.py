@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from block_pair import MEMORY, assert_same, pair, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +14,7 @@ from densenet_efficient import reference
 from densenet_efficient.core import arena, functions, ownership
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import compiled
+from tests.support.block_pair import MEMORY, assert_same, pair, step
 
 
 def test_memory_formats_slices_and_lists():

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import error_ratio, relative_error, training_step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from densenet_efficient import reference
 from densenet_efficient.models.densenet import EfficientDenseNet, densenet121, densenet_cifar
 from densenet_efficient.nn.dense_block import EfficientDenseBlock
+from tests.conftest import error_ratio, relative_error, training_step
 
 MEMORY = pytest.mark.parametrize("memory", ["recompute", "store"])
 
