@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from stage_work import LAYER_STAGES, SHAPES, STEM, STEMS, TRANSITIONS, Inputs, Work
+from operator_work import LAYER_STAGES, SHAPES, STEM, STEMS, TRANSITIONS, Inputs, Work
 
 from densenet_efficient.bench.steps import MeasurementError, quantiles, time_in_turns
 from densenet_efficient.bench.tables import markdown_table, write_results

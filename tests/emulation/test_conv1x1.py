@@ -11,8 +11,8 @@ import torch
 from tests.emulation.test_kernels import check, identifier
 from tests.support.emulators import emulator_of
 from tools.emulation import Emulator, Launch
-from tools.emulation.cases import make
 from tools.emulation.report import Traffic, tensor_traffic
+from tools.op_cases import make
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD, BACKWARD = "norm_relu_conv1x1_forward", "norm_relu_conv1x1_backward"

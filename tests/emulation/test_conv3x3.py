@@ -12,7 +12,7 @@ from tests.emulation.test_conv1x1 import total
 from tests.emulation.test_kernels import check, identifier
 from tests.support.emulators import emulator_of
 from tools.emulation import Emulator, Launch
-from tools.emulation.cases import make
+from tools.op_cases import make
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD, BACKWARD = "norm_relu_conv3x3_forward", "norm_relu_conv3x3_backward"

@@ -10,7 +10,7 @@ from tests.emulation.test_kernels import identifier
 from tests.support.emulators import emulator_of
 from tests.support.kernel_check import compare
 from tools.emulation import Device, EmulationError, Launch
-from tools.emulation.cases import make, stage_of
+from tools.op_cases import make, stage_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL = Device(multiprocessors=2, shared_bytes=99 << 10)

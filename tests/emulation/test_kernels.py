@@ -23,7 +23,7 @@ from tests.support.bad_calls import BAD_CALLS, assert_refused
 from tests.support.emulators import emulator_of
 from tests.support.kernel_check import compare
 from tools.emulation import Emulator
-from tools.emulation.cases import Case, exact, framework_outputs, make, stage_of
+from tools.op_cases import Case, exact, framework_outputs, make, stage_of
 
 SEEDS = (0, 1, 2, 5)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -19,7 +19,7 @@ from densenet_efficient.ops import compiled
 from tests.conftest import error_ratio, relative_error, training_step
 from tests.emulation.test_kernels import identifier
 from tests.support.emulators import emulator_of
-from tools.emulation.cases import stage_of
+from tools.op_cases import stage_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (12, (3, 2), 24)  # growth rate, layers, first features: no row fills whole sectors

@@ -14,7 +14,7 @@ import torch
 
 from densenet_efficient import reference
 from tools.emulation import EmulationError, Emulator, Mutation
-from tools.emulation.cases import make
+from tools.op_cases import make
 
 SEEDS = range(4)
 

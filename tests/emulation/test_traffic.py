@@ -14,8 +14,8 @@ import torch
 
 from tests.support.emulators import emulator_of
 from tools.emulation import tensor_traffic
-from tools.emulation.cases import make, stage_of
 from tools.emulation.report import SECTOR
+from tools.op_cases import make, stage_of
 
 TOLERANCE = 0.02
 SECTOR_EFFICIENCY = 0.99

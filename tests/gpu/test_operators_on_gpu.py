@@ -12,7 +12,7 @@ from torch import Tensor
 
 from densenet_efficient.ops import compiled
 from tests.support.kernel_check import compare
-from tools.emulation.cases import Case, make
+from tools.op_cases import Case, make
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densenet_efficient import reference
 from tests.conftest import relative_error
-from tools.emulation.cases import exact, framework_outputs
+from tools.op_cases import exact, framework_outputs
 
 
 def floor(value: Tensor) -> float:

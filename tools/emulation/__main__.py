@@ -10,8 +10,9 @@ import sys
 
 import torch
 
+from tools.op_cases import OPERATORS, dimensions, make, stage_of
+
 from .build import EmulationError
-from .cases import OPERATORS, dimensions, make, stage_of
 from .emulator import Emulator
 from .report import tensor_table
 
