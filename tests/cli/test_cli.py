@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from densenet_efficient.cli.commands import main
+from densenet_efficient.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4"]
