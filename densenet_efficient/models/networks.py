@@ -1,7 +1,7 @@
 """A network by name and options, in each of its executions.
 
-Training, benchmarks and the command line all say which network they mean by a `NetworkSpec`, and in
-what way it is to run by an execution: ours in its two memory modes, the plain twin, or
+Training, benchmarks and the command line all say which network they mean by a `NetworkSpec`, and
+how it is to run by an execution: ours in its two memory modes, the plain reference, or
 torchvision's own. All executions of one spec have the same parameters and state dict keys.
 """
 
@@ -17,15 +17,16 @@ from .. import reference
 from ..nn.architecture import CONFIGURATIONS, cifar_block_config
 from ..torchvision_compat import import_torchvision
 
-__all__ = ["EXECUTIONS", "NETWORKS", "NetworkSpec"]
+__all__ = ["EXECUTIONS", "MEMORY_MODES", "NETWORKS", "NetworkSpec", "check_image_size"]
 
 CIFAR = "densenet_cifar"
 NETWORKS = (*CONFIGURATIONS, CIFAR)
+MEMORY_MODES = ("recompute", "store")
 EXECUTIONS = {
     "recompute": "ours; bottlenecks are computed again in backward",
     "store": "ours; bottlenecks are kept for backward",
-    "reference": "the plain PyTorch twin",
-    "reference-checkpoint": "the plain twin, every layer checkpointed",
+    "reference": "the plain PyTorch reference",
+    "reference-checkpoint": "the plain PyTorch reference, every layer checkpointed",
     "torchvision": "torchvision's DenseNet",
     "torchvision-checkpoint": "torchvision's DenseNet with memory_efficient=True",
 }
@@ -125,7 +126,7 @@ class NetworkSpec:
                 f"execution: expected one of {', '.join(EXECUTIONS)}, got {execution!r}"
             )
         options = self.options()
-        if execution in ("recompute", "store"):
+        if execution in MEMORY_MODES:
             from .densenet import EfficientDenseNet
 
             return EfficientDenseNet(**options, memory=execution)
@@ -144,3 +145,13 @@ class NetworkSpec:
     def describe(self) -> dict[str, Any]:
         """All fields as plain values."""
         return dataclasses.asdict(self)
+
+
+def check_image_size(model: nn.Module, image_size: int) -> None:
+    """ValueError where images of so many pixels a side are too small for the network."""
+    least = getattr(model, "min_input_size", 1)
+    if image_size < least:
+        raise ValueError(
+            f"image_size: expected at least {least} pixels a side for this network, got "
+            f"{image_size}"
+        )

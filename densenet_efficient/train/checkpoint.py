@@ -6,9 +6,10 @@ schedule *before* any of them is touched: a foreign or damaged file leaves all o
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from .rng import random_state, restore_random_state
+from .rng import check_random_state, random_state, restore_random_state
 
 __all__ = [
+    "COLUMNS",
     "CheckpointError",
     "export_safetensors",
     "read_checkpoint",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 FORMAT = "densenet-efficient checkpoint"
-VERSION = 1
+VERSION = 2
 _ENTRIES = {
     "description": dict,
     "model": dict,
@@ -37,7 +39,19 @@ _ENTRIES = {
     "random": dict,
     "epoch": int,
     "history": list,
+    "arguments": list,
 }
+COLUMNS = (
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "images_per_second",
+    "seconds",
+    "peak_memory_mb",
+)
 
 
 class CheckpointError(RuntimeError):
@@ -54,6 +68,7 @@ def save_checkpoint(
     description: Mapping[str, Any],
     epoch: int,
     history: list[dict[str, Any]],
+    arguments: Sequence[str] = (),
 ) -> None:
     """Write everything that the rest of a run depends on, atomically.
 
@@ -61,7 +76,8 @@ def save_checkpoint(
         description: plain values saying what is trained (network, data, recipe); a checkpoint is
             resumed only where they are equal.
         epoch: epochs finished.
-        history: one row of figures for each of them.
+        history: one row of figures, `COLUMNS`, for each of them.
+        arguments: of the command line that trains, if one does.
     """
     state = {
         "format": FORMAT,
@@ -74,6 +90,7 @@ def save_checkpoint(
         "random": random_state(),
         "epoch": epoch,
         "history": history,
+        "arguments": list(arguments),
     }
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
@@ -109,12 +126,29 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint {path}: expected version {VERSION}, got {state.get('version')!r}"
         )
     for entry, kind in _ENTRIES.items():
-        if not isinstance(state.get(entry), kind):
+        if not isinstance(state.get(entry), kind) or isinstance(state.get(entry), bool):
             raise CheckpointError(
                 f"checkpoint {path}: expected entry {entry!r} of type {kind.__name__}, "
                 f"got {type(state.get(entry)).__name__}"
             )
+    _check_history(path, state["epoch"], state["history"])
+    if not all(isinstance(word, str) for word in state["arguments"]):
+        raise CheckpointError(f"checkpoint {path}: expected arguments to be words")
     return state
+
+
+def _check_history(path: str | os.PathLike[str], epoch: int, history: list[Any]) -> None:
+    if epoch != len(history):
+        raise CheckpointError(
+            f"checkpoint {path}: expected one row of figures for each of {epoch} epochs, got "
+            f"{len(history)}"
+        )
+    for row in history:
+        numbers = isinstance(row, dict) and all(map(_is_number, row.values()))
+        if not numbers or tuple(row) != COLUMNS:
+            raise CheckpointError(
+                f"checkpoint {path}: expected rows of the figures {', '.join(COLUMNS)}, got {row!r}"
+            )
 
 
 def restore_checkpoint(
@@ -122,35 +156,86 @@ def restore_checkpoint(
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None,
     scaler: torch.amp.GradScaler,
     description: Mapping[str, Any],
 ) -> None:
     """Load what :func:`read_checkpoint` returned; random generators included.
 
+    Args:
+        schedule: None leaves out the checkpoint's, which is of another number of epochs.
+
     Raises:
-        CheckpointError: it belongs to another network, data, recipe or optimiser. Nothing has been
-            changed then.
+        CheckpointError: it belongs to another network, data, recipe or optimiser, or holds values
+            that these cannot have. Nothing has been changed then.
     """
     _check_equal("description", dict(description), state["description"])
     _check_tensors("model", model.state_dict(), state["model"])
     _check_optimizer(optimizer, state["optimizer"])
-    _check_equal("schedule's entries", sorted(schedule.state_dict()), sorted(state["schedule"]))
-    _check_equal("scaler's entries", sorted(scaler.state_dict()), sorted(state["scaler"]))
-    _check_equal("random generators", sorted(random_state()), sorted(state["random"]))
+    if schedule is not None:
+        _check_like("schedule", schedule.state_dict(), state["schedule"])
+    _check_like("scaler", scaler.state_dict(), state["scaler"])
+    _check_equal("random generators", sorted(random_state()), sorted(map(str, state["random"])))
+    try:
+        check_random_state(state["random"])
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint's {error}") from error
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    if schedule is not None:
+        schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
     restore_random_state(state["random"])
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _text(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def _check_equal(what: str, expected: Any, got: Any) -> None:
     if isinstance(expected, dict) and isinstance(got, dict):
-        for key in sorted({*expected, *got}):
+        for key in sorted({*expected, *got}, key=str):
             _check_equal(f"{what}: {key}", expected.get(key), got.get(key))
-    elif expected != got:
-        raise CheckpointError(f"checkpoint's {what}: expected {expected!r}, got {got!r}")
+        return
+    sequences = isinstance(expected, (list, tuple)) and isinstance(got, (list, tuple))
+    if sequences and len(expected) == len(got):
+        for one, other in zip(expected, got, strict=True):
+            _check_equal(what, one, other)
+        return
+    alike = type(expected) is type(got) or (_is_number(expected) and _is_number(got))
+    if alike and expected == got:
+        return
+    raise CheckpointError(f"checkpoint's {what}: expected {_text(expected)}, got {_text(got)}")
+
+
+def _check_like(what: str, expected: Any, got: Any) -> None:
+    """The same entries, and in each a value of the same type."""
+    if type(expected) is not type(got) and not (_is_number(expected) and _is_number(got)):
+        raise CheckpointError(
+            f"checkpoint's {what}: expected {type(expected).__name__}, got {_text(got)}"
+        )
+    if isinstance(expected, dict):
+        if expected.keys() != got.keys():
+            raise CheckpointError(
+                f"checkpoint's {what}'s entries: expected {sorted(map(str, expected))}, got "
+                f"{sorted(map(str, got))}"
+            )
+        for key, value in expected.items():
+            _check_like(f"{what}: {key}", value, got[key])
+    elif isinstance(expected, (list, tuple)):
+        if len(expected) != len(got):
+            raise CheckpointError(
+                f"checkpoint's {what}: expected {len(expected)} values, got {len(got)}"
+            )
+        for one, other in zip(expected, got, strict=True):
+            _check_like(what, one, other)
+    elif isinstance(expected, Tensor):
+        _check_tensor(what, expected, got)
 
 
 def _check_tensors(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Any]) -> None:
@@ -163,12 +248,24 @@ def _check_tensors(what: str, expected: Mapping[str, Tensor], got: Mapping[str, 
             f"{len(missing)} missing and {len(unknown)} unknown, such as {name!r}"
         )
     for name, tensor in expected.items():
-        other = got[name]
-        if not isinstance(other, Tensor) or other.shape != tensor.shape:
-            shape = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
-            raise CheckpointError(
-                f"checkpoint's {what}: {name}: expected {tuple(tensor.shape)}, got {shape}"
-            )
+        _check_tensor(f"{what}: {name}", tensor, got[name])
+
+
+def _check_tensor(what: str, expected: Tensor, got: Any) -> None:
+    """A tensor on the CPU of the same shape and dtype."""
+    if not isinstance(got, Tensor):
+        raise CheckpointError(
+            f"checkpoint's {what}: expected {tuple(expected.shape)}, got {type(got).__name__}"
+        )
+    if got.shape != expected.shape:
+        raise CheckpointError(
+            f"checkpoint's {what}: expected {tuple(expected.shape)}, got {tuple(got.shape)}"
+        )
+    if got.dtype != expected.dtype or got.layout != torch.strided or got.device.type != "cpu":
+        raise CheckpointError(
+            f"checkpoint's {what}: expected {expected.dtype} values, got {got.dtype}, "
+            f"{got.layout}, {got.device}"
+        )
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, got: Mapping[str, Any]) -> None:
@@ -178,33 +275,43 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, got: Mapping[str, Any]) -
             "checkpoint's optimizer: expected param_groups and state, got neither"
         )
     expected = optimizer.state_dict()["param_groups"]
+    if len(groups) != len(expected) or not all(isinstance(group, dict) for group in groups):
+        raise CheckpointError(
+            f"checkpoint's optimizer: expected {len(expected)} groups of parameters, got "
+            f"{_text(groups)}"
+        )
     _check_equal(
         "optimizer: parameters in each group",
         [group["params"] for group in expected],
         [group.get("params") for group in groups],
     )
+    for ours, theirs in zip(expected, groups, strict=True):
+        _check_like("optimizer", ours, theirs)
+        fixed = {name: value for name, value in ours.items() if name != "lr"}
+        _check_equal("optimizer", fixed, {name: theirs[name] for name in fixed})
+        if not (math.isfinite(theirs["lr"]) and theirs["lr"] >= 0):
+            raise CheckpointError(
+                f"checkpoint's optimizer: lr: expected a number >= 0, got {theirs['lr']}"
+            )
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entry in parameters.items():
+        known = type(index) is int and 0 <= index < len(own) and isinstance(entry, dict)
+        if not known or any(name != "momentum_buffer" for name in entry):
+            raise CheckpointError(
+                f"checkpoint's optimizer: expected momentum_buffer of {len(own)} parameters, got "
+                f"{_text(entry)} of {_text(index)}"
+            )
         for name, value in entry.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != own[index].shape:
-                raise CheckpointError(
-                    f"checkpoint's optimizer: {name} of parameter {index}: expected "
-                    f"{tuple(own[index].shape)}, got {tuple(value.shape)}"
-                )
+            if value is not None:  # of a parameter without a gradient
+                _check_tensor(f"optimizer: {name} of parameter {index}", own[index], value)
 
 
 def export_safetensors(
     model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any]
 ) -> None:
-    """Write the model's state dict as safetensors, atomically, with ``metadata`` as strings.
+    """Write the model's state dict as safetensors, atomically, with ``metadata`` as strings."""
+    from safetensors.torch import save_file
 
-    Raises:
-        ImportError: safetensors is not installed.
-    """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("exporting weights needs `pip install safetensors`") from error
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     text = {key: str(value) for key, value in metadata.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=text))

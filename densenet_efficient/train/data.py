@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -41,7 +43,8 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Data:
-    """train, test: data sets of (image [channels, image_size, image_size] float32, class)."""
+    """train, test: data sets of (image [channels, image_size, image_size] float32, class).
+    classes: their names, in order."""
 
     name: str
     train: Dataset
@@ -49,6 +52,7 @@ class Data:
     num_classes: int
     channels: int
     image_size: int
+    classes: tuple[str, ...] = ()
 
 
 class TensorImages(Dataset):
@@ -59,6 +63,11 @@ class TensorImages(Dataset):
         self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.images, self.labels, self.transform = images, labels, transform
+
+    @property
+    def targets(self) -> list[int]:
+        """The class of every image, as torchvision's data sets have it."""
+        return [int(label) for label in self.labels]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,7 +98,8 @@ def load_data(
             "synthetic").
         augment: random crops and flips (digits: small rotations, shifts and scalings).
         download: fetch what is missing in `root`.
-        limit: use the first `limit` images of each split only; "synthetic" makes that many.
+        limit: use only so many images of each split, the first ones of every class in equal
+            numbers; "synthetic" makes that many.
         shape: for "synthetic": channels and classes.
 
     Raises:
@@ -114,22 +124,31 @@ def load_data(
         data = _torchvision(name, Path(root), size, augment, download)
     if limit is None:
         return data
-    return dataclasses.replace(data, train=_first(data.train, limit), test=_first(data.test, limit))
+    return dataclasses.replace(
+        data, train=_evenly(data.train, limit), test=_evenly(data.test, limit)
+    )
 
 
-def _first(images: Dataset, count: int) -> Dataset:
-    return Subset(images, range(min(count, len(images))))  # type: ignore[arg-type]
+def _evenly(images: Dataset, count: int) -> Dataset:
+    """The first of every class in turn, up to `count` images, in the data set's order."""
+    seen: Counter[int] = Counter()
+    places = []
+    for index, label in enumerate(images.targets):  # type: ignore[attr-defined]
+        places.append((seen[int(label)], int(label), index))
+        seen[int(label)] += 1
+    return Subset(images, sorted(index for _, _, index in sorted(places)[:count]))
 
 
 def _digits(size: int, augment: bool) -> Data:
     """1797 handwritten digits, 8x8; a quarter of each class is held out (450 images)."""
     try:
+        import numpy
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise DataError(
             f"data digits: expected an installed scikit-learn, which bundles them, got: {error}. "
-            "Install it with `pip install scikit-learn`."
+            "Install it with `pip install 'densenet-efficient[train]'`."
         ) from error
     digits = load_digits()
     labels = torch.from_numpy(numpy.asarray(digits.target)).long()
@@ -161,6 +180,7 @@ def _digits(size: int, augment: bool) -> Data:
         10,
         1,
         size,
+        tuple("0123456789"),
     )
 
 
@@ -169,7 +189,8 @@ def _synthetic(size: int, count: int, channels: int, classes: int) -> Data:
     images = torch.randn(count, channels, size, size, generator=generator)
     labels = torch.randint(classes, (count,), generator=generator)
     images_and_labels = TensorImages(images, labels)
-    return Data("synthetic", images_and_labels, images_and_labels, classes, channels, size)
+    names = tuple(str(label) for label in range(classes))
+    return Data("synthetic", images_and_labels, images_and_labels, classes, channels, size, names)
 
 
 def _torchvision(name: str, root: Path, size: int, augment: bool, download: bool) -> Data:
@@ -196,8 +217,9 @@ def _torchvision(name: str, root: Path, size: int, augment: bool, download: bool
             raise DataError(
                 f"data {name}: expected its files, whole, in {root.resolve()}, got: {error}{hint}"
             ) from error
-    train_images, test_images = parts
-    return Data(name, train_images, test_images, _CLASSES[name], len(_STATISTICS[name][0]), size)
+    train, test = parts
+    names = tuple(train.classes)
+    return Data(name, train, test, _CLASSES[name], len(_STATISTICS[name][0]), size, names)
 
 
 def _image_folder(path: Path, size: int, augment: bool) -> Data:
@@ -222,17 +244,47 @@ def _image_folder(path: Path, size: int, augment: bool) -> Data:
             f"{len(train.classes)} and {len(test.classes)}, differing in "
             f"{sorted(set(train.classes) ^ set(test.classes))[:5]}"
         )
-    return Data("imagefolder", train, test, len(train.classes), 3, size)
+    _check_headers(path for path, _ in (*train.samples, *test.samples))
+    return Data("imagefolder", train, test, len(train.classes), 3, size, tuple(train.classes))
 
 
-def _open_image(path: str) -> Any:
+def _check_headers(paths: Iterable[str]) -> None:
+    """Open every image without decoding it: what is no image is named before any training."""
+
+    def check(path: str) -> None:
+        with _opened(path):
+            pass
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(check, paths):
+            pass
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file as a PIL image. Raises DataError also for what the caller reads from it."""
     from PIL import Image
 
     try:
-        with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # a damaged file raises any of them
+        with open(path, "rb") as file, Image.open(file) as image:
+            yield image
+    # A damaged file raises any of the first three.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"data imagefolder: {path}: expected an image, got: {error}") from error
+
+
+def _open_image(path: str) -> Any:
+    """The image in RGB, 8 bits a channel. Greys of 16 bits keep their upper 8."""
+    with _opened(path) as image:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, whose range is not known")
+        if not image.mode.startswith("I"):
+            return image.convert("RGB")
+        greys = image.convert("I")
+        lowest, highest = greys.getextrema()
+        if lowest < 0 or highest > 65535:
+            raise ValueError(f"greys of {lowest}..{highest}, where 0..65535 can be read")
+        return greys.point(lambda grey: grey * (1 / 256)).convert("L").convert("RGB")
 
 
 def _to_normalised(v2: Any, name: str) -> list[Any]:
@@ -263,6 +315,14 @@ def on_device(
     batches: DataLoader, device: torch.device, memory_format: torch.memory_format
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches on the device: images [n, C, H, W] in the memory format, labels [n]."""
-    for images, labels in batches:
+    for images, labels in _one_line_errors(batches):
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         yield images, labels.to(device, non_blocking=True)
+
+
+def _one_line_errors(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """A worker process passes its error on as text with a traceback in front: leave that out."""
+    try:
+        yield from batches
+    except DataError as error:
+        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error

@@ -2,20 +2,31 @@
 
 CIFAR: Huang et al., arXiv 1608.06993, section 4.2: SGD with Nesterov momentum 0.9, weight decay
 1e-4, batch 64, learning rate 0.1 divided by 10 after 50 % and 75 % of 300 epochs. ImageNet: 90
-epochs, batch 256, divided by 10 after one and two thirds.
+epochs, batch 256, learning rate 0.1 divided by 10 after one and two thirds; "imagefolder" is the
+same recipe at batch 32, which fits most machines, with the learning rate in proportion.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
-__all__ = ["RECIPES", "SCHEDULES", "Recipe", "build_optimizer", "build_schedule", "recipe_for"]
+__all__ = [
+    "RECIPES",
+    "SCHEDULES",
+    "Recipe",
+    "advance",
+    "build_optimizer",
+    "build_schedule",
+    "recipe_for",
+]
 
 SCHEDULES = ("step", "cosine", "constant")
 
@@ -33,7 +44,7 @@ def _is_number(value: object) -> bool:
 class Recipe:
     """How to train.
 
-    epochs, batch_size: positive integers. learning_rate: at the height of the schedule.
+    epochs, batch_size: positive integers. learning_rate: the highest of the schedule.
     momentum: 0 <= m < 1, Nesterov's where it is not 0. weight_decay: on every parameter, as in the
     paper. schedule: "step" (divided by 10 at each of `milestones`, fractions of the epochs),
     "cosine" (to zero) or "constant". warmup_epochs: linear start, less than `epochs`.
@@ -66,6 +77,7 @@ class Recipe:
         for name in ("momentum", "label_smoothing"):
             value = getattr(self, name)
             _expect(_is_number(value) and 0 <= value < 1, name, "a number in [0, 1)", value)
+        _expect(isinstance(self.augment, bool), "augment", "True or False", self.augment)
         _expect(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", self.schedule)
         rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         inside = all(_is_number(m) and 0 < m < 1 for m in self.milestones)
@@ -82,6 +94,16 @@ class Recipe:
         """All fields as plain values."""
         return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
 
+    @staticmethod
+    def from_description(fields: Any) -> Recipe:
+        """The inverse of `describe`. ValueError where it is not one."""
+        names = {field.name for field in dataclasses.fields(Recipe)}
+        if not isinstance(fields, dict) or set(fields) != names:
+            raise ValueError(f"recipe: expected the fields {sorted(names)}, got {fields!r}")
+        milestones = fields["milestones"]
+        _expect(isinstance(milestones, list), "milestones", "a list", milestones)
+        return Recipe(**{**fields, "milestones": tuple(milestones)})
+
 
 _CIFAR = Recipe()
 RECIPES = {
@@ -89,7 +111,9 @@ RECIPES = {
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "fashion-mnist": Recipe(epochs=30, batch_size=128, schedule="cosine", warmup_epochs=1),
-    "imagefolder": Recipe(epochs=90, batch_size=256, milestones=(1 / 3, 2 / 3)),
+    "imagefolder": Recipe(
+        epochs=90, batch_size=32, learning_rate=0.1 * 32 / 256, milestones=(1 / 3, 2 / 3)
+    ),
     "synthetic": Recipe(epochs=1, batch_size=32, schedule="constant", augment=False),
 }
 
@@ -121,18 +145,29 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate's factor, stepped once per optimiser step."""
+) -> lr_scheduler.LRScheduler:
+    """The recipe's learning rate, to be stepped once per optimiser step: PyTorch's own schedulers,
+    after a linear warm-up where the recipe has one."""
+    warm_up = math.ceil(recipe.warmup_epochs * steps_per_epoch)
+    after = recipe.epochs * steps_per_epoch - warm_up
+    schedule: lr_scheduler.LRScheduler
+    if recipe.schedule == "step":
+        steps = [math.ceil(m * recipe.epochs * steps_per_epoch) for m in recipe.milestones]
+        milestones = [max(step - warm_up, 0) for step in steps]
+        schedule = lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    elif recipe.schedule == "cosine":
+        schedule = lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(after, 1))
+    else:
+        schedule = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if not warm_up:
+        return schedule
+    rising = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warm_up + 1), total_iters=warm_up)
+    return lr_scheduler.SequentialLR(optimizer, [rising, schedule], milestones=[warm_up])
 
-    def factor(step: int) -> float:
-        epoch = step / steps_per_epoch
-        if epoch < recipe.warmup_epochs:
-            return (step + 1) / (math.ceil(recipe.warmup_epochs * steps_per_epoch) + 1)
-        if recipe.schedule == "step":
-            return 0.1 ** sum(epoch >= milestone * recipe.epochs for milestone in recipe.milestones)
-        if recipe.schedule == "cosine":
-            progress = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
-            return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return 1.0
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def advance(schedule: lr_scheduler.LRScheduler, steps: int) -> None:
+    """Put a new schedule to where `steps` optimiser steps would have brought it."""
+    with warnings.catch_warnings():  # PyTorch expects a step of the optimiser before each
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(steps):
+            schedule.step()

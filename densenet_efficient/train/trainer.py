@@ -6,34 +6,29 @@ on the CPU a resumed run continues bit by bit as the uninterrupted one.
 
 from __future__ import annotations
 
-import csv
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..files import write_atomically
 from ..memory.process import peak_bytes
-from ..models.networks import NetworkSpec
-from .checkpoint import (
-    export_safetensors,
-    read_checkpoint,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from ..models.networks import check_image_size
+from .checkpoint import CheckpointError, read_checkpoint, restore_checkpoint, save_checkpoint
 from .data import Data, loader, on_device
-from .recipes import Recipe, build_optimizer, build_schedule
+from .device import check_device
+from .header import check_memory, describe_run, planned_bytes
+from .options import AMP, TrainingOptions
+from .outputs import check_installed, open_tensorboard, prepare_folder, write_log, write_weights
+from .recipes import advance, build_optimizer, build_schedule
 from .rng import seed_everything
 
-__all__ = ["AMP", "Trainer", "TrainingError", "TrainingOptions", "train"]
+__all__ = ["AMP", "CHECKPOINT", "Trainer", "TrainingError", "TrainingOptions"]
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -41,64 +36,22 @@ class TrainingError(RuntimeError):
     """Training cannot go on, such as after a loss that is not finite."""
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What to train and how.
-
-    network, execution: see `networks`. recipe: see `recipes`. amp: None, "bf16" or "fp16" autocast
-    (fp16 with loss scaling). device: such as "cpu" or "cuda:0". out: folder of the logs, weights
-    and checkpoint. resume: a checkpoint to continue. workers: processes that load data.
-    """
-
-    network: NetworkSpec
-    recipe: Recipe
-    out: Path
-    execution: str = "recompute"
-    amp: str | None = None
-    device: str = "cpu"
-    channels_last: bool = True
-    seed: int = 0
-    resume: Path | None = None
-    overwrite: bool = False
-    workers: int = 0
-    tensorboard: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.amp is not None and self.amp not in AMP:
-            raise ValueError(f"amp: expected one of {', '.join(AMP)} or None, got {self.amp!r}")
-        for name in ("seed", "workers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
-        check_device(self.device)
-
-
-def check_device(name: str) -> torch.device:
-    """The device of that name. ValueError where there is none."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected such as cpu or cuda:0, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: expected one of {torch.cuda.device_count()} CUDA devices that torch "
-            f"{torch.__version__} sees, got {name!r}"
-        )
-    return device
-
-
 class Trainer:
-    """One training run.
+    """One training run. Everything that can be known to fail is checked before it begins.
 
     Raises:
-        ValueError: the output folder holds another run and neither resume nor overwrite was asked.
+        ValueError: the output folder holds another run and neither resume nor overwrite was asked,
+            or cannot be written; images that are too small for the network; a batch that needs more
+            memory than the device has; one of several processes (torchrun).
+        ImportError: a package of the extra "train" is missing.
         CheckpointError: the checkpoint to resume is damaged or belongs to something else.
     """
 
     def __init__(self, options: TrainingOptions, data: Data) -> None:
         self.options, self.data = options, data
         self.checkpoint = options.out / CHECKPOINT
+        _check_one_process()
+        check_installed("safetensors", "tqdm", *["tensorboard"] * options.tensorboard)
         if self.checkpoint.exists() and options.resume is None and not options.overwrite:
             raise ValueError(
                 f"out: expected a folder without a run, or resume or overwrite, got "
@@ -111,18 +64,45 @@ class Trainer:
             torch.channels_last if options.channels_last else torch.contiguous_format
         )
         model = options.network.build(options.execution)
+        check_image_size(model, data.image_size)
         self.model = model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.planned = planned_bytes(self.model, data, options.recipe, AMP.get(options.amp or ""))
+        check_memory(self.model, data, options.recipe, self.planned, self.device)
         self.optimizer = build_optimizer(self.model, options.recipe)
         self.train_loss = nn.CrossEntropyLoss(label_smoothing=options.recipe.label_smoothing)
-        self.schedule = build_schedule(
-            self.optimizer, options.recipe, max(len(self._train_loader(0)), 1)
-        )
+        self.steps_per_epoch = max(len(self._train_loader(0)), 1)
+        self.schedule = build_schedule(self.optimizer, options.recipe, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         if state is not None:
-            restore_checkpoint(state, **self._state(), description=self.describe())
-            self.epoch, self.history = state["epoch"], state["history"]
+            self._resume(state)
+        prepare_folder(options.out, self.model)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Continue a checkpoint's run; with another number of epochs its schedule is stretched."""
+        recipe = state["description"].get("recipe")
+        described = self.describe()
+        epochs = recipe.get("epochs") if isinstance(recipe, dict) else None
+        same = epochs == self.options.recipe.epochs
+        if not same and type(epochs) is int:
+            described["recipe"]["epochs"] = epochs
+        if state["epoch"] > self.options.recipe.epochs:
+            raise CheckpointError(
+                f"checkpoint's epochs: expected at most the recipe's {self.options.recipe.epochs}, "
+                f"got {state['epoch']} finished ones"
+            )
+        parts = self._state()
+        parts["schedule"] = self.schedule if same else None
+        restore_checkpoint(state, **parts, description=described)
+        self.epoch, self.history = state["epoch"], state["history"]
+        if not same:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+            self.schedule = build_schedule(
+                self.optimizer, self.options.recipe, self.steps_per_epoch
+            )
+            advance(self.schedule, self.epoch * self.steps_per_epoch)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -136,7 +116,12 @@ class Trainer:
         """What must be the same for a checkpoint to be continued."""
         return {
             "network": self.options.network.describe(),
-            "data": {"name": self.data.name, "image_size": self.data.image_size},
+            "data": {
+                "name": self.data.name,
+                "image_size": self.data.image_size,
+                "classes": list(self.data.classes),
+                "images": [len(self.data.train), len(self.data.test)],  # type: ignore[arg-type]
+            },
             "recipe": self.options.recipe.describe(),
             "amp": self.options.amp,
             "seed": self.options.seed,
@@ -161,19 +146,24 @@ class Trainer:
     def run(self) -> list[dict[str, Any]]:
         """Train to the recipe's last epoch; returns one row of figures per epoch.
 
-        After every epoch the checkpoint, `log.csv` and the TensorBoard log are written; at the end
+        After every epoch the checkpoint, `log.csv` and the TensorBoard log are written, and
+        `best.safetensors` where the held-out accuracy is the highest so far; at the end
         `model.safetensors`. An interruption (ctrl-C) loses the epoch under way only.
 
         Raises:
-            TrainingError: a loss that is not finite.
+            TrainingError: a loss that is not finite, memory that does not suffice, or files that
+                cannot be written.
         """
-        writer = self._tensorboard()
+        writer = None
+        if self.options.progress:
+            print(describe_run(self.options, self.data, self.model, self.planned), flush=True)
+        if self.options.tensorboard:
+            writer = open_tensorboard(self.options.out, self.epoch + 1)
         try:
             while self.epoch < self.options.recipe.epochs:
-                row = self._run_epoch()
-                self.history.append(row)
-                self.epoch += 1
-                self._save()
+                with self._named_failures():
+                    row = self._run_epoch()
+                self._finish_epoch(row)
                 if writer is not None:
                     for name, value in row.items():
                         writer.add_scalar(name, value, self.epoch)
@@ -182,9 +172,43 @@ class Trainer:
         finally:
             if writer is not None:
                 writer.close()
-        metadata = {"format": "pt", "model": self.options.network.title, "epochs": self.epoch}
-        export_safetensors(self.model, self.options.out / "model.safetensors", metadata)
+        with self._named_failures():
+            self._write_weights("model.safetensors", self.history[-1])
         return self.history
+
+    def _finish_epoch(self, row: dict[str, Any]) -> None:
+        """Keep what the epoch gave. The best weights come first: a run that is killed between the
+        two writes trains the epoch again."""
+        best = all(row["test_accuracy"] > other["test_accuracy"] for other in self.history)
+        with self._named_failures():
+            if best:
+                self._write_weights("best.safetensors", row)
+            self.history.append(row)
+            self.epoch += 1
+            self._save()
+
+    def _write_weights(self, name: str, row: dict[str, Any]) -> None:
+        options = self.options
+        write_weights(self.model, options.out / name, options.network, self.data, row)
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Errors of files and memory as a TrainingError of one line."""
+        saved = f"{self.epoch} finished epochs are in {self.checkpoint}" if self.epoch else ""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            text = str(error)
+            if isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in text:
+                reason = (
+                    f"memory: a step with batch {self.options.recipe.batch_size} at "
+                    f"{self.data.image_size} px does not fit on {self.device}"
+                )
+            elif isinstance(error, OSError) or "PytorchStreamWriter" in text:
+                reason = f"out: could not write into {self.options.out}: {text.splitlines()[0]}"
+            else:
+                raise
+            raise TrainingError("; ".join(filter(None, [reason, saved]))) from error
 
     def _run_epoch(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -282,23 +306,9 @@ class Trainer:
             description=self.describe(),
             epoch=self.epoch,
             history=self.history,
+            arguments=self.options.arguments,
         )
-        write_atomically(self.options.out / "log.csv", self._write_csv)
-
-    def _write_csv(self, path: str) -> None:
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(self.history[0]))
-            table.writeheader()
-            table.writerows(self.history)
-
-    def _tensorboard(self) -> Any:
-        if not self.options.tensorboard:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard: needs `pip install tensorboard`") from error
-        return SummaryWriter(str(self.options.out / "tensorboard"), purge_step=self.epoch + 1)
+        write_log(self.options.out / "log.csv", self.history)
 
     def _print(self, row: dict[str, Any]) -> None:
         if self.options.progress:
@@ -310,6 +320,11 @@ class Trainer:
             )
 
 
-def train(options: TrainingOptions, data: Data) -> list[dict[str, Any]]:
-    """`Trainer(options, data).run()`."""
-    return Trainer(options, data).run()
+def _check_one_process() -> None:
+    """torchrun starts one process a GPU; all of them would train the same into one folder."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE: expected one process, got {processes} (torchrun?); training on several "
+            "devices is not supported"
+        )

@@ -6,11 +6,19 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 
-from densenet_efficient.train.data import DataError, TensorImages, load_data, loader
+from densenet_efficient.train.data import (
+    DataError,
+    TensorImages,
+    _open_image,
+    load_data,
+    loader,
+    on_device,
+)
 
 
 def test_the_digits_are_split_once_and_evenly() -> None:
@@ -87,15 +95,61 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert image[[0, 2], 16, 16].tolist() == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+def test_a_file_without_an_image_is_named_before_training(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": ["cat"], "val": ["cat"]})
     bad = tmp_path / "val" / "cat" / "0.png"
     bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"val/cat/0\.png: expected an image"):
+        load_data("imagefolder", path=tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
+    write_images(tmp_path, {"train": ["cat"], "val": ["cat"]})
+    bad = tmp_path / "val" / "cat" / "0.png"
+    pixels = Image.frombytes("RGB", (50, 40), bytes(range(250)) * 24)
+    pixels.save(bad)
+    bad.write_bytes(bad.read_bytes()[:-100])
     data = load_data("imagefolder", path=tmp_path, image_size=32)
-    for workers in (0, 1):
-        batches = loader(data.test, 2, shuffle=False, seed=0, workers=workers, pin=False)
-        with pytest.raises(DataError, match=r"val/cat/0\.png: expected an image"):
-            list(batches)
+    batches = loader(data.test, 2, shuffle=False, seed=0, workers=workers, pin=False)
+    message = r"\Adata imagefolder: .*val/cat/0\.png: expected an image, got: [^\n]*\Z"
+    with pytest.raises(DataError, match=message):
+        list(on_device(batches, torch.device("cpu"), torch.channels_last))
+
+
+def test_a_picture_of_20000_pixels_a_side_is_refused_before_training(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": ["cat"], "val": ["cat"]})
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "train" / "cat" / "huge.png")
+    with pytest.raises(
+        DataError, match=r"huge\.png: expected an image, got: Image size .400000000"
+    ):
+        load_data("imagefolder", path=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
+def test_greys_of_16_bits_keep_their_upper_8(tmp_path: Path, name: str) -> None:
+    greys = numpy.arange(2000, 30000, 7, "uint16")[:3600].reshape(60, 60)
+    Image.fromarray(greys).save(tmp_path / name)
+    image = numpy.asarray(_open_image(str(tmp_path / name)))
+    assert image.shape == (60, 60, 3)
+    assert (image == (greys >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize("values", [numpy.int32([[70_000]]), numpy.float32([[0.5]])])
+def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, values: Any) -> None:
+    Image.fromarray(values).save(tmp_path / "grey.tif")
+    with pytest.raises(DataError, match=r"grey\.tif: expected an image, got: (greys|floating)"):
+        _open_image(str(tmp_path / "grey.tif"))
+
+
+def test_a_limit_is_taken_evenly_over_the_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, {split: ["ant", "bee", "cat"] for split in ("train", "val")})
+    data = load_data("imagefolder", path=tmp_path, image_size=32, limit=3)
+    assert [label for _, label in data.train] == [0, 1, 2] and data.classes == ("ant", "bee", "cat")
+    digits = load_data("digits", image_size=8, augment=False, limit=45)
+    for part in (digits.train, digits.test):
+        counts = torch.bincount(torch.tensor([label for _, label in part]))
+        assert counts.tolist() == [5] * 5 + [4] * 5
 
 
 @pytest.mark.parametrize(

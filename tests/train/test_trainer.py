@@ -78,7 +78,7 @@ def test_ctrl_c_keeps_the_epochs_that_are_finished(tmp_path: Path) -> None:
         trainer.run()
     assert trainer.epoch == 1
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {CHECKPOINT, "log.csv"}
+    assert files == {CHECKPOINT, "log.csv", "best.safetensors"}
     resumed = Trainer(options(tmp_path, resume=tmp_path / CHECKPOINT), data)
     assert len(resumed.run()) == 2
 

@@ -1,0 +1,51 @@
+"""What to train and how: the options of a run, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..models.networks import NetworkSpec
+from .device import check_device
+from .recipes import Recipe
+
+__all__ = ["AMP", "TrainingOptions"]
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What to train and how.
+
+    network, execution: see `networks`. recipe: see `recipes`. amp: None, "bf16" or "fp16" autocast
+    (fp16 with loss scaling). device: such as "cpu" or "cuda:0". out: folder of the logs, weights
+    and checkpoint. resume: a checkpoint to continue; the recipe may have more epochs than its own.
+    workers: processes that load data. arguments: of the command line, kept in the checkpoint.
+    """
+
+    network: NetworkSpec
+    recipe: Recipe
+    out: Path
+    execution: str = "recompute"
+    amp: str | None = None
+    device: str = "cpu"
+    channels_last: bool = True
+    seed: int = 0
+    resume: Path | None = None
+    overwrite: bool = False
+    workers: int = 0
+    tensorboard: bool = False
+    progress: bool = True
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.amp is not None and self.amp not in AMP:
+            raise ValueError(f"amp: expected one of {', '.join(AMP)} or None, got {self.amp!r}")
+        for name in ("seed", "workers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        check_device(self.device)
