@@ -14,7 +14,7 @@ from .accuracy import agreement, check_agreement
 from .steps import PEERS, Case, TrainingStep, measure_memory, quantiles, time_in_turns
 from .tables import markdown_table, megabytes
 
-__all__ = ["compare", "comparison_table"]
+__all__ = ["compare", "comparison_cells", "comparison_table"]
 
 GRAPH = "-graph"
 
@@ -104,7 +104,12 @@ def _free(device: torch.device) -> None:
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown; ratios are to the first row."""
+    """`comparison_cells` in Markdown."""
+    return markdown_table(*comparison_cells(rows))
+
+
+def comparison_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns and a row of text for each peer; ratios are to the first row."""
     first = rows[0]
     columns = ["peer", "ms/step", "10 %..90 %", "images/s", f"time / {first['peer']}"]
     columns += ["peak MB", "MB/image", f"memory / {first['peer']}", "error / eager's"]
@@ -126,4 +131,4 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         known = reference and row["error"] is not None
         cells.append(f"{row['error'] / reference:.2f}" if known else "-")
         table.append(cells)
-    return markdown_table(columns, table)
+    return columns, table

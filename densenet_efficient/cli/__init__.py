@@ -1,1 +1,2 @@
-"""The command line, `python -m densenet_efficient`. May import everything; nothing imports it."""
+"""The command line, `python -m densenet_efficient COMMAND`: a module for each group of commands.
+May import everything; nothing imports it."""

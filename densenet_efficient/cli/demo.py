@@ -1,4 +1,4 @@
-"""The demonstration: train a DenseNet-BC on real digits, then set ours beside the reference.
+"""The demonstration: train a DenseNet-BC on real digits, then compare ours with the reference.
 
 1. BC-40-12 on the 1,797 handwritten digits that scikit-learn bundles (8x8, shown at 16x16), a
    quarter of them held out.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ from ..bench.steps import Case, measure_memory
 from ..bench.tables import markdown_table, megabytes, write_results
 from ..models.networks import NetworkSpec
 from ..train.data import load_data
+from ..train.outputs import check_installed
 from ..train.recipes import recipe_for
 from ..train.trainer import Trainer, TrainingOptions
+from .parser import add_command, count, whole_number
 
-__all__ = ["TARGET_ACCURACY", "run_demo"]
+__all__ = ["TARGET_ACCURACY", "register", "run_demo"]
 
 TARGET_ACCURACY = 0.985
 DIGITS = NetworkSpec("densenet_cifar", depth=40, growth_rate=12, num_classes=10, in_channels=1)
@@ -36,6 +39,22 @@ LABELS = {
 }
 DEPTHS = (40, 100, 160)
 DEPTH_BATCH = 8
+
+
+def register(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands, "demo", "train on the bundled digits, then compare with the reference"
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of weights and order")
+    parser.add_argument("--epochs", type=count, help="fewer for a quick look (default: 25)")
+
+
+def _run(options: argparse.Namespace, words: list[str]) -> int:
+    check_installed("safetensors", "tqdm", "matplotlib", "torchvision")
+    return run_demo(options.out, seed=options.seed, epochs=options.epochs)
 
 
 def run_demo(out: Path, *, seed: int = 0, epochs: int | None = None) -> int:

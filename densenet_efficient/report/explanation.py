@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..nn.dense_block import EfficientDenseBlock
 from ..nn.features import EfficientFeatures, EfficientTransition
 from ..ops.dispatch import Path
+from .tables import table
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,8 @@ class Explanation:
     def __str__(self) -> str:
         if not self.entries:
             return "no efficient modules ran; call densenet_efficient.convert(model) first"
-        width = max(len(name) for name, _ in self.entries)
-        return "\n".join(
-            f"{name:{width}}  {path.kind:8}  {path.reason}" for name, path in self.entries
-        )
+        rows = [(name, path.kind, path.reason) for name, path in self.entries]
+        return table(["module", "path", "reason"], rows, left=("path", "reason"))
 
     @property
     def kinds(self) -> set[str]:

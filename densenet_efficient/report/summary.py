@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.networks import NetworkSpec
+from .tables import table
 
-__all__ = ["Stage", "Summary", "summarise"]
+__all__ = ["Summary", "Volume", "summarise"]
 
 _KINDS = {
     "conv": "convolution",
@@ -30,9 +31,10 @@ _BAR = 28
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage. shape: of its output [N, C, H, W] (classifier: [N, classes]). layers: of a dense
-    block, else 0. parameters: numbers. multiply_adds: of its products, for the whole batch."""
+class Volume:
+    """One child of the network. shape: of its output [N, C, H, W] (classifier: [N, classes]).
+    layers: of a dense block, else 0. parameters: numbers. multiply_adds: of its products, for the
+    whole batch."""
 
     name: str
     kind: str
@@ -48,37 +50,45 @@ class Summary:
 
     title: str
     input_shape: tuple[int, ...]
-    stages: tuple[Stage, ...]
+    volumes: tuple[Volume, ...]
     parameters: int
     depth: int
 
     @property
     def multiply_adds(self) -> int:
         """Of the whole forward pass."""
-        return sum(stage.multiply_adds for stage in self.stages)
+        return sum(volume.multiply_adds for volume in self.volumes)
 
     def __str__(self) -> str:
         n, c, h, w = self.input_shape
-        lines = [
+        title = (
             f"{self.title}: {self.parameters:,} parameters, depth {self.depth}, "
-            f"{self.multiply_adds / n / 1e9:.3f} G multiply-adds an image",
-            "",
-            f"{'stage':16} {'what':22} {'channels':>8} {'height x width':>15} {'values':>12} "
-            f"{'parameters':>12} {'G mult-adds':>11}",
-            f"{'input':16} {f'batch of {n}':22} {c:>8} {f'{h} x {w}':>15} {c * h * w:>12,}",
+            f"{self.multiply_adds / n / 1e9:.3f} G multiply-adds an image"
+        )
+        columns = ["name", "what", "channels", "height x width", "values", "parameters"]
+        columns += ["G mult-adds", "values to scale"]
+        rows: list[tuple[Any, ...]] = [
+            ("input", f"batch of {n}", c, f"{h} x {w}", f"{c * h * w:,}", "", "", "")
         ]
-        widest = max(_values(stage.shape) for stage in self.stages)
-        for stage in self.stages:
-            what = f"{stage.kind}, {stage.layers} layers" if stage.layers else stage.kind
-            volume = " x ".join(str(side) for side in stage.shape[2:]) or "-"
-            values = _values(stage.shape)
-            bar = "#" * max(1, round(_BAR * values / widest))
-            lines.append(
-                f"{stage.name:16} {what:22} {stage.shape[1]:>8} {volume:>15} {values:>12,} "
-                f"{stage.parameters:>12,} {stage.multiply_adds / n / 1e9:>11.3f}  {bar}"
+        widest = max(_values(volume.shape) for volume in self.volumes)
+        for volume in self.volumes:
+            what = f"{volume.kind}, {volume.layers} layers" if volume.layers else volume.kind
+            sides = " x ".join(str(side) for side in volume.shape[2:]) or "-"
+            values = _values(volume.shape)
+            rows.append(
+                (
+                    volume.name,
+                    what,
+                    volume.shape[1],
+                    sides,
+                    f"{values:,}",
+                    f"{volume.parameters:,}",
+                    f"{volume.multiply_adds / n / 1e9:.3f}",
+                    "#" * max(1, round(_BAR * values / widest)),
+                )
             )
-        lines += ["", "values: numbers in the output, per image; the bars show them to scale"]
-        return "\n".join(lines)
+        text = table(columns, rows, left=("what", "values to scale"))
+        return f"{title}\n\n{text}\n\nvalues: numbers in the output, per image"
 
 
 def _values(shape: tuple[int, ...]) -> int:
@@ -124,7 +134,7 @@ def summarise(network: NetworkSpec, batch: int = 1, image_size: int | None = Non
         model(images)
     by_module = counter.get_flop_counts()
     root = type(model).__name__
-    stages = []
+    volumes = []
     convolutions = 0
     for name, child in children.items():
         path = f"{root}.{name}" if name == "classifier" else f"{root}.features.{name}"
@@ -133,7 +143,7 @@ def summarise(network: NetworkSpec, batch: int = 1, image_size: int | None = Non
         convolutions += sum(isinstance(module, kinds) for module in child.modules())
         layers = len(list(child.children())) if name.startswith("denseblock") else 0
         count = sum(parameter.numel() for parameter in child.parameters())
-        stages.append(Stage(name, _kind(name), shapes[name], layers, count, flops // 2))
+        volumes.append(Volume(name, _kind(name), shapes[name], layers, count, flops // 2))
     total = sum(parameter.numel() for parameter in model.parameters())
     shape = (batch, network.in_channels, size, size)
-    return Summary(network.title, shape, tuple(stages), total, convolutions)
+    return Summary(network.title, shape, tuple(volumes), total, convolutions)

@@ -141,10 +141,10 @@ def test_markdown_tables_are_aligned() -> None:
 
 def test_the_summary_has_the_papers_volumes() -> None:
     found = summarise(NetworkSpec("densenet121"), batch=2)
-    shapes = {stage.name: stage.shape for stage in found.stages}
+    shapes = {volume.name: volume.shape for volume in found.volumes}
     assert shapes["conv0"] == (2, 64, 112, 112) and shapes["denseblock3"] == (2, 1024, 14, 14)
     assert shapes["classifier"] == (2, 1000)
-    assert found.parameters == 7_978_856 == sum(stage.parameters for stage in found.stages)
+    assert found.parameters == 7_978_856 == sum(volume.parameters for volume in found.volumes)
     assert found.depth == 121 and found.multiply_adds / 2 == pytest.approx(2.834e9, rel=1e-3)
     text = str(found)
     assert "7,978,856 parameters" in text and "dense block, 24 layers" in text

@@ -25,11 +25,17 @@ def test_train_stop_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert "epoch   1  loss" in text and "held-out accuracy" in text and "images/s" in text
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"checkpoint.pt", "log.csv", "model.safetensors"}
-    # Another number of epochs is another schedule.
-    assert main([*TRAIN, *out, "--epochs", "2", "--resume"]) == 2
-    assert "epochs: expected 2, got 1" in capsys.readouterr().err
-    assert main([*TRAIN, *out, "--epochs", "1", "--resume"]) == 0
+    assert files == {"checkpoint.pt", "log.csv", "best.safetensors", "model.safetensors"}
+    assert main(["train", *out, "--lr", "0.2", "--resume"]) == 2
+    assert "learning_rate: expected 0.2, got 0.1" in capsys.readouterr().err
+    assert main(["train", *out, "--resume"]) == 0  # every other option is the checkpoint's
+    assert "epoch   " not in capsys.readouterr().out
+    assert main(["train", *out, "--epochs", "3", "--resume"]) == 0
+    text = capsys.readouterr().out
+    assert "epoch   2  loss" in text and "epoch   3  loss" in text and "epoch   1" not in text
+    assert main(["train", "--resume", str(tmp_path / "run" / "checkpoint.pt")]) == 0
+    assert main(["train", *out, "--epochs", "2", "--resume"]) == 2
+    assert "epochs: expected at most the recipe's 2, got 3" in capsys.readouterr().err
     assert main([*TRAIN, *out, "--epochs", "1"]) == 2
     assert "out: expected a folder without a run" in capsys.readouterr().err
     assert main([*TRAIN, *out, "--epochs", "1", "--overwrite", "--reference", "--quiet"]) == 0
@@ -61,6 +67,8 @@ def test_an_interrupt_ends_a_run_cleanly(tmp_path: Path) -> None:
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
+    header = [process.stdout.readline() for _ in range(4)]
+    assert [line.split()[0] for line in header] == ["model", "data", "recipe", "memory"]
     assert process.stdout.readline().startswith("epoch   1")
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -70,14 +78,34 @@ def test_an_interrupt_ends_a_run_cleanly(tmp_path: Path) -> None:
     # One more may have been finished than was printed.
     assert any(f"epochs finished: {count};" in errors for count in (finished, finished + 1))
     assert "Traceback" not in errors
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv"}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"checkpoint.pt", "log.csv", "best.safetensors"}
 
 
 def test_plan_says_what_a_step_will_take(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *SMALL, "--batch", "2", "--budget-gb", "0.01"]) == 0
+    plan = ["plan", *SMALL, "--batch", "2"]
+    assert main([*plan, "--budget", "10MB"]) == 0
     text = capsys.readouterr().out
-    assert "predicted peak" in text and "largest batch within 0.01 GB: " in text
-    assert int(text.rsplit(" ", 1)[1]) > 2
+    assert "predicted peak" in text and "denseblock1" in text and "baseline: " in text
+    assert "largest batch within 10MB, not counting the baseline of parameters" in text
+    alone = int(text.rsplit(" ", 1)[1])
+    assert alone > 2
+    assert main([*plan, "--budget-gb", "0.01", "--include-baseline"]) == 0
+    text = capsys.readouterr().out
+    assert "within 0.01GB, including the baseline" in text
+    assert 2 < int(text.rsplit(" ", 1)[1]) < alone
+    assert main([*plan, "--budget", "1000", "--include-baseline"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(": 0")
+
+
+def test_plan_groups_its_rows_unless_all_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 0
+    grouped = capsys.readouterr().out
+    assert main(["plan", "--all"]) == 0
+    every = capsys.readouterr().out
+    assert len(grouped.splitlines()) < 25 < 60 < len(every.splitlines())
+    assert "below 1% of the peak" in grouped and "denseblock4 features" in every
+    assert grouped.splitlines()[-3:] == every.splitlines()[-3:]
 
 
 def test_summary_explain_and_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,16 +122,16 @@ def test_bench_compares_ours_with_the_reference(capsys: pytest.CaptureFixture[st
     command = ["bench", *SMALL, "--batch", "2", "--rounds", "2", "--peers", "eager", "recompute"]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "time / eager" in text and "memory / eager" in text and "| recompute |" in text
+    assert "time / eager" in text and "memory / eager" in text and "recompute" in text
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["train", "--epochs", "0"], "epochs: expected a positive integer, got 0"),
-        (["train", "--batch", "-1"], "batch_size: expected a positive integer, got -1"),
+        (["train", "--batch", "-1"], "batch-size: expected a positive integer, got -1"),
         (["train", "--depth", "41"], "depth must be 6 * N + 4"),
-        (["train", "--growth-rate", "0"], "growth_rate must be an integer of at least 1, got 0"),
+        (["train", "--growth-rate", "0"], "growth-rate: expected a positive integer, got 0"),
         (["train", "--drop-rate", "2"], "drop_rate must be a probability"),
         (["train", "--data", "imagefolder"], "expected one name, or imagefolder and its PATH"),
         (["train", "--data", "cifar10"], "data cifar10: expected its files"),
@@ -111,10 +139,27 @@ def test_bench_compares_ours_with_the_reference(capsys: pytest.CaptureFixture[st
         (["train", "--resume", "nowhere.pt"], "checkpoint nowhere.pt: expected a file"),
         (["train", "--reference", "--memory", "store"], "memory: expected without --reference"),
         (["train", "--device", "cuda:77"], "device: expected one of"),
-        (["plan", "--batch", "0"], "batch: expected a positive integer, got 0"),
-        (["plan", "--budget-gb", "nan"], "budget must be"),
+        (["plan", "--batch", "0"], "batch-size: expected a positive integer, got 0"),
+        (
+            ["plan", "--budget-gb", "nan"],
+            "expected a size such as 12GB, 11.5GiB, 80% or a number of bytes, got nan",
+        ),
         (["summary", "--depth", "40"], "depth: expected only with model densenet_cifar"),
         (["summary", "--image-size", "8"], "input must be at least 29 pixels"),
+        (["summary", "--classes", "many"], "classes: expected a positive integer, got many"),
+        (["plan", "--image-size", "8"], "image_size: expected at least 29 pixels"),
+        (["plan", "--budget", "-3GB"], "budget: expected"),
+        (["plan", "--device", "mps"], "device: expected cpu or a CUDA device, got 'mps'"),
+        (["train", "--device", "mps"], "device: expected cpu or a CUDA device, got 'mps'"),
+        (["train", "--image-size", "1"], "image_size: expected at least 4 pixels"),
+        (["train", "--lr", "fast"], "learning-rate: expected a number, got fast"),
+        (["train", "--schedule", "linear"], "argument --schedule: invalid choice: 'linear'"),
+        (
+            ["train", "--data", "synthetic", "--image-size", "20000", "--limit", "1"],
+            "batch_size: expected one whose step fits into",
+        ),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
         (["bench", "--rounds", "0"], "rounds: expected a positive integer, got 0"),
         (["bench", "--peers", "fast"], "peers: expected some of eager"),
     ],
