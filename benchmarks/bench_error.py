@@ -18,58 +18,44 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
 
 import densenet_efficient
+from densenet_efficient.bench.accuracy import (
+    ErrorRatio,
+    moved_norms,
+    ratio_of_errors,
+    relative_errors,
+    training_step,
+)
+from densenet_efficient.bench.steps import DTYPES
 from densenet_efficient.bench.tables import markdown_table, write_results
 from densenet_efficient.torchvision_compat import import_torchvision
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def step(
-    model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """The output, the input's gradient and every parameter's, by name; dtype: autocast's."""
-    x = x.clone().requires_grad_()
-    model.zero_grad(set_to_none=True)
-    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-        output = model(x)
-    nn.functional.cross_entropy(output.to(x.dtype), target).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {"output": output.detach(), "input": x.grad, **gradients}
-
-
-def errors(moved: bool, dtype: str, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Name -> (ours, eager's), the medians over the draws."""
+def compare(moved: bool, dtype: str, options: argparse.Namespace) -> ErrorRatio:
+    """The errors of ours and of eager execution, the medians over the draws."""
     torch.manual_seed(0)
     models = import_torchvision("torchvision.models")
     eager = models.densenet121(weights=None, num_classes=10).to(options.device)
     if moved:
-        for norm in (m for m in eager.modules() if isinstance(m, nn.BatchNorm2d)):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.5)
+        moved_norms(eager)
     exact = copy.deepcopy(eager).double()
     ours = densenet_efficient.convert(copy.deepcopy(eager))
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    found: tuple[list[dict[str, float]], ...] = ([], [])
     for _ in range(options.draws):
         x = torch.randn(options.batch, 3, options.image_size, options.image_size)
         x = x.to(options.device, memory_format=torch.channels_last)
         target = torch.randint(10, (options.batch,)).to(options.device)
-        truth = step(exact, x.double(), target, None)
-        for which, model in enumerate((ours, eager)):
-            for name, value in step(model, x, target, AUTOCAST[dtype]).items():
-                error = (value.double() - truth[name]).norm() / truth[name].norm()
-                found.setdefault(name, ([], []))[which].append(error.item())
-    return {k: (statistics.median(a), statistics.median(b)) for k, (a, b) in found.items()}
+        truth = training_step(exact, x.double(), target)
+        for errors, model in zip(found, (ours, eager), strict=True):
+            errors.append(relative_errors(training_step(model, x, target, DTYPES[dtype]), truth))
+    return ratio_of_errors(*found)
 
 
 def main() -> int:
@@ -77,7 +63,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(AUTOCAST))
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--draws", type=int, default=8)
@@ -88,24 +74,19 @@ def main() -> int:
     cases = [(dtype, moved) for dtype in dtypes for moved in (False, True)]
     for dtype, moved in cases:
         title = f"{dtype}, {'moved norms' if moved else 'initial values'}"
-        found = errors(moved, dtype, options)
-        worst = sorted(found, key=lambda name: found[name][0] / found[name][1], reverse=True)
-        together = math.hypot(*(a for a, _ in found.values())) / math.hypot(
-            *(b for _, b in found.values())
-        )
+        ratio = compare(moved, dtype, options)
+        ranked = sorted(ratio.errors.items(), key=lambda item: item[1][0] / item[1][1])
         rows = [
-            (name, f"{found[name][0]:.2e}", f"{found[name][1]:.2e}", f"{a / b:.2f}")
-            for name in worst[:5]
-            for a, b in (found[name],)
+            (name, f"{ours:.2e}", f"{eager:.2e}", f"{ours / eager:.2f}")
+            for name, (ours, eager) in ranked[:-6:-1]
         ]
-        rows.append(("all tensors together", "", "", f"{together:.2f}"))
-        first = worst[0]
-        if together > 1.2 or found[first][0] > 2 * found[first][1]:
+        rows.append(("all tensors together", "", "", f"{ratio.together:.2f}"))
+        if not ratio.accepted:
             failed.append(title)
         sections.append(
             f"## {title}\n\n" + markdown_table(("tensor", "ours", "eager", "ratio"), rows)
         )
-        data[title] = {name: list(pair) for name, pair in found.items()}
+        data[title] = {name: list(pair) for name, pair in ratio.errors.items()}
     text = "\n\n".join(sections)
     print(text)
     results = Path(__file__).resolve().parent / "results"
@@ -113,7 +94,7 @@ def main() -> int:
     path = write_results(results, name, "Error against float64", data, text, options.device)
     print(f"\nwritten: {path} and .json")
     if failed:
-        print(f"beyond the bars: {'; '.join(failed)}", file=sys.stderr)
+        print(f"error exceeds the tolerance: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

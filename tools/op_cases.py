@@ -1,14 +1,15 @@
-"""One call of each operator, by shape: arguments, exact results, and the framework's own results.
+"""One call of each operator, by shape: arguments, the reference's results and eager PyTorch's.
 
 Activations are channel slices of wider buffers whose other channels hold NaN, as features that are
-not written yet do; outputs hold NaN as well. Everything is reproducible from torch's seed.
+not written yet do; outputs hold NaN as well. Everything is reproducible from torch's seed. Used by
+the tests of every backend, by the emulation and by the benchmarks.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,51 +50,75 @@ class Case:
         }
 
     def check_outside(self) -> None:
-        """Fails if anything beside the slices was written."""
+        """Fails if anything outside the slices was written."""
         for whole, part in self.buffers:
             copy = whole.clone()
             first = (part.data_ptr() - whole.data_ptr()) // whole.element_size()
             copy[..., first : first + part.shape[-1]] = math.nan
             if not copy.isnan().all():
-                raise AssertionError(f"{self.op} wrote beside a slice")
+                raise AssertionError(f"{self.op} wrote outside a slice")
 
 
+@dataclass
 class _Maker:
-    """Makes a case's tensors; `before` channels of other features lie in front of activations."""
+    """Makes a case's tensors; see `make`."""
 
-    def __init__(self, dtype: torch.dtype, before: int) -> None:
-        self.dtype, self.before = dtype, before
-        self.wide = reference.wide_dtype(dtype)
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+    dtype: torch.dtype
+    before: int
+    table_margin: int
+    widths: Mapping[str, int]
+    device: torch.device
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def empty(self, *shape: int) -> Tensor:
-        channels = shape[-1]
-        behind = 16 - (self.before + channels) % 16  # rows begin at a sector of 32 bytes
-        whole = torch.full((*shape[:-1], self.before + channels + behind), math.nan)
-        whole = whole.to(self.dtype)
-        part = whole[..., self.before : self.before + channels]
+    @property
+    def wide(self) -> torch.dtype:
+        return reference.wide_dtype(self.dtype)
+
+    def draw(self, *shape: int) -> Tensor:
+        """Normal values, with all the digits that the case's dtype may hold."""
+        return torch.randn(shape, dtype=self.wide, device=self.device)
+
+    def slice(self, dtype: torch.dtype, shape: tuple[int, ...], before: int, width: int) -> Tensor:
+        """`shape`, `before` channels into a buffer of `width` channels, everything NaN."""
+        whole = torch.full((*shape[:-1], width), math.nan, dtype=dtype, device=self.device)
+        part = whole[..., before : before + shape[-1]]
         self.buffers.append((whole, part))
         return part
 
-    def random(self, *shape: int) -> Tensor:
-        return self.empty(*shape).copy_(torch.randn(shape) * 1.5 + 0.5)
+    def empty(self, name: str, *shape: int) -> Tensor:
+        """An activation; rows begin at a sector of 32 bytes unless `widths` says otherwise."""
+        channels = self.before + shape[-1]
+        width = self.widths.get(name, channels + 16 - channels % 16)
+        if width < channels:
+            raise ValueError(f"widths: expected at least {channels} for {name}, got {width}")
+        return self.slice(self.dtype, shape, self.before, width)
+
+    def random(self, name: str, *shape: int) -> Tensor:
+        return self.empty(name, *shape).copy_(self.draw(*shape) * 1.5 + 0.5)
 
     def weight(self, *shape: int) -> Tensor:
         fan_in = max(1, math.prod(shape[1:]))
-        return (torch.randn(shape) / math.sqrt(fan_in)).to(self.dtype)
+        return (self.draw(*shape) / math.sqrt(fan_in)).to(self.dtype)
 
     def table(self, rows: int, channels: int) -> Tensor:
-        return torch.full((rows, channels), math.nan, dtype=self.wide)
+        """A table of per-channel vectors that the operator fills."""
+        margin = self.table_margin
+        if margin:
+            return self.slice(self.wide, (rows, channels), margin, channels + 2 * margin)
+        return self.sums(rows, channels)
+
+    def sums(self, *shape: int) -> Tensor:
+        """A weight gradient."""
+        return torch.full(shape, math.nan, dtype=self.wide, device=self.device)
 
     def norm(self, x: Tensor) -> Tensor:
         """A norm with x's own statistics; gamma and beta of both signs."""
-        channels = x.shape[-1]
-        gamma, beta = torch.randn(2, channels).to(self.wide)
+        gamma, beta = self.draw(2, x.shape[-1])
         stats = reference.channel_stats(x.flatten(0, -2))
         return reference.norm_fold(stats, gamma, beta, EPS)
 
     def correction(self, y: Tensor) -> Tensor:
-        dnorm = torch.randn(2, y.shape[-1]).to(self.wide)
+        dnorm = self.draw(2, y.shape[-1])
         return reference.norm_correction(dnorm, self.norm(y), y.numel() // max(1, y.shape[-1]))
 
 
@@ -101,20 +126,20 @@ Make = Callable[..., tuple[dict[str, Any], tuple[str, ...]]]
 
 
 def _channel_stats(m: _Maker, M: int, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    return {"x": m.random(M, C), "stats": m.table(2, C)}, ("stats",)
+    return {"x": m.random("x", M, C), "stats": m.table(2, C)}, ("stats",)
 
 
 def _norm_fold(m: _Maker, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    stats = torch.stack([torch.randn(C), torch.rand(C)]).to(m.wide)
-    gamma, beta = torch.randn(2, C).to(m.wide)
+    stats = torch.stack([m.draw(C), m.draw(C).abs()])
+    gamma, beta = m.draw(2, C)
     arguments = {"stats": stats, "gamma": gamma, "beta": beta, "eps": EPS, "norm": m.table(4, C)}
     return arguments, ("norm",)
 
 
 def _norm_correction(m: _Maker, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     arguments = {
-        "dnorm": torch.randn(2, C).to(m.wide),
-        "norm": torch.randn(4, C).to(m.wide),
+        "dnorm": m.draw(2, C),
+        "norm": m.draw(4, C),
         "count": 49,
         "accumulate": False,
         "correction": m.table(4, C),
@@ -123,27 +148,27 @@ def _norm_correction(m: _Maker, C: int) -> tuple[dict[str, Any], tuple[str, ...]
 
 
 def _norm_correction_apply(m: _Maker, M: int, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random(M, C)
-    return {"dx": m.random(M, C), "x": x, "correction": m.correction(x)}, ("dx",)
+    x = m.random("x", M, C)
+    return {"dx": m.random("dx", M, C), "x": x, "correction": m.correction(x)}, ("dx",)
 
 
 def _conv1x1_forward(m: _Maker, M: int, C: int, K: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random(M, C)
-    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C), "y": m.empty(M, K)}
+    x = m.random("x", M, C)
+    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C), "y": m.empty("y", M, K)}
     return arguments | {"stats": m.table(2, K)}, ("y", "stats")
 
 
 def _conv1x1_backward(m: _Maker, M: int, C: int, K: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x, y = m.random(M, C), m.random(M, K)
+    x, y = m.random("x", M, C), m.random("y", M, K)
     arguments = {
-        "dz_y": m.random(M, K),
+        "dz_y": m.random("dz_y", M, K),
         "y": y,
         "correction": m.correction(y),
         "x": x,
         "norm": m.norm(x),
         "weight": m.weight(K, C),
-        "dx": m.random(M, C),
-        "dweight": m.table(K, C),
+        "dx": m.random("dx", M, C),
+        "dweight": m.sums(K, C),
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dweight", "dnorm")
@@ -152,25 +177,25 @@ def _conv1x1_backward(m: _Maker, M: int, C: int, K: int) -> tuple[dict[str, Any]
 def _conv3x3_forward(
     m: _Maker, N: int, H: int, W: int, C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random(N, H, W, C)
+    x = m.random("x", N, H, W, C)
     arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C, 3, 3)}
-    return arguments | {"y": m.empty(N, H, W, K), "stats": m.table(2, K)}, ("y", "stats")
+    return arguments | {"y": m.empty("y", N, H, W, K), "stats": m.table(2, K)}, ("y", "stats")
 
 
 def _conv3x3_backward(
     m: _Maker, N: int, H: int, W: int, C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x, y = m.random(N, H, W, C), m.random(N, H, W, K)
+    x, y = m.random("x", N, H, W, C), m.random("y", N, H, W, K)
     arguments = {
-        "dy": m.random(N, H, W, K),
+        "dy": m.random("dy", N, H, W, K),
         "y": y,
         "correction": m.correction(y),
         "x": x,
         "norm": m.norm(x),
         "weight": m.weight(K, C, 3, 3),
         "accumulate": False,
-        "dx": m.random(N, H, W, C),
-        "dweight": m.table(K, C * 9).view(K, C, 3, 3),
+        "dx": m.random("dx", N, H, W, C),
+        "dweight": m.sums(K, C, 3, 3),
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dweight", "dnorm")
@@ -179,23 +204,26 @@ def _conv3x3_backward(
 def _transition_forward(
     m: _Maker, N: int, H: int, W: int, C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random(N, H, W, C)
+    x = m.random("x", N, H, W, C)
     arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C)}
-    return arguments | {"y": m.empty(N, H // 2, W // 2, K), "stats": m.table(2, K)}, ("y", "stats")
+    return arguments | {"y": m.empty("y", N, H // 2, W // 2, K), "stats": m.table(2, K)}, (
+        "y",
+        "stats",
+    )
 
 
 def _transition_backward(
     m: _Maker, N: int, H: int, W: int, C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random(N, H, W, C)
+    x = m.random("x", N, H, W, C)
     arguments = {
-        "dy": m.random(N, H // 2, W // 2, K),
+        "dy": m.random("dy", N, H // 2, W // 2, K),
         "x": x,
         "norm": m.norm(x),
         "weight": m.weight(K, C),
         "count": N * H * W,
-        "dx": m.empty(N, H, W, C),
-        "dweight": m.table(K, C),
+        "dx": m.empty("dx", N, H, W, C),
+        "dweight": m.sums(K, C),
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dweight", "dnorm")
@@ -204,21 +232,21 @@ def _transition_backward(
 def _stem_forward(
     m: _Maker, N: int, H: int, W: int, C: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random(N, H, W, C)
-    y = m.empty(N, (H + 1) // 2, (W + 1) // 2, C)
+    x = m.random("x", N, H, W, C)
+    y = m.empty("y", N, (H + 1) // 2, (W + 1) // 2, C)
     return {"x": x, "norm": m.norm(x), "y": y, "stats": m.table(2, C)}, ("y", "stats")
 
 
 def _stem_backward(
     m: _Maker, N: int, H: int, W: int, C: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random(N, H, W, C)
+    x = m.random("x", N, H, W, C)
     arguments = {
-        "dy": m.random(N, (H + 1) // 2, (W + 1) // 2, C),
+        "dy": m.random("dy", N, (H + 1) // 2, (W + 1) // 2, C),
         "x": x,
         "norm": m.norm(x),
         "count": N * H * W,
-        "dx": m.empty(N, H, W, C),
+        "dx": m.empty("dx", N, H, W, C),
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dnorm")
@@ -246,19 +274,34 @@ def dimensions(op: str) -> tuple[str, ...]:
     return tuple(inspect.signature(_MAKERS[op]).parameters)[1:]
 
 
-def stage_of(op: str) -> str:
-    """The kernel file of an operator."""
+def kernel_file(op: str) -> str:
+    """The kernel file of an operator, without its ending."""
     return "norm_correction" if op == "norm_correction_apply" else op
 
 
 def make(
-    op: str, sizes: tuple[int, ...], dtype: torch.dtype, *, before: int = 0, **changes: Any
+    op: str,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    before: int = 0,
+    table_margin: int = 0,
+    widths: Mapping[str, int] | None = None,
+    device: torch.device | str = "cpu",
+    **changes: Any,
 ) -> Case:
-    """A case of `op`. before: channels in front of every activation's own (12 shifts a slice to
-    24 bytes); changes: arguments to set otherwise, such as stats=None or accumulate=True."""
+    """A case of `op`.
+
+    Args:
+        sizes: see `dimensions`.
+        before: channels in front of every activation's own (12 shifts a slice to 24 bytes).
+        table_margin: columns on either side of the tables that the operator fills.
+        widths: channels of the buffer of an activation, by its name, where not to the next sector.
+        changes: arguments to set otherwise, such as stats=None or accumulate=True.
+    """
     if len(sizes) != len(dimensions(op)):
         raise ValueError(f"{op} takes {' '.join(dimensions(op))}, got {len(sizes)} sizes")
-    maker = _Maker(dtype, before)
+    maker = _Maker(dtype, before, table_margin, widths or {}, torch.device(device))
     arguments, written = _MAKERS[op](maker, *sizes)
     unknown = changes.keys() - arguments.keys()
     if unknown:
@@ -268,11 +311,24 @@ def make(
     return Case(op, arguments, present, maker.buffers)
 
 
-def exact(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Every output in float64, from a case's inputs before the call."""
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+def accumulates(op: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether a call adds to dx."""
+    return op == "norm_relu_conv1x1_backward" or bool(
+        op == "norm_relu_conv3x3_backward" and inputs["accumulate"]
+    )
+
+
+def reference_outputs(
+    op: str, inputs: Mapping[str, Any], dtype: torch.dtype | None = torch.float64
+) -> dict[str, Tensor]:
+    """Every output as the reference computes it from a case's inputs before the call, in float64
+    or, with None, in the inputs' own dtype."""
+    given = {
+        k: v.to(dtype) if isinstance(v, Tensor) and dtype is not None else v
+        for k, v in inputs.items()
+    }
     function = getattr(reference, op)
-    arguments = {k: v for k, v in wide.items() if k in inspect.signature(function).parameters}
+    arguments = {k: v for k, v in given.items() if k in inspect.signature(function).parameters}
     result = function(**arguments)
     results = result if isinstance(result, tuple) else (result,)
     names = [
@@ -280,14 +336,11 @@ def exact(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
     ]
     names = [k for k in names if k not in arguments or (op, k) == ("norm_correction_apply", "dx")]
     outputs = dict(zip(names, results, strict=True))
-    adds = op == "norm_relu_conv1x1_backward" or (
-        op == "norm_relu_conv3x3_backward" and inputs["accumulate"]
-    )
-    if adds:
-        outputs["dx"] = wide["dx"] + outputs["dx"]
+    if accumulates(op, inputs):
+        outputs["dx"] = given["dx"] + outputs["dx"]
     return {name: value for name, value in outputs.items() if inputs[name] is not None}
 
 
-def framework_outputs(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Every output as the framework's own operators make it in the inputs' dtype."""
+def eager_outputs(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every output as eager PyTorch's own operators make it in the inputs' dtype."""
     return getattr(eager_operators, op)(**inputs)

@@ -35,6 +35,7 @@ __all__ = [
     "Case",
     "MeasurementError",
     "TrainingStep",
+    "forward_loss",
     "measure_memory",
     "quantiles",
     "time_in_turns",
@@ -124,6 +125,18 @@ class Case:
         return images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
 
 
+def forward_loss(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The logits, under autocast to `dtype` if given, and their cross entropy in the images'."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        logits = model(images)
+    return logits, nn.functional.cross_entropy(logits.to(images.dtype), labels)
+
+
 class TrainingStep:
     """One peer's training step, warmed up and ready to be called.
 
@@ -154,9 +167,7 @@ class TrainingStep:
 
     def forward(self) -> Tensor:
         """The loss."""
-        dtype = DTYPES[self.case.dtype]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return nn.functional.cross_entropy(self._run(self.images), self.labels)
+        return forward_loss(self._run, self.images, self.labels, DTYPES[self.case.dtype])[1]
 
     def rest(self, loss: Tensor) -> None:
         """Backward, the optimiser's step, gradients back to None."""

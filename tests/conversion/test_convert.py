@@ -11,31 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 
 from densenet_efficient import reference
+from densenet_efficient.bench.accuracy import relative_error, training_step
 from densenet_efficient.conversion import convert, inspect_conversion, unconvert
 from densenet_efficient.nn.dense_block import EfficientDenseBlock
 from densenet_efficient.nn.features import EfficientFeatures, EfficientTransition
-from tests.conftest import relative_error, training_step
-
-OPTIONS: dict[str, Any] = {
-    "growth_rate": 4, "block_config": (2, 3), "num_init_features": 8, "num_classes": 5,
-}  # fmt: skip
-
-
-def network(**options: Any) -> torchvision.models.DenseNet:
-    return torchvision.models.DenseNet(**{**OPTIONS, **options})
+from tests.support.networks import OPTIONS, network, snapshot
+from tests.support.peer import DenseBlock, DenseLayer, Transition, torchvision
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return torch.randn(3, 3, 33, 40).to(dtype), torch.tensor([1, 2, 3])
-
-
-def snapshot(model: nn.Module) -> list[tuple[str, type, int]]:
-    return [(name, type(module), id(module)) for name, module in model.named_modules()]
 
 
 def assert_same_step(actual: nn.Module, expected: nn.Module, bound: float = 1e-9) -> None:
@@ -54,7 +42,7 @@ def test_converted_torchvision_gives_the_same_step(memory: str, memory_efficient
     model = network(memory_efficient=memory_efficient).double()
     expected = copy.deepcopy(model)
     for module in expected.modules():
-        if isinstance(module, _DenseLayer):
+        if isinstance(module, DenseLayer):
             module.memory_efficient = False  # it would update norm1's statistics twice
     assert convert(model, memory=memory) is model
     assert type(model.features) is EfficientFeatures
@@ -79,7 +67,7 @@ def test_whole_densenet121_converts() -> None:
     with torch.no_grad():
         expected = model(x)
         assert relative_error(convert(model)(x), expected) < 1e-12
-    assert not any(type(module) in (_DenseBlock, _Transition) for module in model.modules())
+    assert not any(type(module) in (DenseBlock, Transition) for module in model.modules())
 
 
 def test_everything_a_user_holds_on_to_stays() -> None:
@@ -205,8 +193,8 @@ def test_blocks_outside_a_densenet_are_converted() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.stem = nn.Conv2d(3, 8, 3)
-            self.first = _DenseBlock(2, 8, 4, 4, 0.0)
-            self.parts = nn.ModuleList([self.first, _Transition(16, 8)])
+            self.first = DenseBlock(2, 8, 4, 4, 0.0)
+            self.parts = nn.ModuleList([self.first, Transition(16, 8)])
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.parts[1](self.first(self.stem(x)))
@@ -221,7 +209,7 @@ def test_blocks_outside_a_densenet_are_converted() -> None:
 
 
 def test_a_bare_block_is_returned_as_its_replacement() -> None:
-    block = _DenseBlock(2, 8, 4, 4, 0.0)
+    block = DenseBlock(2, 8, 4, 4, 0.0)
     converted = convert(block)
     assert type(converted) is EfficientDenseBlock
     x = torch.randn(2, 8, 6, 6)
@@ -244,7 +232,7 @@ def test_a_transition_of_another_kind_is_left_and_reported() -> None:
     assert "MaxPool2d" in str(report)
     expected = copy.deepcopy(model).double()
     convert(model)
-    assert type(model.features.transition1) is _Transition
+    assert type(model.features.transition1) is Transition
     assert type(model.features) is EfficientFeatures
     assert_same_step(model.double(), expected)
 
@@ -303,7 +291,7 @@ def with_new_transition(model: nn.Module) -> None:
 
 def with_new_layer(model: nn.Module) -> None:
     block = model.features.denseblock1
-    block.denselayer2 = _DenseLayer(12, 4, 1, 0.0).double()
+    block.denselayer2 = DenseLayer(12, 4, 1, 0.0).double()
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.densenet import _DenseBlock, _DenseLayer
 
+from densenet_efficient.bench.accuracy import relative_error
 from densenet_efficient.conversion import ConversionError, block_adapter, convert, register_adapter
 from densenet_efficient.nn.dense_block import EfficientDenseBlock, standard_parts
-from tests.conftest import relative_error
-from tests.conversion.test_convert import network, snapshot
+from tests.support.networks import network, snapshot
+from tests.support.peer import DenseBlock, DenseLayer
 
 
 def with_activation(model: nn.Module) -> nn.Module:
@@ -68,7 +68,7 @@ def traced(model: nn.Module) -> nn.Module:
     return torch.fx.symbolic_trace(model)
 
 
-class ReversedBlock(_DenseBlock):
+class ReversedBlock(DenseBlock):
     """A subclass that concatenates the new channels first."""
 
     def forward(self, init_features: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_without_strict_the_rest_is_converted() -> None:
     model = with_activation(network())
     convert(model, strict=False)
     assert type(model.features.denseblock1) is EfficientDenseBlock
-    assert type(model.features.denseblock2) is _DenseBlock
+    assert type(model.features.denseblock2) is DenseBlock
 
 
 def test_nothing_to_convert_is_an_error() -> None:
@@ -148,7 +148,7 @@ class OwnBlock(nn.Module):
         super().__init__()
         self.reverse = reverse
         for i in range(2):
-            self.add_module(f"layer{i}", _DenseLayer(6 + 4 * i, 4, 2, 0.0))
+            self.add_module(f"layer{i}", DenseLayer(6 + 4 * i, 4, 2, 0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.children():

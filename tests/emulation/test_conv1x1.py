@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 
-from tests.emulation.test_kernels import check, identifier
-from tests.support.emulators import emulator_of
+from tests.support.emulators import check, emulator_of, total
+from tests.support.identifiers import identifier
 from tools.emulation import Emulator, Launch
-from tools.emulation.report import Traffic, tensor_traffic
 from tools.op_cases import make
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -93,12 +92,6 @@ def test_not_a_number_spreads_only_within_its_row() -> None:
     emulator_of(FORWARD).call(FORWARD, *case.arguments.values())
     rows = case.arguments["y"].isnan().any(1).nonzero().flatten().tolist()
     assert rows == [7]
-
-
-def total(launches: list[Launch]) -> tuple[Traffic, Traffic]:
-    tensors = tensor_traffic(launches).values()
-    loads = sum((tensor.load for tensor in tensors), Traffic())
-    return loads, sum((tensor.store for tensor in tensors), Traffic())
 
 
 STAGES = [

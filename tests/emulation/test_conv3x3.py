@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from tests.emulation.test_conv1x1 import total
-from tests.emulation.test_kernels import check, identifier
-from tests.support.emulators import emulator_of
+from tests.support.emulators import check, emulator_of, total
+from tests.support.identifiers import identifier
 from tools.emulation import Emulator, Launch
 from tools.op_cases import make
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.emulation.test_kernels import identifier
 from tests.support.emulators import emulator_of
+from tests.support.identifiers import identifier
 from tests.support.kernel_check import compare
 from tools.emulation import Device, EmulationError, Launch
-from tools.op_cases import make, stage_of
+from tools.op_cases import kernel_file, make
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL = Device(multiprocessors=2, shared_bytes=99 << 10)
@@ -36,7 +36,9 @@ SHAPES = [
 def run(op: str, sizes: tuple[int, ...], dtype: torch.dtype, device: Device) -> list[Launch]:
     case = make(op, sizes, dtype)
     inputs = case.inputs()
-    launches = emulator_of(stage_of(op)).call(op, *case.arguments.values(), seed=4, device=device)
+    launches = emulator_of(kernel_file(op)).call(
+        op, *case.arguments.values(), seed=4, device=device
+    )
     compare(op, inputs, case.outputs)
     return launches
 

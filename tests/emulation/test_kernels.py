@@ -3,8 +3,7 @@ error, the same bits whatever the order of threads and blocks, no byte written b
 
 Shapes are chosen for a reason each, which stands beside them. Features that are not written yet
 hold NaN, and so do fresh outputs, workspaces and shared memory: what is read too early or too far
-shows. Seeds 0 and 1 run threads in ascending and descending order, others shuffle them; even ones
-let asynchronous copies arrive as late as they may.
+shows.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ import torch
 from torch import Tensor
 
 from densenet_efficient import reference
+from densenet_efficient.bench.accuracy import relative_error
 from densenet_efficient.ops import compiled
-from tests.conftest import relative_error
 from tests.support.bad_calls import BAD_CALLS, assert_refused
-from tests.support.emulators import emulator_of
-from tests.support.kernel_check import compare
-from tools.emulation import Emulator
-from tools.op_cases import Case, exact, framework_outputs, make, stage_of
+from tests.support.emulators import check, emulator_of, run
+from tests.support.identifiers import identifier
+from tests.support.operator_shapes import EMPTY
+from tools.op_cases import eager_outputs, kernel_file, make, reference_outputs
 
-SEEDS = (0, 1, 2, 5)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 # (operator, sizes, dtype, channels in front of each slice, reason)
@@ -125,37 +123,6 @@ VARIANTS: list[tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]] = [
 ]
 
 
-def run(emulator: Emulator, case: Case, seed: int) -> dict[str, Tensor]:
-    """One call; the case's tensors are put back as they were."""
-    saved = [whole.clone() for whole, _ in case.buffers]
-    emulator.call(case.op, *case.arguments.values(), seed=seed)
-    case.check_outside()
-    results = {name: value.clone() for name, value in case.outputs.items()}
-    for (whole, _), before in zip(case.buffers, saved, strict=True):
-        whole.copy_(before)
-    return results
-
-
-def check(emulator: Emulator, case: Case) -> None:
-    """Right, and the same bits under every order of threads."""
-    inputs = case.inputs()
-    results = [run(emulator, case, seed) for seed in SEEDS]
-    for seed, result in zip(SEEDS, results, strict=True):
-        for name, value in result.items():
-            assert torch.equal(value, results[0][name]), f"{name} depends on the order, seed {seed}"
-    compare(case.op, inputs, results[0])
-
-
-def identifier(value: object) -> str | None:
-    if isinstance(value, tuple):
-        return "x".join(map(str, value))
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, dict):
-        return ",".join(f"{name}={change}" for name, change in value.items())
-    return None
-
-
 @pytest.mark.parametrize(
     ("op", "sizes", "dtype", "before"), [shape[:4] for shape in SHAPES], ids=identifier
 )
@@ -165,7 +132,7 @@ def test_kernel(
     dtype: torch.dtype,
     before: int,
 ) -> None:
-    check(emulator_of(stage_of(op)), make(op, sizes, dtype, before=before))
+    check(emulator_of(kernel_file(op)), make(op, sizes, dtype, before=before))
 
 
 @pytest.mark.parametrize(("op", "sizes", "dtype", "changes"), VARIANTS, ids=identifier)
@@ -175,28 +142,13 @@ def test_variant(
     dtype: torch.dtype,
     changes: dict[str, Any],
 ) -> None:
-    check(emulator_of(stage_of(op)), make(op, sizes, dtype, **changes))
+    check(emulator_of(kernel_file(op)), make(op, sizes, dtype, **changes))
 
 
-@pytest.mark.parametrize(
-    ("op", "sizes"),
-    [
-        ("channel_stats", (0, 12)),
-        ("norm_correction_apply", (0, 12)),
-        ("stem_forward", (0, 4, 4, 8)),
-        ("stem_backward", (0, 4, 4, 8)),
-        ("transition_forward", (0, 4, 4, 8, 4)),
-        ("transition_backward", (0, 4, 4, 8, 4)),
-        ("norm_relu_conv1x1_forward", (0, 8, 4)),
-        ("norm_relu_conv1x1_backward", (0, 8, 4)),
-        ("norm_relu_conv3x3_forward", (0, 4, 4, 8, 4)),
-        ("norm_relu_conv3x3_backward", (0, 4, 4, 8, 4)),
-    ],
-    ids=identifier,
-)
+@pytest.mark.parametrize(("op", "sizes"), EMPTY, ids=identifier)
 def test_empty_input_gives_zero_sums(op: str, sizes: tuple[int, ...]) -> None:
     case = make(op, sizes, BF16)
-    emulator_of(stage_of(op)).call(op, *case.arguments.values())
+    emulator_of(kernel_file(op)).call(op, *case.arguments.values())
     for name, value in case.outputs.items():
         assert not value.numel() or (value == 0).all(), name
 
@@ -240,7 +192,7 @@ def test_dithering_is_the_cpus(dtype: torch.dtype) -> None:
 def test_bad_input_is_named_and_nothing_is_written(
     name: str, arguments: tuple, message: str
 ) -> None:
-    assert_refused(emulator_of(stage_of(name)).call, name, arguments, message)
+    assert_refused(emulator_of(kernel_file(name)).call, name, arguments, message)
 
 
 def test_the_convolutions_refuse_float64_before_they_write() -> None:
@@ -254,7 +206,7 @@ def test_the_convolutions_refuse_float64_before_they_write() -> None:
         for value in arguments:
             if isinstance(value, Tensor):
                 value.nan_to_num_(7.0)
-        assert_refused(emulator_of(stage_of(op)).call, op, arguments, message)
+        assert_refused(emulator_of(kernel_file(op)).call, op, arguments, message)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(BF16, 0.85), (FP32, 0.95)], ids=identifier)
@@ -263,8 +215,8 @@ def test_a_pooled_operand_keeps_what_its_rounding_leaves(dtype: torch.dtype, bou
     case = make("transition_forward", (2, 12, 12, 256, 128), dtype)
     inputs = case.inputs()
     y = run(emulator_of(case.op), case, seed=0)["y"]
-    truth = exact(case.op, dict(inputs))["y"]
-    framework = relative_error(framework_outputs(case.op, inputs)["y"], truth)
+    truth = reference_outputs(case.op, dict(inputs))["y"]
+    framework = relative_error(eager_outputs(case.op, inputs)["y"], truth)
     assert relative_error(y, truth) <= bound * framework
 
 
@@ -274,7 +226,7 @@ def test_pooling_what_is_not_finite_gives_what_the_framework_gives(value: float)
     case = make("transition_forward", (1, 4, 4, 8, 4), FP16, stats=None)
     case.arguments["x"][0, :2, :2, 3] = value
     case.arguments["norm"][:2, 3] = 2.0
-    expected = framework_outputs(case.op, case.inputs())["y"]
+    expected = eager_outputs(case.op, case.inputs())["y"]
     y = run(emulator_of(case.op), case, seed=0)["y"]
     assert expected.isinf().any() and torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y[~y.isfinite()], expected[~y.isfinite()])

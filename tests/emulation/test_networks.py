@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from densenet_efficient import reference
+from densenet_efficient.bench.accuracy import (
+    error_ratio,
+    moved_norms,
+    relative_error,
+    training_step,
+)
 from densenet_efficient.core import layout
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import compiled
-from tests.conftest import error_ratio, relative_error, training_step
-from tests.emulation.test_kernels import identifier
 from tests.support.emulators import emulator_of
-from tools.op_cases import stage_of
+from tests.support.identifiers import identifier
+from tools.op_cases import kernel_file
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (12, (3, 2), 24)  # growth rate, layers, first features: no row fills whole sectors
@@ -34,7 +39,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def operator(name: str) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
             called.append(name)
-            emulator_of(stage_of(name)).call(name, *arguments, seed=len(called))
+            emulator_of(kernel_file(name)).call(name, *arguments, seed=len(called))
 
         return call
 
@@ -49,10 +54,7 @@ def networks(
     dtype: torch.dtype, memory: str, **options: Any
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Ours and the framework's in `dtype`, with moved norms; the latter in float64."""
-    plain = reference.DenseNet(*SIZES, num_classes=3, **options)
-    for norm in (m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.5)
+    plain = moved_norms(reference.DenseNet(*SIZES, num_classes=3, **options))
     ours = EfficientDenseNet(*SIZES, num_classes=3, memory=memory, **options)
     ours.load_state_dict(plain.state_dict())
     exact = copy.deepcopy(plain).to(dtype).double()

@@ -15,7 +15,7 @@ import torch
 from tests.support.emulators import emulator_of
 from tools.emulation import tensor_traffic
 from tools.emulation.report import SECTOR
-from tools.op_cases import make, stage_of
+from tools.op_cases import kernel_file, make
 
 TOLERANCE = 0.02
 SECTOR_EFFICIENCY = 0.99
@@ -126,7 +126,7 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_traffic_follows_the_byte_model(model: Model) -> None:
     case = make(model.op, model.sizes, model.dtype, before=model.before)
-    launches = emulator_of(stage_of(model.op)).call(case.op, *case.arguments.values())
+    launches = emulator_of(kernel_file(model.op)).call(case.op, *case.arguments.values())
     traffic = tensor_traffic(launches)
     for name, (loaded, stored) in model.requested.items():
         load, store, size = traffic[name].load, traffic[name].store, case.sizes[name]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from densenet_efficient.ops import compiled
+from tests.support.identifiers import identifier
 from tests.support.kernel_check import compare
 from tools.op_cases import Case, make
 
@@ -66,12 +67,6 @@ REAL = [
     ("norm_relu_conv3x3_forward", (4, 56, 56, 128, 32), FP32, 0),
     ("norm_relu_conv3x3_backward", (4, 56, 56, 128, 32), FP32, 0),
 ]
-
-
-def identifier(value: object) -> str | None:
-    if isinstance(value, tuple):
-        return "x".join(map(str, value))
-    return str(value).removeprefix("torch.")
 
 
 def on_gpu(case: Case) -> tuple[dict[str, object], list[tuple[Tensor, slice]]]:

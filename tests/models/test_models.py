@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import nn
-from torchvision.models import Weights, WeightsEnum
 
 from densenet_efficient import reference
+from densenet_efficient.bench.accuracy import relative_error, training_step
 from densenet_efficient.models import densenet as models
 from densenet_efficient.models.pretrained import fetch_weights, load_weights
-from tests.conftest import relative_error, training_step
+from tests.support.peer import Weights, WeightsEnum, torchvision
 
 SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8}
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import densenet_efficient as de
 from densenet_efficient import reference
+from densenet_efficient.bench.accuracy import moved_norms
 from densenet_efficient.core import arena, functions, ownership
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import compiled
@@ -292,10 +293,7 @@ def test_transition_matches_reference(training, image):
 def test_gradcheck_of_transition_and_stem():
     """In one chain: stem convolution, norm + ReLU + max-pooling, block, transition, last norm."""
     torch.manual_seed(0)
-    model = EfficientDenseNet(2, (1, 1), 3, 2, num_classes=2).double()
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.5)
+    model = moved_norms(EfficientDenseNet(2, (1, 1), 3, 2, num_classes=2).double())
     x = torch.randn(2, 3, 14, 11, dtype=torch.float64, requires_grad=True)
     parameters = [p for n, p in model.named_parameters() if "norm" in n or "transition" in n]
 

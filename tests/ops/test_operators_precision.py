@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_efficient import reference
+from densenet_efficient.bench.accuracy import error_ratio, relative_error
 from densenet_efficient.ops import compiled, fallback
-from tests.conftest import error_ratio, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -132,7 +132,7 @@ def test_a_correction_of_nothing_changes_nothing(stages: ModuleType, dtype: torc
     special = [0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, -65504.0, 1.0]
     dx = torch.cat([torch.tensor(special).repeat(4, 1), torch.randn(40, 8)]).to(dtype)
     before = dx.clone()
-    correction = torch.zeros(4, 8, dtype=reference.stages.wide_dtype(dtype))
+    correction = torch.zeros(4, 8, dtype=reference.wide_dtype(dtype))
     correction[0] = 1
     stages.norm_correction_apply(dx, torch.zeros_like(dx), correction)
     torch.testing.assert_close(dx, before, rtol=0, atol=0, equal_nan=True)

@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from densenet_efficient import reference
-from tests.conftest import training_step
+from densenet_efficient.bench.accuracy import training_step
+from tests.support.peer import torchvision
 
 EPS = 1e-3
 

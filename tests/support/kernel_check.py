@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from densenet_efficient import reference
-from tests.conftest import relative_error
-from tools.op_cases import exact, framework_outputs
+from densenet_efficient.bench.accuracy import relative_error
+from tools.op_cases import eager_outputs, reference_outputs
 
 
 def floor(value: Tensor) -> float:
@@ -24,8 +24,8 @@ def floor(value: Tensor) -> float:
 def compare(op: str, inputs: Mapping[str, Any], ours: Mapping[str, Tensor]) -> None:
     """Fails unless every output of one call is finite, at most twice as far from float64 as the
     framework's, and all of them together at most 1.2 times. Everything on the CPU."""
-    truth = exact(op, dict(inputs))
-    theirs = framework_outputs(op, _copies(inputs))
+    truth = reference_outputs(op, dict(inputs))
+    theirs = eager_outputs(op, _copies(inputs))
     if "stats" in ours and "y" in ours:  # of the values as stored
         truth["stats"] = reference.channel_stats(ours["y"].double().flatten(0, -2))
         stats = reference.channel_stats(theirs["y"].double().flatten(0, -2))

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from tools.op_cases import OPERATORS, dimensions, make, stage_of
+from tools.op_cases import OPERATORS, dimensions, kernel_file, make
 
 from .build import EmulationError
 from .emulator import Emulator
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         case = make(
             options.operator, tuple(options.sizes), DTYPES[options.dtype], before=options.before
         )
-        with Emulator([stage_of(options.operator)]) as emulator:
+        with Emulator([kernel_file(options.operator)]) as emulator:
             launches = emulator.call(case.op, *case.arguments.values(), seed=options.seed)
     except (EmulationError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What tests share: helpers live here, and no test imports a test."""
