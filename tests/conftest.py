@@ -1,12 +1,20 @@
-"""Shared by every test: seeding, the `gpu` marker, and TF32 switched off where that matters."""
+"""Shared by every test: one thread, seeding, the `gpu` marker, and TF32 switched off where that
+matters."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# One thread for each process, the children's included: the tests' tensors are small, and threads
+# that wait for each other on a busy machine take several times as long. Tests of the number of
+# threads set it themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
+torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.support")
 
 

@@ -28,8 +28,6 @@ def test_peak_per_image_is_the_floor_of_the_design():
     features, stem = 56 * 56 * 256 * 2, 112 * 112 * 64 * 2
     bottleneck = 56 * 56 * 128 * 2
     assert per_image == pytest.approx(2 * features + stem + 2 * bottleneck, rel=0.02)
-    eager_bf16 = 63.2e6  # benchmarks: torchvision's DenseNet-121 in bfloat16
-    assert per_image < eager_bf16 / 7
 
 
 def test_store_costs_the_bottlenecks():
