@@ -117,14 +117,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{type(error).__name__}: {first_line}"
         ) from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found != FORMAT:
+    if not isinstance(found, str) or found != FORMAT:
         raise CheckpointError(
             f"checkpoint {path}: expected a file with format {FORMAT!r}, got {found!r}"
         )
-    if state.get("version") != VERSION:
-        raise CheckpointError(
-            f"checkpoint {path}: expected version {VERSION}, got {state.get('version')!r}"
-        )
+    version = state.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise CheckpointError(f"checkpoint {path}: expected version {VERSION}, got {version!r}")
     for entry, kind in _ENTRIES.items():
         if not isinstance(state.get(entry), kind) or isinstance(state.get(entry), bool):
             raise CheckpointError(

@@ -47,8 +47,8 @@ def check_random_state(state: Mapping[str, Any]) -> None:
     """
     trials = {
         "torch": lambda: torch.Generator().set_state(state["torch"]),
-        "cuda": lambda: _each_cuda(state, lambda i, s: torch.Generator(f"cuda:{i}").set_state(s)),
-        "python": lambda: random.Random().setstate(_python_state(state)),
+        "cuda": lambda: _try_cuda(state),
+        "python": lambda: _try_python(state),
         "numpy": lambda: _set_numpy(state, None if numpy is None else numpy.random.RandomState()),
     }
     for name, attempt in trials.items():
@@ -68,6 +68,20 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     _each_cuda(state, lambda device, one: torch.cuda.set_rng_state(one, device))
     random.setstate(_python_state(state))
     _set_numpy(state, None if numpy is None else numpy.random)
+
+
+def _try_python(state: Mapping[str, Any]) -> None:
+    version, keys, gauss = _python_state(state)
+    if not (gauss is None or isinstance(gauss, float)):  # which setstate would believe
+        raise TypeError(f"{type(gauss).__name__} in place of None or a number")
+    random.Random().setstate((version, keys, gauss))
+
+
+def _try_cuda(state: Mapping[str, Any]) -> None:
+    states = state["cuda"]  # none where the checkpoint's machine had no GPU
+    if not isinstance(states, list) or not all(isinstance(one, torch.Tensor) for one in states):
+        raise TypeError(f"{type(states).__name__} in place of a list of tensors")
+    _each_cuda(state, lambda i, one: torch.Generator(f"cuda:{i}").set_state(one))
 
 
 def _each_cuda(state: Mapping[str, Any], use: Callable[[int, torch.Tensor], object]) -> None:
