@@ -11,7 +11,7 @@ depth  DenseNet-BC, k = 12, 32 px, in the manner of Pleiss et al. (arXiv 1707.06
 batch  the same network at depth 100, against the batch.
 
 Every figure on the CPU comes from a process of its own; conventions in
-densenet_efficient/benchmarking.py. Writes benchmarks/results/memory-DEVICE.{json,md,png}.
+densenet_efficient/bench/steps.py. Writes benchmarks/results/memory-DEVICE.{json,md,png}.
 """
 
 from __future__ import annotations

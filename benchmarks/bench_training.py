@@ -4,9 +4,9 @@
     python benchmarks/bench_training.py --device cuda        three networks, batches of measurements
     python benchmarks/bench_training.py --device cuda --quick    the same in about three minutes
 
-For each case: first the errors against float64 (ours must not exceed 1.2 times the framework's
+For each case: first the errors against float64 (ours must not exceed 1.2 times eager's
 own, or nothing is timed), then all peers in turns within this process, then the peak memory of
-each. Conventions: densenet_efficient/benchmarking.py.
+each. Conventions: densenet_efficient/bench/steps.py.
 Writes benchmarks/results/training-DEVICE.{json,md}.
 """
 

@@ -34,7 +34,7 @@ def compare(
     `kept`, `before`).
 
     Args:
-        peers: names of `PEERS`; with "-graph" behind it the whole step is replayed as a CUDA graph.
+        peers: names of `PEERS`; with "-graph" after it the whole step is replayed as a CUDA graph.
 
     Raises:
         ValueError: an unknown peer.

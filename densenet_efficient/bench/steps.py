@@ -3,9 +3,9 @@ their own.
 
 Conventions. A step is forward, cross entropy, backward, SGD with momentum. Time: peers take turns,
 step by step, in one process; medians and quantiles of the turns. Memory: the peak during a step
-over what stood before it (parameters, momentum, input). Gradients are None before the step, so
+above the baseline before it (parameters, momentum, input). Gradients are None before the step, so
 parameter gradients count; one warm-up step comes first, and our idle scratch is given back before
-what stands is read. On the CPU each peer is measured in a process of its own (see `memory`).
+the baseline is read. On the CPU each peer is measured in a process of its own (see `memory`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEERS = {
-    "eager": "torchvision's own (the plain twin where torchvision has no such network)",
+    "eager": "torchvision's own (the plain reference where torchvision has no such network)",
     "checkpoint": "the same with memory_efficient=True",
     "compile": "eager under torch.compile",
     "compile-budget": "eager under torch.compile with activation_memory_budget 0.3",
@@ -246,9 +246,9 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure_memory(case: Case, peer: str, *, exact: bool = False) -> dict[str, int]:
-    """Bytes of one step of a peer: `peak` and `kept` over what stood `before` it, and, with `exact`
-    on the CPU, `allocator_peak`, torch's own allocations counted to the byte (a further step).
-    On the CPU in a fresh process, on CUDA here.
+    """Bytes of one step of a peer: `peak` and `kept` above the baseline `before` it, and, with
+    `exact` on the CPU, `allocator_peak`, torch's own allocations counted to the byte (a further
+    step). On the CPU in a fresh process, on CUDA here.
 
     Raises:
         MeasurementError: the process failed; with its last lines.

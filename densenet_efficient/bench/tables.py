@@ -1,4 +1,4 @@
-"""Results on paper: what ran where, tables in markdown, and both written beside the raw figures.
+"""Results on paper: what ran where, tables in markdown, and both written next to the raw figures.
 
 A figure without its command does not exist: every stored table carries command, device, versions,
 commit and date.
