@@ -1,6 +1,6 @@
 // The scratch of every operator by name and shape, for the memory plan. The sizes themselves stand
-// where the launchers take them from: cpu/tiling.h for the CPU, cuda/tiling.h and
-// cuda/reduce/columns.h for CUDA. CUDA figures are for rows aligned to 16 bytes, and bounds where a
+// where the launchers take them from: cpu/tiling.h for the CPU, cuda/tiling for CUDA.
+// CUDA figures are for rows aligned to 16 bytes, and bounds where a
 // kernel's own tiles decide.
 #pragma once
 
@@ -10,8 +10,8 @@
 #include <string>
 
 #include "cpu/tiling.h"
-#include "cuda/reduce/columns.h"
-#include "cuda/tiling.h"
+#include "cuda/tiling/columns.h"
+#include "cuda/tiling/conv3x3.h"
 
 namespace densenet_efficient::workspace {
 

@@ -3,7 +3,7 @@
 //   mean = sum x / M, var = sum (x - mean)^2 / M
 //
 // A thread owns V neighbouring channels (one access of up to 16 bytes) and every lanes-th row of
-// its block's part (reduce/columns.h). It keeps kLoads rows in registers: their mean, then their
+// its block's part (tiling/columns.h). It keeps kLoads rows in registers: their mean, then their
 // squared deviations from it, exactly, merged into the running moments by Chan's formula. Blocks
 // merge through shared memory, their partials in a second kernel, always in the same order.
 //

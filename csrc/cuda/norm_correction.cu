@@ -5,12 +5,12 @@
 //
 // norm_correction: one thread per channel, in double, rounded once.
 // norm_correction_apply: a thread owns V neighbouring channels, whose correction it keeps in
-// registers, and every lanes-th row of its block's part (reduce/columns.h), kLoads rows in flight.
+// registers, and every lanes-th row of its block's part (tiling/columns.h), kLoads rows in flight.
 // 16-bit results are dithered (dither.h).
 // Bytes moved: x once, dx twice (read and written), the correction once per block.
 #include "../dither.h"
 #include "launch.h"
-#include "reduce/columns.h"
+#include "tiling/columns.h"
 #include "vector.cuh"
 
 namespace densenet_efficient {

@@ -15,7 +15,7 @@
 #include "gemm/epilogue.cuh"
 #include "gemm/row_tensor.h"
 #include "reduce/finish.cuh"
-#include "tiling.h"
+#include "tiling/conv3x3.h"
 
 namespace densenet_efficient {
 namespace {

@@ -7,7 +7,7 @@
 //   1. product   dpooled into each window's first pixel of dx. Tile: 128 windows x 128 channels, a
 //                warp 32 x 128; dy and weight in panels of outputs, two ahead (gemm/panel.cuh).
 //   2. sums      x and dpooled once; the pooled activations into the window's second pixel. A
-//                thread owns V channels and walks over windows (reduce/columns.h); sums in fixed
+//                thread owns V channels and walks over windows (tiling/columns.h); sums in fixed
 //                order (reduce/finish.cuh).
 //   3. dweight   dy^T @ pooled. Tile: 128 outputs x 128 channels, a warp 32 x 128, over a static
 //                range of windows; fp32 partials in a workspace, summed in fixed order

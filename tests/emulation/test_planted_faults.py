@@ -71,7 +71,7 @@ FAULTS = [
         "vectors wider than the alignment",
         "channel_stats",
         (300, 12),
-        Mutation("cuda/reduce/columns.h", "  while (width > 1) {", "  while (width > 8) {"),
+        Mutation("cuda/tiling/columns.h", "  while (width > 1) {", "  while (width > 8) {"),
         "misaligned access of 16 bytes",
         before=12,
     ),

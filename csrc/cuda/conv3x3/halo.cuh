@@ -9,7 +9,7 @@
 #pragma once
 
 #include "../gemm/row_tensor.h"
-#include "../tiling.h"
+#include "../tiling/conv3x3.h"
 
 namespace densenet_efficient {
 

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "../launch.h"
-#include "../reduce/columns.h"
+#include "../tiling/columns.h"
 #include "../vector.cuh"
 
 namespace densenet_efficient {

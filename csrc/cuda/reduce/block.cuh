@@ -4,8 +4,8 @@
 #pragma once
 
 #include "../launch.h"
+#include "../tiling/columns.h"
 #include "../vector.cuh"
-#include "columns.h"
 
 namespace densenet_efficient {
 
@@ -92,7 +92,7 @@ template <typename A, int V>
 constexpr int64_t kMergeBytes = (2 * V + 1) * kPlanePitch<A, V> * int64_t(sizeof(A));
 
 // Merges what all threads of a block hold of the same channels, and writes the block's partial
-// result. Neighbouring threads hold neighbouring channels, as in reduce/columns.h.
+// result. Neighbouring threads hold neighbouring channels, as in tiling/columns.h.
 template <typename Merge, typename A, int V>
 __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThread& at,
                                             Pairs<A, V>& pairs, A* partials) {

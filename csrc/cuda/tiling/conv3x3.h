@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../integers.h"
+#include "../../integers.h"
 
 namespace densenet_efficient::workspace::cuda {
 
