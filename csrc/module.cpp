@@ -24,19 +24,20 @@ const std::map<std::string, std::string> kBuildInfo = {
                               std::to_string(got));
 }
 
-int64_t bytes(const workspace::Sizes& sizes, const std::string& op,
-              const std::vector<int64_t>& shape, int64_t channels, int64_t size, int64_t threads) {
+CallShape call_shape(const std::vector<int64_t>& shape, int64_t channels) {
   if (shape.size() != 2 && shape.size() != 4)
     throw std::invalid_argument("shape must be [M, C] or [N, H, W, C], got " +
                                 std::to_string(shape.size()) + " dimensions");
   const bool image = shape.size() == 4;
-  const workspace::Call call{.N = shape[0],
-                             .H = image ? shape[1] : 1,
-                             .W = image ? shape[2] : 1,
-                             .C = shape.back(),
-                             .K = channels,
-                             .size = size,
-                             .threads = threads};
+  return {.N = shape[0],
+          .H = image ? shape[1] : 1,
+          .W = image ? shape[2] : 1,
+          .C = shape.back(),
+          .K = channels};
+}
+
+template <typename Call>
+int64_t bytes(const WorkspaceSizes<Call>& sizes, const std::string& op, const Call& call) {
   const auto found = sizes.find(op);
   return found == sizes.end() || call.rows() == 0 ? 0 : found->second(call);
 }
@@ -45,15 +46,23 @@ int64_t cpu_bytes(const std::string& op, const std::vector<int64_t>& shape, int6
                   int64_t element_bytes, int64_t threads) {
   if (element_bytes != 4 && element_bytes != 8) refuse("element_bytes", "4 or 8", element_bytes);
   if (threads < 1) refuse("threads", "positive", threads);
-  return bytes(workspace::cpu_sizes(), op, shape, channels, element_bytes, threads);
+  return bytes<CpuCall>(cpu_workspaces(), op,
+                        {call_shape(shape, channels), element_bytes, threads});
 }
 
 int64_t cuda_bytes(const std::string& op, const std::vector<int64_t>& shape, int64_t channels,
-                   int64_t element_bytes, int64_t multiprocessors) {
+                   int64_t element_bytes, int multiprocessors, int64_t shared_bytes,
+                   int64_t row_alignment, bool packed_weight, bool accumulate,
+                   bool optional_output) {
   if (element_bytes != 2 && element_bytes != 4 && element_bytes != 8)
     refuse("element_bytes", "2, 4 or 8", element_bytes);
   if (multiprocessors < 1) refuse("multiprocessors", "positive", multiprocessors);
-  return bytes(workspace::cuda_sizes(), op, shape, channels, element_bytes, multiprocessors);
+  if (shared_bytes < 1) refuse("shared_bytes", "positive", shared_bytes);
+  if (row_alignment < 1) refuse("row_alignment", "positive", row_alignment);
+  return bytes<CudaCall>(
+      cuda_workspaces(), op,
+      {call_shape(shape, channels), element_bytes, tiling::Device{multiprocessors, shared_bytes},
+       row_alignment, packed_weight, accumulate, optional_output});
 }
 
 }  // namespace
@@ -74,7 +83,13 @@ PYBIND11_MODULE(_module, module) {
              "or 8 for float64. ValueError where an argument is out of range.");
   module.def("cuda_workspace_bytes", &cuda_bytes, py::arg("op"), py::arg("shape"),
              py::arg("channels") = 0, py::arg("element_bytes") = 2,
-             py::arg("multiprocessors") = 132,
-             "The same for a CUDA operator, for rows aligned to 16 bytes. element_bytes: of an "
-             "activation, 2, 4 or 8. ValueError where an argument is out of range.");
+             py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 << 10,
+             py::arg("row_alignment") = 16, py::arg("packed_weight") = false,
+             py::arg("accumulate") = false, py::arg("optional_output") = true,
+             "The same for a CUDA operator. element_bytes: of an activation, 2, 4 or 8. "
+             "multiprocessors and shared_bytes (the most one block may ask for): of the device. "
+             "row_alignment: bytes to which all rows of the activations are aligned. "
+             "packed_weight: the channels of a 3x3 weight are neighbours. accumulate: as in "
+             "norm_relu_conv3x3_backward. optional_output: stats or dweight is wanted. ValueError "
+             "where an argument is out of range.");
 }

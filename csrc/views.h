@@ -1,8 +1,6 @@
 // How launchers hand tensors to kernels: rows and their stride, and the type behind a dtype.
 #pragma once
 
-#include <utility>
-
 #include "norm_relu.h"
 #include "stable.h"
 
@@ -22,7 +20,6 @@ struct Strided {
   int64_t stride = 0;
 
   explicit operator bool() const { return tensor; }
-  operator std::pair<const void*, int64_t>() const { return {tensor->const_data_ptr(), stride}; }
 };
 
 template <typename T>

@@ -11,7 +11,7 @@ template <typename T>
 void run(const arguments::ChannelStats& call) {
   using A = Arithmetic<T>;
   const int64_t slots = threads();
-  const workspace::cpu::ChannelStats plan(call.M, call.C, sizeof(A), slots);
+  const tiling::ChannelStats plan(call.M, call.C, sizeof(A), slots);
   Workspace workspace(call.lead.tensor, plan.bytes);
   GroupMoments moments(workspace, plan.groups.groups, call.C);
   A* spare = workspace.take<A>(slots * moments.kSpare * call.C);

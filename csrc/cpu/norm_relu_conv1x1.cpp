@@ -46,7 +46,7 @@ void backward(const arguments::NormReluConv1x1Backward& call) {
       [=](const Part& part, const A* dh, A* sums, Unit<T>* h) {
         take_dh<T, Take::kAdd>(dh, part.width, {x[part.first_row], x.stride}, norm, part.column,
                                part.columns, part.rows, {dx[part.first_row], dx.stride}, sums,
-                               sums + workspace::cpu::kColumns, h);
+                               sums + tiling::kColumns, h);
       });
 }
 

@@ -104,10 +104,10 @@ void forward(const Source<T>& source, const Tensor& weight, Rows<T> y, Rows<Arit
   using A = Arithmetic<T>;
   using U = Unit<T>;
   const int64_t H = source.H, W = source.W, C = source.C, K = weight.size(0), slots = threads();
-  const workspace::cpu::Conv3x3Forward plan(source.N, H, W, C, K, sizeof(A), slots);
+  const tiling::Conv3x3Forward plan(source.N, H, W, C, K, sizeof(A), slots);
   Workspace workspace(weight, plan.bytes);
   const int64_t depth = round_up(C, kGroup<T>), steps = depth / kGroup<T>;
-  const int64_t width = workspace::cpu::pad(K);
+  const int64_t width = tiling::pad(K);
   U* packed = workspace.take<U>(plan.weight / kGroup<T>);
   Element<T>* operands = workspace.take<Element<T>>(slots * plan.operand);
   A* results = workspace.take<A>(slots * plan.result);
@@ -144,7 +144,7 @@ struct Backward {
   using A = Arithmetic<T>;
   using U = Unit<T>;
   using E = Element<T>;
-  static constexpr int64_t kGroupSize = kGroup<T>, kColumns = workspace::cpu::kColumns;
+  static constexpr int64_t kGroupSize = kGroup<T>, kColumns = tiling::kColumns;
 
   Source<T> source;
   Rows<const T> dy, y;  // y.data null: dy is not corrected
@@ -156,7 +156,7 @@ struct Backward {
 
   void run(const Tensor& weight) const {
     const int64_t H = source.H, W = source.W, C = source.C, K = weight.size(0), slots = threads();
-    const workspace::cpu::Conv3x3Backward plan(source.N, H, W, C, K, sizeof(A), slots);
+    const tiling::Conv3x3Backward plan(source.N, H, W, C, K, sizeof(A), slots);
     const int64_t groups = plan.groups.groups, depth = round_up(K, kGroupSize);
     Workspace workspace(weight, plan.bytes);
     U* packed = workspace.take<U>(plan.weight / kGroupSize);
@@ -239,7 +239,7 @@ struct Backward {
   template <typename Band>
   void data_gradient(const Band& band, int64_t column, int64_t columns, int64_t steps,
                      const E* dy_halo, const U* packed, A* dh, A* sums) const {
-    const int64_t W = source.W, width = workspace::cpu::pad(columns), pitch = (W + 2) * steps;
+    const int64_t W = source.W, width = tiling::pad(columns), pitch = (W + 2) * steps;
     for (int64_t r = 0; r < band.rows; ++r) {
       product(row_product<T>(reinterpret_cast<const U*>(dy_halo) + r * pitch, W, steps, pitch,
                              packed + column * 9 * steps, columns, dh, width));
@@ -254,7 +254,7 @@ struct Backward {
   void weight_gradient(const Band& band, int64_t column, int64_t columns, int64_t K, int64_t depth,
                        const E* dy_halo, const U* dy_unit, U* h, int64_t c_row, A* partial,
                        bool add) const {
-    const int64_t W = source.W, width = workspace::cpu::pad(columns);
+    const int64_t W = source.W, width = tiling::pad(columns);
     const int64_t half = ceil_div(band.rows, kGroupSize), pitch = (W + 2) * width;
     for (int64_t r = 0; r < half + 2; ++r)
       source.halo_row_units(band.image, band.first + r - 1,

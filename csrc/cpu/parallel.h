@@ -10,9 +10,9 @@
 
 namespace densenet_efficient::cpu {
 
-using workspace::cpu::Bands;
-using workspace::cpu::Groups;
-using workspace::cpu::RowTiles;
+using tiling::Bands;
+using tiling::Groups;
+using tiling::RowTiles;
 
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 
@@ -39,7 +39,8 @@ inline int64_t own_slot(int64_t slots) {
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes)
-      : tensor_(torch::stable::new_empty(like, {round_up(bytes, 64) + 64}, ScalarType::Byte)) {
+      : tensor_(
+            torch::stable::new_empty(like, {tiling::allocation_bytes(bytes)}, ScalarType::Byte)) {
     at_ = reinterpret_cast<char*>(tensor_.mutable_data_ptr());
     at_ += (64 - reinterpret_cast<uintptr_t>(at_) % 64) % 64;
     end_ = at_ + round_up(bytes, 64);

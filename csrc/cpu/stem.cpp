@@ -70,7 +70,7 @@ void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y, Rows<Arithmetic
   using A = Arithmetic<T>;
   const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
   const int64_t slots = threads();
-  const workspace::cpu::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
+  const tiling::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
   Workspace workspace(like, plan.bytes);
   GroupMoments moments(workspace, plan.groups.groups, C);
   A* spares = workspace.take<A>(slots * moments.kSpare * C);
@@ -100,7 +100,7 @@ struct Backward {
 
   void run(const Tensor& like, int64_t count) const {
     const int64_t C = stem.C, slots = threads();
-    const workspace::cpu::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
+    const tiling::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
     Workspace workspace(like, plan.bytes);
     double* sums = workspace.take_zeros<double>(plan.groups.groups * 2 * C);
     A* line_sums = workspace.take<A>(slots * 2 * plan.width);
@@ -114,7 +114,7 @@ struct Backward {
 
  private:
   // Sums of dz and dz * (x - mean) over the windows.
-  void take_sums(const workspace::cpu::Stem& plan, A* line_sums, double* sums) const {
+  void take_sums(const tiling::Stem& plan, A* line_sums, double* sums) const {
     const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
     const int64_t slots = threads();
     parallel(plan.groups.groups, [&](int64_t group) {
@@ -136,7 +136,7 @@ struct Backward {
     });
   }
 
-  void write_dx(const workspace::cpu::Stem& plan, A* winners, Rows<const A> correction) const {
+  void write_dx(const tiling::Stem& plan, A* winners, Rows<const A> correction) const {
     const int64_t height = stem.out_height(), slots = threads();
     parallel(plan.groups.groups, [&](int64_t group) {
       A* upper = winners + own_slot(slots) * plan.winners;

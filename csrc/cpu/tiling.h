@@ -7,7 +7,7 @@
 
 #include "../integers.h"
 
-namespace densenet_efficient::workspace {
+namespace densenet_efficient::cpu::tiling {
 
 constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return std::max(low, std::min(x, high));
@@ -16,7 +16,6 @@ constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) {
 // How the CPU kernels divide their work, and the scratch that follows from it. Nothing but the
 // shape and the size of an arithmetic element decides, so results do not depend on the number of
 // threads; each thread has its own tile scratch.
-namespace cpu {
 
 constexpr int64_t kTileBytes = 384 << 10;   // operands of a tile: they stay in a core's L2
 constexpr int64_t kPartialBytes = 4 << 20;  // all partial weight gradients of a call
@@ -76,6 +75,10 @@ inline Bands bands(int64_t images, int64_t height, int64_t pixel_row_bytes) {
   const int64_t band_rows = std::max<int64_t>(1, ceil_div(height, per_image));
   return {images, height, band_rows, std::max<int64_t>(1, ceil_div(height, band_rows))};
 }
+
+// Bytes that Workspace (parallel.h) asks torch for, so that pieces of `bytes` in all begin at a
+// boundary of 64 bytes.
+inline int64_t allocation_bytes(int64_t bytes) { return round_up(bytes, 64) + 64; }
 
 // What one call allocates. `size` is the size of an arithmetic element (4, or 8 for float64), M
 // rows, C input channels, K output channels. Counts are elements, a piece ends on a boundary of 64
@@ -164,7 +167,7 @@ struct Conv3x3Forward {
 
   Conv3x3Forward(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size,
                  int64_t threads)
-      : bands(cpu::bands(N, H, (W + 2) * round_up(C, 2) * size)),
+      : bands(tiling::bands(N, H, (W + 2) * round_up(C, 2) * size)),
         groups(groups_of(bands.tiles(), kMaxGroups)),
         weight(9 * pad(K) * round_up(C, 2)),
         operand((bands.band_rows + 2) * (W + 2) * round_up(C, 2)),
@@ -185,7 +188,7 @@ struct Conv3x3Backward {
 
   Conv3x3Backward(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size,
                   int64_t threads)
-      : bands(cpu::bands(N, H, (W + 2) * (std::min(pad(C), kColumns) + 2 * K) * size)),
+      : bands(tiling::bands(N, H, (W + 2) * (std::min(pad(C), kColumns) + 2 * K) * size)),
         groups(
             groups_of(bands.tiles(), kPartialBytes / std::max<int64_t>(1, 9 * K * pad(C) * size))),
         columns(pad(C)),
@@ -215,5 +218,4 @@ struct Stem {
               size * (threads * (2 * width + winners) + 4 * C) + 4 * 64) {}
 };
 
-}  // namespace cpu
-}  // namespace densenet_efficient::workspace
+}  // namespace densenet_efficient::cpu::tiling

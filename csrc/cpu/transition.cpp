@@ -81,10 +81,10 @@ struct Backward {
     };
     product_backward<T>(weight, M, out, load_dy,
                         [&](const Part& part, const A* dh, A* sums, Unit<T>* h) {
-                          take_sums(part, dh, sums, sums + workspace::cpu::kColumns, h);
+                          take_sums(part, dh, sums, sums + tiling::kColumns, h);
                         });
 
-    Workspace workspace(weight, workspace::cpu::transition_correction_bytes(channels, sizeof(A)));
+    Workspace workspace(weight, tiling::transition_correction_bytes(channels, sizeof(A)));
     const Rows<A> own{workspace.take<A>(kCorrectionRows * channels), channels};
     make_correction<A>({out.dnorm.data, out.dnorm.stride}, norm, count, channels, own);
     const Rows<const A> correction{own.data, own.stride};

@@ -9,11 +9,13 @@
 //
 // Bytes moved: x once (M * C elements), the partials twice (2 * C per block), stats once.
 #include "reduce/block.cuh"
+#include "reduce/finish.cuh"
+#include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
 
-constexpr int kLoads = 8;
+using Tiling = tiling::ChannelStats;
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
@@ -24,6 +26,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   Pairs<A, V> pairs = Pairs<A, V>::zero();
   const int64_t first = block_x() * plan.part_rows;
   const int64_t end = first + plan.part_rows < plan.rows ? first + plan.part_rows : plan.rows;
+  constexpr int kLoads = Tiling::kLoads;
   const int64_t step = int64_t(plan.lanes) * kLoads;
   for (int64_t base = first + at.lane; at.active && base < end; base += step) {
     Vector<T, V> tile[kLoads];
@@ -43,27 +46,32 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   block_merge<MergeMoments>(plan, at, pairs, partials);
 }
 
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads)
+    channel_stats_finish_kernel(MomentPartials<A> args) {
+  finish_moments(args);
+}
+
 void channel_stats(Tensor x, Tensor stats) {
   const arguments::ChannelStats call(x, stats);
   if (call.C == 0) return;
   const Launcher launcher(call.lead);
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    const Rows<A> table = output_rows<A>(call.stats);
-    if (call.M == 0) return clear_table(launcher, table, kStatsRows, call.C);
-    const int width = vector_width(call.C, sizeof(T), 16 / sizeof(T), {call.x});
-    const Columns plan(call.M, call.C, width, sizeof(T), kLoads);
-    const Tensor partials =
-        torch::stable::new_empty(x, {partials_size(plan.parts, call.C)}, call.arithmetic);
-    A* const data = static_cast<A*>(partials.mutable_data_ptr());
-    dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
-      launcher.launch<&channel_stats_kernel<T, V>>({.grid_x = plan.parts,
-                                                    .grid_y = plan.groups,
-                                                    .block = kColumnThreads,
-                                                    .shared_bytes = kMergeBytes<A, V>},
-                                                   input_rows<T>(call.x), plan, data);
+    if (call.M == 0) return clear_table(launcher, output_rows<A>(call.stats), kStatsRows, call.C);
+    const Tiling tiling(call.M, call.C, sizeof(T), row_alignment({call.x}));
+    const Columns& plan = tiling.columns;
+    const Workspace partials(x, tiling.bytes);
+    dispatch_width<16 / sizeof(T)>(plan.vector, [&]<int V>() {
+      launcher.launch<&channel_stats_kernel<T, V>>(
+          {.grid_x = plan.parts,
+           .grid_y = plan.groups,
+           .block = kColumnThreads,
+           .shared_bytes = kMergeBytes<MergeMoments, A, V>},
+          input_rows<T>(call.x), plan, partials.data<A>());
     });
-    finish_partials<MergeMoments, FinishStats>(launcher, data, plan.parts, call.C, table);
+    launch_finish<&channel_stats_finish_kernel<A>>(launcher, partials.data<const A>(), plan.parts,
+                                                   call.C, call.stats);
   });
 }
 

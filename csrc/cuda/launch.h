@@ -10,6 +10,7 @@
 #include "../arguments.h"
 #include "../integers.h"
 #include "device.cuh"
+#include "tiling/device.h"
 
 #if defined(DE_EMULATE)
 #include "../emulation/emulator.h"
@@ -38,12 +39,7 @@ struct LaunchShape {
   int64_t shared_bytes = 0;
 };
 
-// What launchers size their grids and tiles by.
-struct Device {
-  int index = 0;
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // the most one block may ask for
-};
+using tiling::Device;
 
 #if defined(DE_EMULATE)
 
@@ -62,7 +58,7 @@ class Launcher {
 
  private:
   const char* op_;
-  Device device_{0, emulation::device().multiprocessors, emulation::device().shared_bytes};
+  Device device_{emulation::device().multiprocessors, emulation::device().shared_bytes};
 };
 
 #else
@@ -83,13 +79,13 @@ inline const Device& device_figures(int index, const char* op) {
   static std::once_flag asked[kMaxDevices];
   if (index < 0 || index >= kMaxDevices) throw std::runtime_error("device index out of range");
   std::call_once(asked[index], [index, op] {
-    Device& device = devices[index];
-    device.index = index;
-    const auto ask = [&](int& figure, cudaDeviceAttr attribute) {
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      int figure = 0;
       check_cuda(cudaDeviceGetAttribute(&figure, attribute, index), op, "asking for the device");
+      return figure;
     };
-    ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    devices[index] = {ask(cudaDevAttrMultiProcessorCount),
+                      ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   });
   return devices[index];
 }
@@ -115,9 +111,10 @@ class Launcher {
  public:
   explicit Launcher(const Arg& lead)
       : op_(lead.op),
-        guard_(lead.tensor.get_device()),
-        device_(device_figures(lead.tensor.get_device(), lead.op)),
-        stream_(current_stream(lead.tensor.get_device())) {}
+        index_(lead.tensor.get_device()),
+        guard_(index_),
+        device_(device_figures(index_, lead.op)),
+        stream_(current_stream(index_)) {}
 
   const Device& device() const { return device_; }
 
@@ -141,15 +138,16 @@ class Launcher {
   template <auto kernel>
   void allow_shared() const {
     static std::atomic<bool> allowed[kMaxDevices];
-    if (allowed[device_.index].load(std::memory_order_relaxed)) return;
+    if (allowed[index_].load(std::memory_order_relaxed)) return;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               device_.shared_bytes),
+                               static_cast<int>(device_.shared_bytes)),
           "asking for shared memory");
-    allowed[device_.index].store(true, std::memory_order_relaxed);
+    allowed[index_].store(true, std::memory_order_relaxed);
   }
   void check(cudaError_t error, const char* what) const { check_cuda(error, op_, what); }
 
   const char* op_;
+  int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   const Device& device_;
   cudaStream_t stream_;
@@ -178,6 +176,15 @@ void dispatch_width(int width, F&& f) {
     if (width < Most) return dispatch_width<Most / 2>(width, f);
   }
   f.template operator()<Most>();
+}
+
+// The widest access in bytes, up to 16, to which every row of these tensors is aligned.
+inline int64_t row_alignment(std::initializer_list<Strided> tensors) {
+  uint64_t all = 16;
+  for (const Strided& rows : tensors)
+    all |= reinterpret_cast<uintptr_t>(rows.tensor->const_data_ptr()) |
+           static_cast<uint64_t>(rows.stride) * rows.tensor->element_size();
+  return static_cast<int64_t>(all & (~all + 1));
 }
 
 // Zeroes the first `channels` columns of a table: what sums over no rows come to.

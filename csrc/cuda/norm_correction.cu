@@ -16,8 +16,10 @@
 namespace densenet_efficient {
 namespace {
 
+using Tiling = tiling::NormCorrectionApply;
+using tiling::Columns, tiling::ColumnThread, tiling::kColumnThreads;
+
 constexpr int kThreads = 128;
-constexpr int kLoads = 4;  // of x and of dx each
 
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
@@ -58,8 +60,10 @@ void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, 
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    apply_kernel(Rows<T> dx, Rows<const T> x, Rows<const Arithmetic<T>> correction, Columns plan) {
+    norm_correction_apply_kernel(Rows<T> dx, Rows<const T> x, Rows<const Arithmetic<T>> correction,
+                                 Columns plan) {
   using A = Arithmetic<T>;
+  constexpr int kLoads = Tiling::kLoads;
   const ColumnThread at(plan, device::thread_index(), device::block_y());
   if (!at.active) return;
   A a[V], p[V], q[V], mean[V];
@@ -101,10 +105,10 @@ void norm_correction_apply(Tensor dx, Tensor x, Tensor correction) {
   if (call.M == 0 || call.C == 0) return;
   const Launcher launcher(call.lead);
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
-    const int width = vector_width(call.C, sizeof(T), 16 / sizeof(T), {call.x, call.dx});
-    const Columns plan(call.M, call.C, width, sizeof(T), kLoads);
-    dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
-      launcher.launch<&apply_kernel<T, V>>(
+    const Columns plan =
+        Tiling(call.M, call.C, sizeof(T), row_alignment({call.x, call.dx})).columns;
+    dispatch_width<16 / sizeof(T)>(plan.vector, [&]<int V>() {
+      launcher.launch<&norm_correction_apply_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads},
           output_rows<T>(call.dx), input_rows<T>(call.x),
           input_rows<Arithmetic<T>>(call.correction), plan);

@@ -15,6 +15,7 @@
 // Rows past the end get dy = 0; channels past the end get a = s = 0.
 #include "conv1x1/warp_backward.cuh"
 #include "reduce/finish.cuh"
+#include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
@@ -23,7 +24,7 @@ using namespace conv1x1_backward;
 
 template <typename T, int kOutputs>
 __global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof(T)))
-    backward_kernel(Backward args) {
+    norm_relu_conv1x1_backward_kernel(Backward args) {
   using namespace device;
   const BackwardLayout<T, kOutputs> layout{args.warps};
   constexpr int kStages = BackwardLayout<T, kOutputs>::kStages;
@@ -120,24 +121,28 @@ __global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof
   own.write(args, args.partial + row_block * (args.outputs + 2) * args.pitch);
 }
 
+__global__ void __launch_bounds__(kFinishThreads)
+    norm_relu_conv1x1_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
+  finish_sums<1>(weight, norm);
+}
+
 // ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kOutputs>
 void launch_backward(const Launcher& launcher, const Backward& args, int64_t blocks) {
   const BackwardLayout<T, kOutputs> layout{args.warps};
-  launcher.launch<&backward_kernel<T, kOutputs>>(
+  launcher.launch<&norm_relu_conv1x1_backward_kernel<T, kOutputs>>(
       {blocks, 1, 32 * args.warps, layout.shared_bytes()}, args);
 }
 
 // For outputs from `first` on, as many as a kernel takes. More outputs take several calls: the
 // ReLU's mask does not depend on them, so dx and dnorm accumulate.
 template <typename T>
-void backward(const Launcher& launcher, const Tensor& like, Backward args, int first,
+void backward(const Launcher& launcher, const Tensor& like, Backward args, int64_t first,
               float* dweight, Rows<float> dnorm) {
-  const Tiling tiling(args.rows, args.channels, args.outputs, sizeof(T),
-                      launcher.device().multiprocessors);
+  const Tiling tiling(args.rows, args.channels, args.outputs, sizeof(T), launcher.device());
   const Workspace partial(like, tiling.bytes);
-  args.partial = partial.data();
+  args.partial = partial.data<float>();
   args.pitch = tiling.pitch;
   args.warps = tiling.warps;
   args.channel_blocks = static_cast<int>(tiling.channel_blocks);
@@ -147,22 +152,16 @@ void backward(const Launcher& launcher, const Tensor& like, Backward args, int f
                       : args.outputs <= 128 ? launch_backward<T, 128>
                                             : launch_backward<T, Tiling::max_outputs(sizeof(T))>;
   if (blocks > 0 && args.channels > 0) launch(launcher, args, blocks);
-  SumPartials weight_sums;
-  weight_sums.partial = args.partial;
-  weight_sums.blocks = static_cast<int>(tiling.row_blocks);
-  weight_sums.rows = dweight ? args.outputs : 0;
-  weight_sums.columns = args.channels;
-  weight_sums.pitch = tiling.pitch;
-  weight_sums.block_stride = (args.outputs + 2) * tiling.pitch;
-  weight_sums.out = dweight ? dweight + int64_t(first) * args.channels : nullptr;
-  weight_sums.out_stride = args.channels;
-  SumPartials norm_sums = weight_sums;
-  norm_sums.partial += args.outputs * tiling.pitch;
-  norm_sums.rows = kDnormRows;
-  norm_sums.out = dnorm.data;
-  norm_sums.out_stride = dnorm.stride;
-  norm_sums.accumulate = first > 0;
-  sum_partials<1>(launcher, weight_sums, norm_sums);
+  SumPartials<float> of_weight, of_norm;
+  const int64_t block_stride = (args.outputs + kDnormRows) * tiling.pitch;
+  if (dweight)
+    of_weight = weight_sums<float>(args.partial, tiling.row_blocks, args.outputs, args.channels, 1,
+                                   tiling.pitch, dweight + first * args.channels);
+  of_norm = norm_sums<float>(args.partial + args.outputs * tiling.pitch, tiling.row_blocks,
+                             args.channels, tiling.pitch, dnorm);
+  of_weight.block_stride = of_norm.block_stride = block_stride;
+  of_norm.accumulate = first > 0;
+  launch_finish<&norm_relu_conv1x1_backward_finish_kernel, 1>(launcher, of_weight, of_norm);
 }
 
 void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm,
@@ -177,18 +176,15 @@ void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor
     args.dx = output_row_tensor(call.dx);
     args.rows = call.M;
     args.channels = static_cast<int>(call.C);
-    int first = 0;
-    do {
-      args.outputs =
-          static_cast<int>(std::min<int64_t>(call.K - first, Tiling::max_outputs(sizeof(T))));
-      args.dz_y = row_tensor(call.dz_y).from_channel<T>(first);
-      args.y = row_tensor(call.y).from_channel<T>(first);
-      args.correction = float_table(call.correction).from_channel(first);
+    Tiling::for_calls(call.K, sizeof(T), [&](int64_t first, int64_t outputs) {
+      args.outputs = static_cast<int>(outputs);
+      args.dz_y = row_tensor(call.dz_y).from_channel<T>(static_cast<int>(first));
+      args.y = row_tensor(call.y).from_channel<T>(static_cast<int>(first));
+      args.correction = float_table(call.correction).from_channel(static_cast<int>(first));
       args.weight = weight_rows(call).from_row<T>(first);
       backward<T>(launcher, x, args, first, output_rows<float>(call.dweight).data,
                   output_rows<float>(call.dnorm));
-      first += args.outputs;
-    } while (first < call.K);
+    });
   });
 }
 

@@ -15,7 +15,8 @@
 #include "gemm/epilogue.cuh"
 #include "gemm/row_tensor.h"
 #include "reduce/finish.cuh"
-#include "tiling/conv3x3.h"
+#include "tiling/conv1x1.h"
+#include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
@@ -89,7 +90,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
 
 template <typename T, int kColumns, int kSplit>
 __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3 : 1)
-    forward_kernel(Forward args) {
+    norm_relu_conv1x1_forward_kernel(Forward args) {
   using namespace device;
   constexpr int kTiles = kColumns / 8;
   const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
@@ -164,12 +165,17 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
                                           column0, args.outputs);
 }
 
+__global__ void __launch_bounds__(kFinishThreads)
+    norm_relu_conv1x1_forward_finish_kernel(MomentPartials<float> args) {
+  finish_moments(args);
+}
+
 // ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kColumns, int kSplit>
 void launch_forward(const Launcher& launcher, const Forward& args, int64_t blocks) {
   const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
-  launcher.launch<&forward_kernel<T, kColumns, kSplit>>(
+  launcher.launch<&norm_relu_conv1x1_forward_kernel<T, kColumns, kSplit>>(
       {blocks, ceil_div(args.outputs, kColumns * kSplit), 32 * args.warps, layout.shared_bytes()},
       args);
 }
@@ -179,13 +185,14 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
   const arguments::NormReluConv1x1Forward call(x, norm, weight, y, stats);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
-    const workspace::cuda::Conv1x1Forward tiling(call.M, call.K, launcher.device().multiprocessors);
-    const Workspace partial(x, stats ? tiling.bytes : 0);
+    const tiling::NormReluConv1x1Forward tiling(call.M, call.K, stats.has_value(),
+                                                launcher.device());
+    const Workspace partial(x, tiling.bytes);
     const Forward args{row_tensor(call.x),
                        float_table(call.norm),
                        weight_rows(call),
                        output_row_tensor(call.y),
-                       partial.data(),
+                       partial.data<float>(),
                        call.M,
                        static_cast<int>(call.C),
                        static_cast<int>(call.K),
@@ -195,7 +202,8 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                         : tiling.columns == 128 ? launch_forward<T, 128, 1>
                                                 : launch_forward<T, 96, 2>;
     if (call.M > 0 && call.K > 0) launch(launcher, args, tiling.blocks);
-    merge_moments(launcher, args.partial, tiling.blocks, call.K, call.stats);
+    launch_finish<&norm_relu_conv1x1_forward_finish_kernel>(launcher, partial.data<const float>(),
+                                                            tiling.blocks, call.K, call.stats);
   });
 }
 

@@ -16,78 +16,57 @@ namespace densenet_efficient {
 namespace {
 
 using Call = arguments::NormReluConv3x3Backward;
-using workspace::cuda::Tile3x3;
+using Tiling = tiling::NormReluConv3x3Backward;
 
-// Fills in the data gradient's partial sums, launches it, and returns how they are added up.
 template <typename T>
-SumPartials launch_data_gradient(const Launcher& launcher, const Call& call, DataGradient args,
-                                 Workspace& partial) {
-  const Device& device = launcher.device();
-  const int output_panels =
-      static_cast<int>(std::max<int64_t>(1, ceil_div(args.outputs, device::kPanelChannels<T>)));
-  const auto shared = DataGradientLayout<T>::shared(output_panels, args.accumulate);
-  const Tile3x3 tile(call.N, call.H, call.W, shared, device.multiprocessors, device.shared_bytes);
-  check_fits(call.lead, tile);
-  const int64_t blocks = workspace::cuda::conv3x3_blocks(
-      tile.tiles, device.multiprocessors,
-      workspace::cuda::resident_blocks(tile.shared_bytes(shared), device.shared_bytes));
-  args.pitch = round_up(args.channels, device::kPanelChannels<T>);
-  partial = Workspace(call.lead.tensor, blocks * kDnormRows * args.pitch * 4);
-  args.partial = partial.data();
-  if (blocks > 0 && args.channels > 0) {
-    const Images images(tile, call.N, call.H, call.W);
-    const LaunchShape shape{blocks, 1, 32 * tile.groups, tile.shared_bytes(shared)};
-    if (args.accumulate)
-      launcher.launch<&data_gradient::kernel<T, true>>(shape, args, images);
-    else
-      launcher.launch<&data_gradient::kernel<T, false>>(shape, args, images);
-  }
-  SumPartials sums;
-  sums.partial = args.partial;
-  sums.blocks = static_cast<int>(blocks);
-  sums.rows = kDnormRows;
-  sums.columns = args.channels;
-  sums.pitch = args.pitch;
-  sums.block_stride = kDnormRows * args.pitch;
-  return sums;
+__global__ void __launch_bounds__(kPackThreads)
+    norm_relu_conv3x3_backward_pack_kernel(PackWeight<T> args) {
+  pack_weight(args);
+}
+
+__global__ void __launch_bounds__(kFinishThreads)
+    norm_relu_conv3x3_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
+  finish_sums<device::kTaps>(weight, norm);
+}
+
+// ---- Launcher -----------------------------------------------------------------------------------
+
+template <typename T>
+void launch_data_gradient(const Launcher& launcher, const tiling::DataGradient3x3& tiling,
+                          const tiling::Images3x3& of, const DataGradient& args, bool accumulate) {
+  if (tiling.blocks == 0 || args.channels == 0) return;
+  const Images images(tiling.tile, of);
+  const LaunchShape shape{.grid_x = tiling.blocks,
+                          .block = 32 * tiling.tile.groups,
+                          .shared_bytes = tiling.tile.shared_bytes};
+  if (accumulate)
+    launcher.launch<&data_gradient::norm_relu_conv3x3_backward_data_kernel<T, true>>(shape, args,
+                                                                                     images);
+  else
+    launcher.launch<&data_gradient::norm_relu_conv3x3_backward_data_kernel<T, false>>(shape, args,
+                                                                                      images);
+}
+
+template <typename T, int kDepths>
+void launch_weight_gradient(const Launcher& launcher, const LaunchShape& shape,
+                            const WeightGradient& args, const Images& images) {
+  launcher.launch<&weight_gradient::norm_relu_conv3x3_backward_weight_kernel<T, kDepths>>(
+      shape, args, images);
 }
 
 template <typename T>
-SumPartials launch_weight_gradient(const Launcher& launcher, const Call& call, WeightGradient args,
-                                   Workspace& partial) {
-  const Device& device = launcher.device();
-  const workspace::cuda::Conv3x3WeightGradient split(args.channels, args.outputs);
-  const auto shared = WeightGradientLayout<T>::shared(split.units, 16 * split.depths);
-  // The other blocks of the same tiles fill the device as well.
-  const int shares = static_cast<int>(split.channel_blocks * split.output_blocks);
-  const Tile3x3 tile(call.N, call.H, call.W, shared, device.multiprocessors / shares,
-                     device.shared_bytes);
-  check_fits(call.lead, tile);
-  const int64_t row_blocks = split.row_blocks(tile.tiles, device.multiprocessors);
-  args.units = split.units;
-  args.channel_blocks = static_cast<int>(split.channel_blocks);
-  args.pitch = split.pitch();
-  partial = Workspace(call.lead.tensor, row_blocks * device::kTaps * args.outputs * args.pitch * 4);
-  args.partial = partial.data();
-  if (row_blocks > 0 && args.channels > 0 && args.outputs > 0) {
-    const Images images(tile, call.N, call.H, call.W);
-    const LaunchShape shape{row_blocks * split.channel_blocks, split.output_blocks,
-                            96 * split.units, tile.shared_bytes(shared)};
-    if (split.depths == 1)
-      launcher.launch<&weight_gradient::kernel<T, 1>>(shape, args, images);
-    else if (split.depths == 2)
-      launcher.launch<&weight_gradient::kernel<T, 2>>(shape, args, images);
-    else
-      launcher.launch<&weight_gradient::kernel<T, 3>>(shape, args, images);
-  }
-  SumPartials sums;
-  sums.partial = args.partial;
-  sums.blocks = static_cast<int>(row_blocks);
-  sums.rows = args.outputs;
-  sums.columns = args.channels;
-  sums.pitch = args.pitch;
-  sums.block_stride = device::kTaps * args.outputs * args.pitch;
-  return sums;
+void launch_weight_gradient(const Launcher& launcher, const tiling::WeightGradient3x3& tiling,
+                            const tiling::Images3x3& of, const WeightGradient& args) {
+  if (tiling.row_blocks == 0 || args.channels == 0 || args.outputs == 0) return;
+  const auto launch = tiling.depths == 1   ? launch_weight_gradient<T, 1>
+                      : tiling.depths == 2 ? launch_weight_gradient<T, 2>
+                                           : launch_weight_gradient<T, 3>;
+  launch(launcher,
+         {.grid_x = tiling.row_blocks * tiling.channel_blocks,
+          .grid_y = tiling.output_blocks,
+          .block = 96 * tiling.units,
+          .shared_bytes = tiling.tile.shared_bytes},
+         args, Images(tiling.tile, of));
 }
 
 void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor correction, Tensor x,
@@ -96,29 +75,37 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
   const Call call(dy, y, correction, x, norm, weight, dx, dweight, dnorm);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
-    const WeightRows<T> rows(launcher, weight);
+    const tiling::Images3x3 of{call.N, call.H, call.W};
+    const Tiling tiling(of, call.C, call.K, sizeof(T), accumulate, needs_packing(weight),
+                        dweight.has_value(), launcher.device());
+    check_fits(call.lead, tiling.data.tile);
+    if (dweight) check_fits(call.lead, tiling.weight.tile);
+    const Workspace packed(x, tiling.weight_copy_bytes), sums(x, tiling.sums_bytes),
+        weights(x, tiling.dweight_bytes);
     const int channels = static_cast<int>(call.C), outputs = static_cast<int>(call.K);
     const OutputGradient gradient{row_tensor(call.dy), row_tensor(call.y),
                                   float_table(call.correction)};
-    Workspace data_partial, weight_partial;
-    SumPartials norm_sums = launch_data_gradient<T>(
-        launcher, call,
-        {gradient, row_tensor(call.x), float_table(call.norm), rows.rows(),
-         output_row_tensor(call.dx), nullptr, 0, channels, outputs, accumulate},
-        data_partial);
-    const auto sums = output_rows<float>(call.dnorm);
-    norm_sums.out = sums.data;
-    norm_sums.out_stride = sums.stride;
-    SumPartials weight_sums;
+    launch_data_gradient<T>(
+        launcher, tiling.data, of,
+        {gradient, row_tensor(call.x), float_table(call.norm),
+         packed_rows<&norm_relu_conv3x3_backward_pack_kernel<T>, T>(launcher, weight, packed),
+         output_row_tensor(call.dx), sums.data<float>(), tiling.data.pitch, channels, outputs},
+        accumulate);
+    SumPartials<float> of_weight;
     if (dweight) {
-      weight_sums = launch_weight_gradient<T>(launcher, call,
-                                              {gradient, row_tensor(call.x), float_table(call.norm),
-                                               nullptr, 0, channels, outputs, 0, 0},
-                                              weight_partial);
-      weight_sums.out = output_rows<float>(call.dweight).data;
-      weight_sums.out_stride = device::kTaps * call.C;
+      launch_weight_gradient<T>(
+          launcher, tiling.weight, of,
+          {gradient, row_tensor(call.x), float_table(call.norm), weights.data<float>(),
+           tiling.weight.pitch, channels, outputs, tiling.weight.units,
+           static_cast<int>(tiling.weight.channel_blocks)});
+      of_weight =
+          weight_sums(weights.data<const float>(), tiling.weight.row_blocks, call.K, call.C,
+                      device::kTaps, tiling.weight.pitch, output_rows<float>(call.dweight).data);
     }
-    sum_partials<device::kTaps>(launcher, weight_sums, norm_sums);
+    launch_finish<&norm_relu_conv3x3_backward_finish_kernel, device::kTaps>(
+        launcher, of_weight,
+        norm_sums(sums.data<const float>(), tiling.data.blocks, call.C, tiling.data.pitch,
+                  output_rows<float>(call.dnorm)));
   });
 }
 

@@ -20,9 +20,11 @@
 namespace densenet_efficient {
 namespace {
 
-using Tile = workspace::cuda::Tile3x3;
+using Tile = tiling::Tile3x3;
+using Layout = tiling::ForwardLayout3x3;
+using Tiling = tiling::NormReluConv3x3Forward;
 
-constexpr int kStages = 2;
+constexpr int kStages = Layout::kStages;
 
 struct Forward {
   device::RowTensor x;       // [N * H * W, C]
@@ -32,36 +34,6 @@ struct Forward {
   float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
   int channels;              // C
   int outputs;               // K
-};
-
-template <typename T, int kColumns>
-struct ForwardLayout {
-  static constexpr int kWeightBytes = device::kTaps * kColumns * device::kPanelRowBytes;
-  static constexpr int kNormBytes = device::kScaleShiftBytes<T>;
-  int positions, groups;
-
-  // A stage: weight, norm, halo. Behind the stages: zeros; the warps' staging; the tile's pixels;
-  // the warps' moments.
-  DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
-  DE_HOST_DEVICE int halo_offset() const { return norm_offset() + kNormBytes; }
-  DE_HOST_DEVICE int stage_bytes() const {
-    return halo_offset() + positions * device::kPanelRowBytes;
-  }
-  DE_HOST_DEVICE int zero_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int staging_offset() const { return zero_offset() + device::kZeroBytes; }
-  DE_HOST_DEVICE int pixels_offset() const {
-    return staging_offset() + groups * device::kStagingBytes;
-  }
-  DE_HOST_DEVICE int moments_offset() const {
-    return pixels_offset() + groups * Tile::kGroup * device::kPixelBytes;
-  }
-
-  static Tile::Shared shared() {
-    return {kStages * (kWeightBytes + kNormBytes) + device::kZeroBytes,
-            kStages * device::kPanelRowBytes,
-            device::kStagingBytes + Tile::kGroup * device::kPixelBytes +
-                device::BlockMoments<kColumns>::kWarpBytes};
-  }
 };
 
 // The nine shifted products of 64 pixels with one panel of channels.
@@ -102,10 +74,10 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
 
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
-    forward_kernel(Forward args, Images images) {
+    norm_relu_conv3x3_forward_kernel(Forward args, Images images) {
   using namespace device;
   constexpr int kTiles = kColumns / 8;
-  const ForwardLayout<T, kColumns> layout{images.positions, images.groups};
+  const Layout layout{sizeof(T), kColumns, images.positions, images.groups};
   const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
   const int lane = lane_index();
   const int column0 = block_y() * kColumns;
@@ -192,25 +164,23 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
                                      args.outputs);
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kPackThreads)
+    norm_relu_conv3x3_forward_pack_kernel(PackWeight<T> args) {
+  pack_weight(args);
+}
+
+__global__ void __launch_bounds__(kFinishThreads)
+    norm_relu_conv3x3_forward_finish_kernel(MomentPartials<float> args) {
+  finish_moments(args);
+}
+
 // ---- Launcher -----------------------------------------------------------------------------------
 
 template <typename T, int kColumns>
-void launch_forward(const Launcher& launcher, const arguments::NormReluConv3x3Forward& call,
-                    Forward args) {
-  const auto shared = ForwardLayout<T, kColumns>::shared();
-  const Device& device = launcher.device();
-  const Tile tile(call.N, call.H, call.W, shared, device.multiprocessors, device.shared_bytes);
-  check_fits(call.lead, tile);
-  const int64_t blocks = workspace::cuda::conv3x3_blocks(
-      tile.tiles, device.multiprocessors,
-      workspace::cuda::resident_blocks(tile.shared_bytes(shared), device.shared_bytes));
-  const Workspace partial(call.lead.tensor, call.stats ? blocks * 3 * args.outputs * 4 : 0);
-  args.partial = partial.data();
-  if (blocks > 0)
-    launcher.launch<&forward_kernel<T, kColumns>>(
-        {blocks, ceil_div(args.outputs, kColumns), 32 * tile.groups, tile.shared_bytes(shared)},
-        args, Images(tile, call.N, call.H, call.W));
-  merge_moments(launcher, args.partial, blocks, call.K, call.stats);
+void launch_forward(const Launcher& launcher, const LaunchShape& shape, const Forward& args,
+                    const Images& images) {
+  launcher.launch<&norm_relu_conv3x3_forward_kernel<T, kColumns>>(shape, args, images);
 }
 
 void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
@@ -219,13 +189,31 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
   dispatch_operands(call.lead, [&]<typename T>(T) {
     if (call.K == 0) return;
     const Launcher launcher(call.lead);
-    const WeightRows<T> rows(launcher, weight);
-    const auto launch = call.K <= 16   ? launch_forward<T, 16>
-                        : call.K <= 32 ? launch_forward<T, 32>
-                                       : launch_forward<T, 48>;
-    launch(launcher, call,
-           {row_tensor(call.x), float_table(call.norm), rows.rows(), output_row_tensor(call.y),
-            nullptr, static_cast<int>(call.C), static_cast<int>(call.K)});
+    const tiling::Images3x3 of{call.N, call.H, call.W};
+    const Tiling tiling(of, call.C, call.K, sizeof(T), needs_packing(weight), stats.has_value(),
+                        launcher.device());
+    check_fits(call.lead, tiling.tile);
+    const Workspace packed(x, tiling.weight_bytes), partial(x, tiling.moment_bytes);
+    const Forward args{
+        row_tensor(call.x),
+        float_table(call.norm),
+        packed_rows<&norm_relu_conv3x3_forward_pack_kernel<T>, T>(launcher, weight, packed),
+        output_row_tensor(call.y),
+        partial.data<float>(),
+        static_cast<int>(call.C),
+        static_cast<int>(call.K)};
+    const auto launch = tiling.columns == 16   ? launch_forward<T, 16>
+                        : tiling.columns == 32 ? launch_forward<T, 32>
+                                               : launch_forward<T, 48>;
+    if (tiling.blocks > 0)
+      launch(launcher,
+             {.grid_x = tiling.blocks,
+              .grid_y = ceil_div(call.K, tiling.columns),
+              .block = 32 * tiling.tile.groups,
+              .shared_bytes = tiling.tile.shared_bytes},
+             args, Images(tiling.tile, of));
+    launch_finish<&norm_relu_conv3x3_forward_finish_kernel>(launcher, partial.data<const float>(),
+                                                            tiling.blocks, call.K, call.stats);
   });
 }
 

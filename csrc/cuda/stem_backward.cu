@@ -14,14 +14,16 @@
 #include "pool/stem.cuh"
 #include "reduce/block.cuh"
 #include "reduce/correction.cuh"
+#include "reduce/finish.cuh"
+#include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    stem_sums_kernel(Rows<const T> dy, Rows<const T> x, Rows<const Arithmetic<T>> norm,
-                     StemPlan plan, Arithmetic<T>* partials) {
+    stem_backward_sums_kernel(Rows<const T> dy, Rows<const T> x, Rows<const Arithmetic<T>> norm,
+                              StemTiling plan, Arithmetic<T>* partials) {
   using A = Arithmetic<T>;
   const StemThread at(plan);
   Pairs<A, V> sums = Pairs<A, V>::zero();
@@ -61,8 +63,8 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   block_merge<MergeSums>(plan.columns, at.at, sums, partials);
 }
 
-// A window's winner is its position 3 * row + column, or kNobody.
-constexpr int kNobody = 15;
+// A window's winner is its position 3 * row + column, or kNone.
+constexpr int kNone = 15;
 
 template <int V>
 struct Winners {
@@ -71,9 +73,9 @@ struct Winners {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    stem_gradient_kernel(Rows<const T> dy, Rows<const T> x, Rows<const Arithmetic<T>> norm,
-                         Rows<const Arithmetic<T>> dnorm, int64_t count, StemPlan plan,
-                         Rows<T> dx) {
+    stem_backward_dx_kernel(Rows<const T> dy, Rows<const T> x, Rows<const Arithmetic<T>> norm,
+                            Rows<const Arithmetic<T>> dnorm, int64_t count, StemTiling plan,
+                            Rows<T> dx) {
   using A = Arithmetic<T>;
   using Bytes = typename Raw<V>::type;
   using namespace device;
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   A dy_own_before[V], dy_right_before[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    own_before.position[v] = right_before.position[v] = kNobody;
+    own_before.position[v] = right_before.position[v] = kNone;
     dy_own_before[v] = dy_right_before[v] = A(0);
   }
 
@@ -119,8 +121,8 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
       above.offer(v, centre.value[v], 3 + centre.tag[v]);
       above.offer(v, next.value[v], 6 + next.tag[v]);
       const bool passes = window && !(above.value[v] <= A(0));
-      own.position[v] = static_cast<uint8_t>(passes ? above.tag[v] : kNobody);
-      other.position[v] = kNobody;
+      own.position[v] = static_cast<uint8_t>(passes ? above.tag[v] : kNone);
+      other.position[v] = kNone;
     }
     above = next;
     Bytes bytes;
@@ -182,37 +184,46 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   }
 }
 
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads)
+    stem_backward_finish_kernel(SumPartials<A> none, SumPartials<A> norm) {
+  finish_sums<1>(none, norm);
+}
+
 void stem_backward(Tensor dy, Tensor x, Tensor norm, int64_t count, Tensor dx, Tensor dnorm) {
   const arguments::StemBackward call(dy, x, norm, count, dx, dnorm);
   if (call.C == 0) return;
   const Launcher launcher(call.lead);
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    const Rows<A> sums = output_rows<A>(call.dnorm);
-    if (call.N * call.H * call.W == 0) return clear_table(launcher, sums, kDnormRows, call.C);
-    const int width = vector_width(call.C, sizeof(T), kVector<T>, {call.x, call.dy, call.dx});
-    const StemPlan plan(x, width, 0), wide(x, width, 1);
-    const Tensor partials =
-        torch::stable::new_empty(x, {partials_size(plan.parts(), call.C)}, call.arithmetic);
-    A* const data = static_cast<A*>(partials.mutable_data_ptr());
+    const Rows<A> dnorm_rows = output_rows<A>(call.dnorm);
+    if (call.N * call.H * call.W == 0) return clear_table(launcher, dnorm_rows, kDnormRows, call.C);
+    const tiling::StemBackward tiling(call.N, call.H, call.W, call.C, sizeof(T),
+                                      row_alignment({call.x, call.dy, call.dx}));
+    const StemTiling &plan = tiling.sums, &wide = tiling.dx;
+    const Workspace partials(x, tiling.bytes);
     const Rows<const T> dy_rows = input_rows<T>(call.dy), x_rows = input_rows<T>(call.x);
     const Rows<const A> norm_rows = input_rows<A>(call.norm);
-    dispatch_width<kVector<T>>(width, [&]<int V>() {
-      launcher.launch<&stem_sums_kernel<T, V>>({.grid_x = plan.parts(),
-                                                .grid_y = plan.columns.groups,
-                                                .block = kColumnThreads,
-                                                .shared_bytes = kMergeBytes<A, V>},
-                                               dy_rows, x_rows, norm_rows, plan, data);
+    constexpr int kMaxVector = StemTiling::max_vector(sizeof(T));
+    dispatch_width<kMaxVector>(plan.columns.vector, [&]<int V>() {
+      launcher.launch<&stem_backward_sums_kernel<T, V>>(
+          {.grid_x = plan.parts(),
+           .grid_y = plan.columns.groups,
+           .block = kColumnThreads,
+           .shared_bytes = kMergeBytes<MergeSums, A, V>},
+          dy_rows, x_rows, norm_rows, plan, partials.data<A>());
     });
-    finish_partials<MergeSums, FinishDnorm>(launcher, data, plan.parts(), call.C, sums);
-    dispatch_width<kVector<T>>(width, [&]<int V>() {
-      launcher.launch<&stem_gradient_kernel<T, V>>({.grid_x = wide.parts(),
-                                                    .grid_y = wide.columns.groups,
-                                                    .block = kColumnThreads,
-                                                    .shared_bytes = 2 * kColumnThreads * V},
-                                                   dy_rows, x_rows, norm_rows,
-                                                   input_rows<A>(call.dnorm), call.count, wide,
-                                                   output_rows<T>(call.dx));
+    launch_finish<&stem_backward_finish_kernel<A>, 1>(
+        launcher, SumPartials<A>{},
+        norm_sums<A>(partials.data<const A>(), plan.parts(), call.C, call.C, dnorm_rows));
+    dispatch_width<kMaxVector>(wide.columns.vector, [&]<int V>() {
+      launcher.launch<&stem_backward_dx_kernel<T, V>>({.grid_x = wide.parts(),
+                                                       .grid_y = wide.columns.groups,
+                                                       .block = kColumnThreads,
+                                                       .shared_bytes = 2 * kColumnThreads * V},
+                                                      dy_rows, x_rows, norm_rows,
+                                                      input_rows<A>(call.dnorm), call.count, wide,
+                                                      output_rows<T>(call.dx));
     });
   });
 }

@@ -8,6 +8,8 @@
 // rows, merged by Chan's formula in a fixed order (reduce/finish.cuh).
 #include "pool/stem.cuh"
 #include "reduce/block.cuh"
+#include "reduce/finish.cuh"
+#include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
@@ -16,7 +18,7 @@ constexpr int kGroup = 4;  // output rows whose moments are taken at once
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    stem_forward_kernel(Rows<const T> x, Rows<const Arithmetic<T>> norm, Rows<T> y, StemPlan plan,
+    stem_forward_kernel(Rows<const T> x, Rows<const Arithmetic<T>> norm, Rows<T> y, StemTiling plan,
                         Arithmetic<T>* partials) {
   using A = Arithmetic<T>;
   const StemThread at(plan);
@@ -57,32 +59,37 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   if (partials) block_merge<MergeMoments>(plan.columns, at.at, pairs, partials);
 }
 
+template <typename A>
+__global__ void __launch_bounds__(kFinishThreads)
+    stem_forward_finish_kernel(MomentPartials<A> args) {
+  finish_moments(args);
+}
+
 void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {
   const arguments::StemForward call(x, norm, y, stats);
   if (call.C == 0) return;
   const Launcher launcher(call.lead);
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
-    const Rows<A> table = output_rows<A>(call.stats);
     if (call.N * call.H * call.W == 0) {
-      if (stats) clear_table(launcher, table, kStatsRows, call.C);
+      if (stats) clear_table(launcher, output_rows<A>(call.stats), kStatsRows, call.C);
       return;
     }
-    const int width = vector_width(call.C, sizeof(T), kVector<T>, {call.x, call.y});
-    const StemPlan plan(x, width, 0);
-    const Tensor partials = torch::stable::new_empty(
-        x, {stats ? partials_size(plan.parts(), call.C) : 0}, call.arithmetic);
-    A* const data = stats ? static_cast<A*>(partials.mutable_data_ptr()) : nullptr;
-    dispatch_width<kVector<T>>(width, [&]<int V>() {
-      launcher.launch<&stem_forward_kernel<T, V>>({.grid_x = plan.parts(),
-                                                   .grid_y = plan.columns.groups,
-                                                   .block = kColumnThreads,
-                                                   .shared_bytes = stats ? kMergeBytes<A, V> : 0},
-                                                  input_rows<T>(call.x), input_rows<A>(call.norm),
-                                                  output_rows<T>(call.y), plan, data);
+    const tiling::StemForward tiling(call.N, call.H, call.W, call.C, sizeof(T),
+                                     row_alignment({call.x, call.y}), stats.has_value());
+    const StemTiling& plan = tiling.tiling;
+    const Workspace partials(x, tiling.bytes);
+    dispatch_width<StemTiling::max_vector(sizeof(T))>(plan.columns.vector, [&]<int V>() {
+      launcher.launch<&stem_forward_kernel<T, V>>(
+          {.grid_x = plan.parts(),
+           .grid_y = plan.columns.groups,
+           .block = kColumnThreads,
+           .shared_bytes = stats ? kMergeBytes<MergeMoments, A, V> : 0},
+          input_rows<T>(call.x), input_rows<A>(call.norm), output_rows<T>(call.y), plan,
+          partials.data<A>());
     });
-    if (stats)
-      finish_partials<MergeMoments, FinishStats>(launcher, data, plan.parts(), call.C, table);
+    launch_finish<&stem_forward_finish_kernel<A>>(launcher, partials.data<const A>(), plan.parts(),
+                                                  call.C, call.stats);
   });
 }
 

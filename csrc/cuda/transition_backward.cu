@@ -20,9 +20,12 @@
 #include "reduce/block.cuh"
 #include "reduce/correction.cuh"
 #include "reduce/finish.cuh"
+#include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
+
+using namespace transition_products;
 
 // ---- 2. sums, pooled activations ----------------------------------------------------------------
 
@@ -49,8 +52,8 @@ struct Window {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    transition_sums_kernel(Rows<const T> x, Rows<const float> norm, Quads quads, Columns plan,
-                           bool keep_pooled, Rows<T> dx, float* partials) {
+    transition_backward_sums_kernel(Rows<const T> x, Rows<const float> norm, Quads quads,
+                                    Columns plan, bool keep_pooled, Rows<T> dx, float* partials) {
   using namespace device;
   const ColumnThread at(plan, thread_index(), block_y());
   auto sums = Pairs<float, V>::zero();
@@ -102,8 +105,8 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    transition_dx_kernel(Rows<const T> x, Rows<const float> norm, Rows<const float> dnorm,
-                         int64_t count, Quads quads, Columns plan, Rows<T> dx) {
+    transition_backward_dx_kernel(Rows<const T> x, Rows<const float> norm, Rows<const float> dnorm,
+                                  int64_t count, Quads quads, Columns plan, Rows<T> dx) {
   using namespace device;
   const ColumnThread at(plan, thread_index(), block_y());
   if (!at.active) return;
@@ -136,37 +139,14 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   }
 }
 
+// ---- Second pass of 2 and 3 ---------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kFinishThreads)
+    transition_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
+  finish_sums<1>(weight, norm);
+}
+
 // ---- Launcher -----------------------------------------------------------------------------------
-
-// Blocks side by side over the windows: enough to fill the device, at least eight depths for each.
-int64_t weight_blocks(const Quads& quads, int64_t tiles, int multiprocessors) {
-  const int64_t most = ceil_div(ceil_div(quads.windows, 32), 8);
-  return std::clamp<int64_t>(2 * multiprocessors / std::max<int64_t>(tiles, 1), 1, most);
-}
-
-template <typename T>
-void launch_dweight(const Launcher& launcher, const arguments::TransitionBackward& call,
-                    const Quads& quads) {
-  const int64_t C = call.C, K = call.K;
-  const int64_t channel_tiles = ceil_div(C, kTile), tiles = channel_tiles * ceil_div(K, kTile);
-  const int64_t blocks = weight_blocks(quads, tiles, launcher.device().multiprocessors);
-  const int64_t pitch = round_up(C, 2);
-  const Workspace partial(call.lead.tensor, blocks * K * pitch * 4);
-  launcher.launch<&transition_weight_kernel<T>>(
-      {.grid_x = blocks, .grid_y = tiles, .block = kThreads, .shared_bytes = kStages * kStageBytes},
-      Weight{row_tensor(call.dy), output_row_tensor(call.dx), quads, partial.data(), pitch,
-             static_cast<int>(C), static_cast<int>(K), static_cast<int>(channel_tiles)});
-  SumPartials sum;
-  sum.partial = partial.data();
-  sum.blocks = static_cast<int>(blocks);
-  sum.rows = static_cast<int>(K);
-  sum.columns = static_cast<int>(C);
-  sum.pitch = pitch;
-  sum.block_stride = K * pitch;
-  sum.out = output_rows<float>(call.dweight).data;
-  sum.out_stride = C;
-  sum_partials<1>(launcher, sum, {});
-}
 
 void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
                          OptionalTensor dweight, Tensor dnorm) {
@@ -176,43 +156,55 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
     const auto weight_tensor = weight_rows(call);
     const Quads quads(call, true), all_quads(call, false);
     const Launcher launcher(call.lead);
-    const Rows<float> sums = output_rows<float>(call.dnorm);
+    const Rows<float> dnorm_rows = output_rows<float>(call.dnorm);
+    const Rows<float> dweight_rows = output_rows<float>(call.dweight);
     if (quads.windows == 0 || C == 0) {
-      clear_table(launcher, sums, kDnormRows, C);
-      if (dweight) clear_table(launcher, output_rows<float>(call.dweight), K, C);
+      clear_table(launcher, dnorm_rows, kDnormRows, C);
+      if (dweight) clear_table(launcher, dweight_rows, K, C);
     }
     if (all_quads.windows == 0 || C == 0) return;
-    const int width = vector_width(C, sizeof(T), 16 / sizeof(T), {call.x, call.dx});
+    const Tiling tiling(quads.windows, C, K, sizeof(T), row_alignment({call.x, call.dx}),
+                        dweight.has_value(), launcher.device());
     const Rows<const T> x_rows = input_rows<T>(call.x);
     const Rows<T> dx_rows = output_rows<T>(call.dx);
     const Rows<const float> norm_rows = input_rows<float>(call.norm);
     if (quads.windows > 0) {
-      launcher.launch<&transition_product_kernel<T>>(
+      launcher.launch<&transition_backward_product_kernel<T>>(
           {.grid_x = ceil_div(quads.windows, kTile),
            .grid_y = ceil_div(C, kTile),
            .block = kThreads,
            .shared_bytes = kProductBytes},
           Product{row_tensor(call.dy), weight_tensor, output_row_tensor(call.dx), quads,
                   static_cast<int>(C), static_cast<int>(K)});
-      // Eight channels a thread would spill; two windows in flight make up for it.
-      const int sums_width = std::min(width, 4);
-      const Columns plan(quads.windows, C, sums_width, sizeof(T), 4);
-      const Workspace partials(x, partials_size(plan.parts, C) * 4);
-      dispatch_width<4>(sums_width, [&]<int V>() {
-        launcher.launch<&transition_sums_kernel<T, V>>(
+      const Columns& plan = tiling.sums;
+      const Workspace sums(x, tiling.sums_bytes), weights(x, tiling.weight_bytes);
+      dispatch_width<Tiling::kSumsVector>(plan.vector, [&]<int V>() {
+        launcher.launch<&transition_backward_sums_kernel<T, V>>(
             {.grid_x = plan.parts,
              .grid_y = plan.groups,
              .block = kColumnThreads,
-             .shared_bytes = kMergeBytes<float, V>},
-            x_rows, norm_rows, quads, plan, dweight.has_value(), dx_rows, partials.data());
+             .shared_bytes = kMergeBytes<MergeSums, float, V>},
+            x_rows, norm_rows, quads, plan, dweight.has_value(), dx_rows, sums.data<float>());
       });
-      finish_partials<MergeSums, FinishDnorm>(launcher, static_cast<const float*>(partials.data()),
-                                              plan.parts, C, sums);
-      if (dweight && K > 0) launch_dweight<T>(launcher, call, quads);
+      SumPartials<float> of_weight;
+      if (dweight && K > 0) {
+        launcher.launch<&transition_backward_weight_kernel<T>>(
+            {.grid_x = tiling.weight_blocks,
+             .grid_y = tiling.tiles,
+             .block = kThreads,
+             .shared_bytes = kStages * kStageBytes},
+            Weight{row_tensor(call.dy), output_row_tensor(call.dx), quads, weights.data<float>(),
+                   tiling.pitch, static_cast<int>(C), static_cast<int>(K),
+                   static_cast<int>(tiling.channel_tiles)});
+        of_weight = weight_sums(weights.data<const float>(), tiling.weight_blocks, K, C, 1,
+                                tiling.pitch, dweight_rows.data);
+      }
+      launch_finish<&transition_backward_finish_kernel, 1>(
+          launcher, of_weight, norm_sums(sums.data<const float>(), plan.parts, C, C, dnorm_rows));
     }
-    const Columns plan(all_quads.windows, C, width, sizeof(T), 4);
-    dispatch_width<16 / sizeof(T)>(width, [&]<int V>() {
-      launcher.launch<&transition_dx_kernel<T, V>>(
+    const Columns plan(all_quads.windows, C, tiling.vector, sizeof(T), Tiling::kLoads);
+    dispatch_width<16 / sizeof(T)>(plan.vector, [&]<int V>() {
+      launcher.launch<&transition_backward_dx_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads}, x_rows, norm_rows,
           input_rows<float>(call.dnorm), call.count, all_quads, plan, dx_rows);
     });

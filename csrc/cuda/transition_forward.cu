@@ -18,11 +18,16 @@
 #include "gemm/row_tensor.h"
 #include "pool/windows.h"
 #include "reduce/finish.cuh"
+#include "tiling/pool.h"
+#include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
 
-constexpr int kStages = 2, kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 32;
+using Tiling = tiling::TransitionForward;
+
+constexpr int kStages = 2;
+constexpr int kWarps = Tiling::kWarps, kThreads = 32 * kWarps, kWarpRows = Tiling::kWarpRows;
 
 struct Forward {
   device::RowTensor x;       // [N * H * W, C]
@@ -211,18 +216,12 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
                                           column0, args.outputs);
 }
 
+__global__ void __launch_bounds__(kFinishThreads)
+    transition_forward_finish_kernel(MomentPartials<float> args) {
+  finish_moments(args);
+}
+
 // ---- Launcher -----------------------------------------------------------------------------------
-
-struct Tiling {
-  int columns, split;
-  int64_t blocks;
-
-  Tiling(int64_t rows, int64_t outputs, int multiprocessors)
-      : columns(outputs <= 64 ? 64 : 128), split(outputs <= 128 ? 1 : 2) {
-    const int64_t tiles = ceil_div(rows, kWarps / split * kWarpRows);
-    blocks = std::min<int64_t>(tiles, 2 * multiprocessors);
-  }
-};
 
 template <typename T, int kColumns, int kSplit>
 void launch_forward(const Launcher& launcher, const Forward& args, const Tiling& tiling) {
@@ -239,16 +238,17 @@ void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, Optional
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Quads quads(call, true);
     const Launcher launcher(call.lead);
-    const Tiling tiling(quads.windows, call.K, launcher.device().multiprocessors);
-    const Workspace partial(x, stats ? tiling.blocks * 3 * call.K * 4 : 0);
+    const Tiling tiling(quads.windows, call.K, stats.has_value(), launcher.device());
+    const Workspace partial(x, tiling.bytes);
     const Forward args{row_tensor(call.x),        float_table(call.norm),  weight_rows(call),
-                       output_row_tensor(call.y), partial.data(),          quads,
+                       output_row_tensor(call.y), partial.data<float>(),   quads,
                        static_cast<int>(call.C),  static_cast<int>(call.K)};
     const auto launch = tiling.columns == 64 ? launch_forward<T, 64, 1>
                         : tiling.split == 1  ? launch_forward<T, 128, 1>
                                              : launch_forward<T, 128, 2>;
     if (quads.windows > 0 && call.K > 0) launch(launcher, args, tiling);
-    merge_moments(launcher, args.partial, tiling.blocks, call.K, call.stats);
+    launch_finish<&transition_forward_finish_kernel>(launcher, partial.data<const float>(),
+                                                     tiling.blocks, call.K, call.stats);
   });
 }
 

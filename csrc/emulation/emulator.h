@@ -73,6 +73,21 @@ const DeviceFigures& device();
 void set_seed(uint64_t seed);
 const std::vector<Counters>& launches();
 void clear_launches();
+
+// Bytes of workspaces that are live while this object is.
+class LiveBytes {
+ public:
+  LiveBytes() = default;
+  explicit LiveBytes(int64_t bytes);
+  LiveBytes& operator=(LiveBytes&& other) noexcept;
+  ~LiveBytes();
+
+ private:
+  int64_t bytes_ = 0;
+};
+// The most that was live at a time since this was last asked.
+int64_t take_peak_workspace();
+
 // Accesses within these bytes are counted under this name; a null name forgets all ranges.
 void name_range(const char* name, const void* begin, int64_t bytes);
 

@@ -1,5 +1,5 @@
 // What the Python side of the emulation calls, by C linkage: the order of threads, and the counters
-// of the launches since they were last read, as JSON.
+// of the launches and the peak of the workspaces since they were last read, as JSON.
 #include <sstream>
 #include <string>
 
@@ -77,14 +77,14 @@ DE_EXPORT const char* de_emulation_report() {
   namespace emulation = densenet_efficient::emulation;
   static std::string report;
   std::ostringstream out;
-  out << "[";
+  out << "{\"workspace_bytes\":" << emulation::take_peak_workspace() << ",\"launches\":[";
   const char* separator = "";
   for (const emulation::Counters& launch : emulation::launches()) {
     out << separator;
     emulation::write(out, launch);
     separator = ",";
   }
-  out << "]";
+  out << "]}";
   report = out.str();
   emulation::clear_launches();
   return report.c_str();

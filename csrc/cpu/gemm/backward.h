@@ -42,9 +42,9 @@ void product_backward(const Tensor& weight, int64_t M, const Gradients<Arithmeti
   using A = Arithmetic<T>;
   using U = Unit<T>;
   using E = Element<T>;
-  constexpr int64_t group_size = kGroup<T>, kColumns = workspace::cpu::kColumns;
+  constexpr int64_t group_size = kGroup<T>, kColumns = tiling::kColumns;
   const int64_t K = weight.size(0), C = weight.size(1), slots = threads();
-  const workspace::cpu::ProductBackward plan(M, C, K, sizeof(A), slots);
+  const tiling::ProductBackward plan(M, C, K, sizeof(A), slots);
   const int64_t groups = plan.groups.groups, steps = plan.depth / group_size;
   Workspace workspace(weight, plan.bytes);
   U* packed = workspace.take<U>(plan.columns * steps);
@@ -89,7 +89,7 @@ void product_backward(const Tensor& weight, int64_t M, const Gradients<Arithmeti
 
       for (int64_t column = first_column; column < last_column; column += kColumns) {
         const int64_t columns = std::min(kColumns, last_column - column);
-        const int64_t width = workspace::cpu::pad(columns);
+        const int64_t width = tiling::pad(columns);
         product(Product<U>{.m = rows,
                            .n = columns,
                            .segments = 1,

@@ -17,9 +17,9 @@ void product_forward(const Tensor& weight, int64_t M, Rows<T> y, Rows<Arithmetic
   using A = Arithmetic<T>;
   using U = Unit<T>;
   const int64_t K = weight.size(0), C = weight.size(1), slots = threads();
-  const workspace::cpu::ProductForward plan(M, C, K, sizeof(A), slots);
+  const tiling::ProductForward plan(M, C, K, sizeof(A), slots);
   Workspace workspace(weight, plan.bytes);
-  const int64_t steps = plan.depth / kGroup<T>, width = workspace::cpu::pad(K);
+  const int64_t steps = plan.depth / kGroup<T>, width = tiling::pad(K);
   U* packed = workspace.take<U>(width * steps);
   Element<T>* operands = workspace.take<Element<T>>(slots * plan.operand);
   A* results = workspace.take<A>(slots * plan.result);

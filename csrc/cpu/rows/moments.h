@@ -42,7 +42,7 @@ void tile_moments(Rows<const T> y, int64_t rows, int64_t channels, Arithmetic<T>
 // The running moments of each group, [groups][2][C] in double, and their counts.
 class GroupMoments {
  public:
-  static constexpr int64_t kSpare = workspace::cpu::kMomentRows;
+  static constexpr int64_t kSpare = tiling::kMomentRows;
 
   GroupMoments(Workspace& workspace, int64_t groups, int64_t channels)
       : groups_(groups),

@@ -4,11 +4,11 @@
 #pragma once
 
 #include "../gemm/row_tensor.h"
-#include "../tiling/conv3x3.h"
+#include "../tiling/conv1x1.h"
 
 namespace densenet_efficient::conv1x1_backward {
 
-using Tiling = workspace::cuda::Conv1x1Backward;
+using Tiling = tiling::NormReluConv1x1Backward;
 
 constexpr int kTileRows = Tiling::kTileRows;
 constexpr int kPanelBytes = kTileRows * device::kPanelRowBytes;

@@ -27,49 +27,13 @@ struct DataGradient {
   float* partial;            // [blocks, 2, pitch]: dgamma, dbeta
   int64_t pitch;             // C, padded to panels
   int channels, outputs;     // C, K
-  bool accumulate;
-};
-
-template <typename T>
-struct DataGradientLayout {
-  static constexpr int kStages = 2;
-  static constexpr int kChannels = device::kPanelChannels<T>;
-  static constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
-  static constexpr int kWeightBytes = device::kTaps * kChannels * device::kPanelRowBytes;
-  static constexpr int kNormBytes = kNormRows * kChannels * 4;
-  static constexpr int kWarpSumBytes = kDnormRows * kChannels * 4;
-  int positions, groups, output_panels;
-  bool accumulate;
-
-  // A stage: weight, norm [channels][4], x and, if it is added to, dx. Behind the stages: the
-  // warps' sums, twice; dy; its correction; the tile's pixels.
-  DE_HOST_DEVICE int norm_offset() const { return kWeightBytes; }
-  DE_HOST_DEVICE int x_offset() const { return norm_offset() + kNormBytes; }
-  DE_HOST_DEVICE int x_bytes() const { return groups * kGroup * device::kPanelRowBytes; }
-  DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_bytes(); }
-  DE_HOST_DEVICE int stage_bytes() const { return x_offset() + (accumulate ? 2 : 1) * x_bytes(); }
-  DE_HOST_DEVICE int sums_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int dy_offset() const { return sums_offset() + 2 * groups * kWarpSumBytes; }
-  DE_HOST_DEVICE int correction_offset() const {
-    return dy_offset() + output_panels * (positions * device::kPanelRowBytes + device::kZeroBytes);
-  }
-  DE_HOST_DEVICE int pixels_offset() const {
-    return correction_offset() + output_panels * device::kCorrectionBytes<T>;
-  }
-
-  static workspace::cuda::Tile3x3::Shared shared(int output_panels, bool accumulate) {
-    return {kStages * (kWeightBytes + kNormBytes) +
-                output_panels * (device::kZeroBytes + device::kCorrectionBytes<T>),
-            output_panels * device::kPanelRowBytes,
-            kStages * (accumulate ? 2 : 1) * kGroup * device::kPanelRowBytes + 2 * kWarpSumBytes +
-                kGroup * device::kPixelBytes};
-  }
 };
 
 namespace data_gradient {
 
 using namespace device;
-constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
+using Layout = tiling::DataGradientLayout3x3;
+constexpr int kGroup = tiling::Tile3x3::kGroup;
 
 template <typename T>
 constexpr int kTiles = kPanelChannels<T> / 8;  // of eight channels, in a panel
@@ -179,11 +143,11 @@ __device__ __forceinline__ void add_sums(const float* sums, float* partial, int6
 }
 
 template <typename T, bool kAccumulate>
-__global__ void __launch_bounds__(32 * workspace::cuda::Tile3x3::kMaxGroups, 2)
-    kernel(DataGradient args, Images images) {
+__global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
+    norm_relu_conv3x3_backward_data_kernel(DataGradient args, Images images) {
   constexpr int kChannels = kPanelChannels<T>, kSums = kDnormRows * kChannels;
   const int output_panels = max(1, panels_of<T>(args.outputs));
-  const DataGradientLayout<T> layout{images.positions, images.groups, output_panels, kAccumulate};
+  const Layout layout{sizeof(T), images.positions, images.groups, output_panels, kAccumulate};
   const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
   const int lane = lane_index();
   const int panels = panels_of<T>(args.channels);

@@ -21,10 +21,10 @@ struct Images {
   int64_t tiles;
   int groups;
 
-  Images(const workspace::cuda::Tile3x3& tile, int64_t images, int64_t height, int64_t width)
-      : image_rows(images * height),
-        height(static_cast<int>(height)),
-        width(static_cast<int>(width)),
+  Images(const tiling::Tile3x3& tile, const tiling::Images3x3& of)
+      : image_rows(of.images * of.height),
+        height(static_cast<int>(of.height)),
+        width(static_cast<int>(of.width)),
         tile_height(tile.tile_height),
         tile_width(tile.tile_width),
         strips(tile.strips),
@@ -37,7 +37,7 @@ struct Images {
 
 // x: [N, H, W, C]. Wide images are cut into strips until a tile fits, so only very many outputs do
 // not.
-inline void check_fits(const Arg& x, const workspace::cuda::Tile3x3& tile) {
+inline void check_fits(const Arg& x, const tiling::Tile3x3& tile) {
   if (tile.groups == 0 && x.tensor.size(0) * x.tensor.size(1) * x.tensor.size(2) > 0)
     fail(x, "of shape ", shape_text(x.tensor),
          " and its outputs do not fit a tile in the device's shared memory");
@@ -45,10 +45,7 @@ inline void check_fits(const Arg& x, const workspace::cuda::Tile3x3& tile) {
 
 namespace device {
 
-constexpr int kZeroRows = 8;
-constexpr int kZeroBytes = kZeroRows * kPanelRowBytes;
-constexpr int kPixelBytes = 8;
-constexpr int kTaps = 9;
+using tiling::kPixelBytes, tiling::kTaps, tiling::kZeroBytes;
 
 struct TileOrigin {
   int64_t image_row;  // of N * H
@@ -83,7 +80,7 @@ __device__ __forceinline__ uint2 describe_pixel(const Images& images, const Tile
 // The pixels of a tile, in groups of 64, described in shared memory by the threads of the block.
 __device__ __forceinline__ void describe_tile(const Images& images, const TileOrigin& origin,
                                               unsigned char* pixels, int threads) {
-  for (int p = thread_index(); p < workspace::cuda::Tile3x3::kGroup * images.groups; p += threads)
+  for (int p = thread_index(); p < tiling::Tile3x3::kGroup * images.groups; p += threads)
     shared_store(pixels + p * kPixelBytes, describe_pixel(images, origin, p));
 }
 
@@ -152,7 +149,7 @@ __device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& 
   const int64_t first = origin.pixel(images);
   const int64_t left = images.image_rows * images.width - first;
   const int whole = images.strips > 1 ? 0 : images.tile_height * images.tile_width;
-  for (int p = thread_index() >> 2; p < workspace::cuda::Tile3x3::kGroup * images.groups;
+  for (int p = thread_index() >> 2; p < tiling::Tile3x3::kGroup * images.groups;
        p += threads >> 2) {
     int offset = p < whole && p < left ? p : -1;
     if (!whole) offset = static_cast<int>(describe_pixel(images, origin, p).x);

@@ -38,9 +38,9 @@ __device__ __forceinline__ void clear_zero_rows(unsigned char* halo, const Image
 // threads of a position read neighbours; the channels of a chunk are so far apart that they do not
 // share banks. Channels past the end get zeros.
 template <typename T>
-constexpr int kCorrectionPitch = kIs16Bit<T> ? 80 : 96;
+constexpr int kCorrectionPitch = tiling::correction_pitch(sizeof(T));
 template <typename T>
-constexpr int kCorrectionBytes = kChunk<T> * kCorrectionPitch<T>;  // of a panel
+constexpr int kCorrectionBytes = tiling::correction_bytes(sizeof(T));  // of a panel
 
 template <typename T>
 __device__ __forceinline__ void load_correction(unsigned char* shared, const OutputGradient& from,

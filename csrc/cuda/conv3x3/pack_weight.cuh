@@ -3,6 +3,8 @@
 #pragma once
 
 #include "../gemm/row_tensor.h"
+#include "../tiling/conv3x3.h"
+#include "../workspace.h"
 
 namespace densenet_efficient {
 
@@ -15,22 +17,19 @@ struct PackWeight {
   int outputs, channels;
 };
 
-namespace weight3x3 {
+constexpr int kPackChannels = 32, kPackThreads = 96;
+constexpr int kPackElements = kPackChannels * 9;
 
-constexpr int kChannels = 32;
-constexpr int kElements = kChannels * 9;
-constexpr int kThreads = 96;
-
-// A block turns 32 channels of one output around in shared memory, so that a contiguous weight is
-// read, and the rows are written, in runs.
+// A block transposes 32 channels of one output in shared memory, so that a contiguous weight is
+// read, and the rows are written, in runs. Called by a kernel that bears its operator's name.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(PackWeight<T> args) {
+__device__ __forceinline__ void pack_weight(const PackWeight<T>& args) {
   using namespace device;
   using Element = Bits<T>;
   unsigned char* shared = shared_memory();  // [32 channels, 9 taps]
-  const int channel0 = block_x() * kChannels, output = block_y();
+  const int channel0 = block_x() * kPackChannels, output = block_y();
   const T* from = args.weight + output * args.stride[0];
-  for (int i = thread_index(); i < kElements; i += kThreads) {
+  for (int i = thread_index(); i < kPackElements; i += kPackThreads) {
     const int channel = channel0 + i / 9, tap = i % 9;
     Element value = 0;
     if (channel < args.channels)
@@ -39,55 +38,43 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(PackWeight<T> args) {
     shared_store(shared + sizeof(T) * i, value);
   }
   sync_threads();
-  for (int i = thread_index(); i < kElements; i += kThreads) {
-    const int channel = i % kChannels, tap = i / kChannels;
+  for (int i = thread_index(); i < kPackElements; i += kPackThreads) {
+    const int channel = i % kPackChannels, tap = i / kPackChannels;
     if (channel0 + channel < args.pitch)
       global_store(args.packed + (int64_t(output) * 9 + tap) * args.pitch + channel0 + channel,
                    shared_load<Element>(shared + sizeof(T) * (channel * 9 + tap)));
   }
 }
 
-}  // namespace weight3x3
+// Whether a weight [K, C, 3, 3] must be copied: its channels are not neighbours.
+inline bool needs_packing(const Tensor& weight) {
+  const int64_t channels = weight.size(1);
+  return weight.stride(1) != 1 || weight.stride(3) != channels ||
+         weight.stride(2) != 3 * channels || weight.stride(0) != 9 * channels;
+}
 
-// Owns the copy where one is needed.
-template <typename T>
-class WeightRows {
- public:
-  WeightRows(const Launcher& launcher, const Tensor& weight)
-      : channels_last_(is_channels_last(weight)),
-        copy_(weight, channels_last_ ? 0
-                                     : workspace::cuda::conv3x3_weight_bytes(
-                                           weight.size(0), weight.size(1), sizeof(T))) {
-    const int64_t outputs = weight.size(0), channels = weight.size(1);
-    if (channels_last_) {
-      rows_ = row_tensor({&weight, channels});
-      return;
-    }
-    const int64_t pitch = round_up(channels, device::kChunk<T>);
-    rows_ = {copy_.data(), pitch, device::kChunk<T>};
-    if (outputs * channels == 0) return;
-    launcher.launch<&weight3x3::pack_kernel<T>>(
-        {ceil_div(pitch, weight3x3::kChannels), outputs, weight3x3::kThreads,
-         weight3x3::kElements * static_cast<int64_t>(sizeof(T))},
+// The weight's rows: its own, or those of the copy, which the operator's kernel makes. The copy's
+// memory is there (weight_copy_bytes) where one is needed and there is anything to compute.
+template <auto kernel, typename T>
+device::RowTensor packed_rows(const Launcher& launcher, const Tensor& weight,
+                              const Workspace& copy) {
+  const int64_t outputs = weight.size(0), channels = weight.size(1);
+  if (!needs_packing(weight)) return row_tensor({&weight, channels});
+  const int64_t pitch = round_up(channels, device::kChunk<T>);
+  T* const packed = copy.data<T>();
+  if (packed)
+    launcher.launch<kernel>(
+        {.grid_x = ceil_div(pitch, kPackChannels),
+         .grid_y = outputs,
+         .block = kPackThreads,
+         .shared_bytes = kPackElements * static_cast<int64_t>(sizeof(T))},
         PackWeight<T>{static_cast<const T*>(weight.const_data_ptr()),
                       {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
-                      static_cast<T*>(rows_.data),
+                      packed,
                       pitch,
                       static_cast<int>(outputs),
                       static_cast<int>(channels)});
-  }
-  const device::RowTensor& rows() const { return rows_; }
-
- private:
-  static bool is_channels_last(const Tensor& weight) {
-    const int64_t channels = weight.size(1);
-    return weight.stride(1) == 1 && weight.stride(3) == channels &&
-           weight.stride(2) == 3 * channels && weight.stride(0) == 9 * channels;
-  }
-
-  bool channels_last_;
-  Workspace copy_;
-  device::RowTensor rows_;
-};
+  return {packed, pitch, device::kChunk<T>};
+}
 
 }  // namespace densenet_efficient

@@ -26,45 +26,11 @@ struct WeightGradient {
   int channel_blocks;       // blocks that share a range of tiles, beside block_y() for outputs
 };
 
-template <typename T>
-struct WeightGradientLayout {
-  static constexpr int kStages = 2;
-  static constexpr int kGroup = workspace::cuda::Tile3x3::kGroup;
-  static constexpr int kUnitPanels = 32 / device::kPanelChannels<T>;
-  static constexpr int kNormBytes = device::kScaleShiftBytes<T>;
-  int positions, groups, units, outputs;  // a multiple of 16
-
-  static constexpr int panels_of(int outputs) {
-    return (outputs + device::kPanelChannels<T> - 1) / device::kPanelChannels<T>;
-  }
-
-  // A stage: x and the norm of each panel. Behind the stages: dy, its correction, the tile's
-  // pixels.
-  DE_HOST_DEVICE int x_bytes() const { return groups * kGroup * device::kPanelRowBytes; }
-  DE_HOST_DEVICE int panels() const { return units * kUnitPanels; }
-  DE_HOST_DEVICE int panel_bytes() const { return x_bytes() + kNormBytes; }
-  DE_HOST_DEVICE int stage_bytes() const { return panels() * panel_bytes(); }
-  DE_HOST_DEVICE int dy_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int correction_offset() const {
-    return dy_offset() +
-           panels_of(outputs) * (positions * device::kPanelRowBytes + device::kZeroBytes);
-  }
-  DE_HOST_DEVICE int pixels_offset() const {
-    return correction_offset() + panels_of(outputs) * device::kCorrectionBytes<T>;
-  }
-
-  static workspace::cuda::Tile3x3::Shared shared(int units, int outputs) {
-    const int panels = units * kUnitPanels, output_panels = panels_of(outputs);
-    return {kStages * panels * kNormBytes +
-                output_panels * (device::kZeroBytes + device::kCorrectionBytes<T>),
-            output_panels * device::kPanelRowBytes,
-            kStages * panels * kGroup * device::kPanelRowBytes + kGroup * device::kPixelBytes};
-  }
-};
-
 namespace weight_gradient {
 
 using namespace device;
+using Layout = tiling::WeightGradientLayout3x3;
+constexpr int kGroup = tiling::Tile3x3::kGroup;
 
 // One row of taps over a tile: kDepths times 16 outputs, 32 channels.
 template <typename T, int kDepths>
@@ -108,10 +74,10 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
 
 template <typename T, int kDepths>
 __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
-    kernel(WeightGradient args, Images images) {
-  using Layout = WeightGradientLayout<T>;
-  constexpr int kOutputs = 16 * kDepths, kOutputPanels = Layout::panels_of(kOutputs);
-  const Layout layout{images.positions, images.groups, args.units, kOutputs};
+    norm_relu_conv3x3_backward_weight_kernel(WeightGradient args, Images images) {
+  constexpr int kOutputs = 16 * kDepths, kOutputPanels = tiling::panels(kOutputs, sizeof(T));
+  constexpr int kUnitPanels = 32 / kPanelChannels<T>;
+  const Layout layout{sizeof(T), images.positions, images.groups, args.units, kOutputs};
   const int threads = 96 * args.units, warp = warp_index(), lane = lane_index();
   const int channel_block = block_x() % args.channel_blocks;
   const int row_block = block_x() / args.channel_blocks;
@@ -158,14 +124,14 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
                         origin, gradient, outputs, kOutputPanels, threads);
     for (int panel = 0; panel < layout.panels(); ++panel) {
       unsigned char* x = stage + panel * layout.panel_bytes();
-      normalise_panel<T>(x, x + layout.x_bytes(), images.groups * Layout::kGroup, threads);
+      normalise_panel<T>(x, x + layout.x_bytes(), images.groups * kGroup, threads);
     }
     sync_threads();
     multiply_tile<T, kDepths>(acc, shared, layout.dy_offset(), gradient_panel_bytes(images),
-                              stage + own_unit * Layout::kUnitPanels * layout.panel_bytes(),
+                              stage + own_unit * kUnitPanels * layout.panel_bytes(),
                               layout.panel_bytes(), pixels,
                               layout.dy_offset() + images.positions * kPanelRowBytes, dh,
-                              images.pitch, images.groups * (Layout::kGroup / kDepth<T>));
+                              images.pitch, images.groups * (kGroup / kDepth<T>));
     stage_index = 1 - stage_index;
   }
 

@@ -17,7 +17,7 @@ struct WarpMoments {
 // The same of all a block's warps, one behind the other: mean [kColumns], M2 [kColumns], count.
 template <int kColumns>
 struct BlockMoments {
-  static constexpr int kPitch = 2 * kColumns + 1, kWarpBytes = 4 * kPitch;
+  static constexpr int kWarpBytes = tiling::warp_moment_bytes(kColumns), kPitch = kWarpBytes / 4;
   float* data;
 
   __device__ __forceinline__ explicit BlockMoments(unsigned char* shared)
@@ -109,7 +109,7 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, int 
   shared_store(m2 + c, all.m2);
 }
 
-constexpr int kStagingBytes = 32 * kPanelRowBytes;
+using tiling::kStagingBytes;
 
 // Rounds 32 rows of a warp's accumulators, takes their moments (if asked) and writes them to y.
 // `staging` is kStagingBytes of its own; row_of(r) is the global row of the warp's row r, negative

@@ -14,17 +14,18 @@
 //   access          of transposed operands, which ldmatrix cannot serve
 #pragma once
 
+#include "../tiling/panel.h"
 #include "row_io.cuh"
 
 namespace densenet_efficient::device {
 
-constexpr int kPanelRowBytes = 64;
+using tiling::kPanelRowBytes;
 template <typename T>
-constexpr int kPanelChannels = kPanelRowBytes / static_cast<int>(sizeof(T));
+constexpr int kPanelChannels = tiling::panel_channels(sizeof(T));
 
 template <typename T>
 __device__ __forceinline__ int panels_of(int channels) {
-  return (channels + kPanelChannels<T> - 1) / kPanelChannels<T>;
+  return tiling::panels(channels, sizeof(T));
 }
 
 // For row * 64 + byte.
@@ -59,7 +60,7 @@ __device__ __forceinline__ int row_flip(int row) {
 // last two chunks of 16-bit channels change places, so that four threads at the heads of the chunks
 // meet no bank twice.
 template <typename T>
-constexpr int kScaleShiftBytes = 2 * kPanelChannels<T> * 4;
+constexpr int kScaleShiftBytes = tiling::scale_shift_bytes(sizeof(T));
 __device__ __forceinline__ int scale_shift_offset(int channel) {
   return (8 * channel) ^ (channel & 16);
 }

@@ -12,12 +12,8 @@ namespace densenet_efficient {
 // up to 16 bytes. A feature slice of growth rate 12 begins at multiples of 24 bytes: four elements.
 inline device::RowTensor row_tensor(const Strided& rows) {
   if (!rows) return {};
-  void* const data = const_cast<void*>(rows.tensor->const_data_ptr());
-  const auto size = static_cast<uintptr_t>(rows.tensor->element_size());
-  const uintptr_t alignment = reinterpret_cast<uintptr_t>(data) | size * rows.stride;
-  int vector = 16 / static_cast<int>(size);
-  while (alignment % (size * vector)) vector /= 2;
-  return {data, rows.stride, vector};
+  return {const_cast<void*>(rows.tensor->const_data_ptr()), rows.stride,
+          static_cast<int>(row_alignment({rows}) / rows.tensor->element_size())};
 }
 
 // The same for a tensor that the kernel writes.
@@ -36,20 +32,5 @@ inline device::Table float_table(const Strided& table) {
   const auto rows = input_rows<float>(table);
   return {rows.data, rows.stride};
 }
-
-// fp32 scratch from torch's allocator; null where none is needed.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Tensor& like, int64_t bytes) {
-    if (bytes > 0) tensor_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  }
-  float* data() const {
-    return tensor_ ? static_cast<float*>(tensor_->mutable_data_ptr()) : nullptr;
-  }
-
- private:
-  OptionalTensor tensor_;
-};
 
 }  // namespace densenet_efficient

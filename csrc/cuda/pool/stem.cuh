@@ -8,45 +8,12 @@
 #pragma once
 
 #include "../launch.h"
-#include "../tiling/columns.h"
+#include "../tiling/pool.h"
 #include "../vector.cuh"
 
 namespace densenet_efficient {
 
-// Eight channels a thread would spill; eight bytes a lane still fill whole sectors.
-template <typename T>
-constexpr int kVector = sizeof(T) == 8 ? 2 : 4;
-
-// Who owns what. Backward blocks compute one column of windows more than they own.
-struct StemPlan {
-  int64_t images;
-  int height, width, out_height, out_width;
-  int halo;        // columns of windows computed beyond the owned ones
-  int tiles;       // of owned output columns
-  int tile_width;  // owned output columns
-  int bands, band_height;
-  Columns columns;  // of the channels; its rows are not used
-
-  StemPlan(const Tensor& x, int vector, int halo)
-      : images(x.size(0)),
-        height(static_cast<int>(x.size(1))),
-        width(static_cast<int>(x.size(2))),
-        out_height((height + 1) / 2),
-        out_width((width + 1) / 2),
-        halo(halo),
-        columns(1, x.size(3), vector, x.element_size(), 1) {
-    constexpr int64_t kBlocks = 512;  // enough for every multiprocessor
-    constexpr int kShortest = 4;      // a band reads one row more than it owns
-    const int widest = columns.lanes > halo ? columns.lanes - halo : 1;
-    tiles = static_cast<int>(ceil_div(out_width, widest));
-    tile_width = static_cast<int>(ceil_div(out_width, tiles));
-    const int64_t wanted = ceil_div(kBlocks, images * tiles * columns.groups);
-    bands = static_cast<int>(std::clamp<int64_t>(out_height / kShortest, 1, wanted));
-    band_height = static_cast<int>(ceil_div(out_height, bands));
-    bands = static_cast<int>(ceil_div(out_height, band_height));
-  }
-  int64_t parts() const { return images * bands * tiles; }
-};
+using tiling::ColumnThread, tiling::kColumnThreads, tiling::StemTiling;
 
 struct StemThread {
   int64_t image;
@@ -57,7 +24,7 @@ struct StemThread {
   bool owner;
   ColumnThread at;
 
-  __device__ __forceinline__ explicit StemThread(const StemPlan& plan)
+  __device__ __forceinline__ explicit StemThread(const StemTiling& plan)
       : at(plan.columns, device::thread_index(), device::block_y()) {
     const int tile = device::block_x() % plan.tiles;
     const int rest = device::block_x() / plan.tiles;
@@ -77,7 +44,7 @@ struct InputRow {
   Vector<T, V> x[3];
   bool present[3];
 
-  __device__ __forceinline__ void load(const Rows<const T>& rows, const StemPlan& plan,
+  __device__ __forceinline__ void load(const Rows<const T>& rows, const StemTiling& plan,
                                        const StemThread& at, int row DE_HERE) {
     const bool inside = at.active && row >= 0 && row < plan.height;
     const int64_t pixel = (at.image * plan.height + row) * plan.width + 2 * at.column - 1;

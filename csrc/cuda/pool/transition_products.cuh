@@ -6,12 +6,15 @@
 
 #include "../gemm/epilogue.cuh"
 #include "../gemm/row_tensor.h"
+#include "../tiling/pool.h"
 #include "windows.h"
 
-namespace densenet_efficient {
+namespace densenet_efficient::transition_products {
+
+using Tiling = tiling::TransitionBackward;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 3;
-constexpr int kTile = 128;  // windows or outputs, and channels, of a product's tile
+constexpr int kTile = Tiling::kTile;
 constexpr int kTiles = kTile / 8;
 // Both operands of a stage take 8 KB: [128 rows, one panel wide], or a panel's width of rows in as
 // many panels as 128 channels fill.
@@ -86,7 +89,7 @@ constexpr int kProductCorners = kProductStaging + kWarps * kWarpBytes;
 constexpr int kProductBytes = kProductCorners + kTile * 4;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) transition_product_kernel(Product args) {
+__global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kernel(Product args) {
   using namespace device;
   const int warp = warp_index(), lane = lane_index();
   const int load_row = thread_index() >> 2, load_chunk = thread_index() & 3;
@@ -161,7 +164,7 @@ struct Weight {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight args) {
+__global__ void __launch_bounds__(kThreads, 2) transition_backward_weight_kernel(Weight args) {
   using namespace device;
   const int warp = warp_index(), lane = lane_index();
   const int output0 = block_y() / args.channel_tiles * kTile;
@@ -231,4 +234,4 @@ __global__ void __launch_bounds__(kThreads, 2) transition_weight_kernel(Weight a
   }
 }
 
-}  // namespace densenet_efficient
+}  // namespace densenet_efficient::transition_products

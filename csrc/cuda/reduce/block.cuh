@@ -1,6 +1,6 @@
-// Sums and moments over rows, in two steps of fixed order: a block merges what its threads hold and
-// writes one partial result per channel; a second, small kernel merges the blocks' partials. The
-// same shape gives the same bits, whatever the schedule.
+// The first pass of a reduction over rows: what a thread holds of its channels (sums, or exact
+// moments), merged over the threads of a block in a fixed order, and written as the block's partial
+// result (tiling/partials.h). The second pass is in finish.cuh.
 #pragma once
 
 #include "../launch.h"
@@ -9,7 +9,9 @@
 
 namespace densenet_efficient {
 
-// Two numbers for each of V channels, and how many rows they stand for: (mean, M2) or two sums.
+using tiling::Columns, tiling::ColumnThread, tiling::kColumnThreads;
+
+// Two numbers for each of V channels: mean and M2 of `count` rows, or two sums.
 template <typename A, int V>
 struct Pairs {
   A count, first[V], second[V];
@@ -25,6 +27,9 @@ struct Pairs {
 
 // Chan's formula (norm_relu.h), with the same counts for all channels.
 struct MergeMoments {
+  static constexpr int kRows = tiling::kMomentRows;
+  static constexpr bool kCounts = true;
+
   template <typename A, int V>
   __device__ __forceinline__ static void merge(Pairs<A, V>& left, const Pairs<A, V>& right) {
 #pragma unroll
@@ -69,9 +74,11 @@ __device__ __forceinline__ Pairs<Arithmetic<T>, V> moments_of(const Vector<T, V>
 }
 
 struct MergeSums {
+  static constexpr int kRows = tiling::kNormSumRows;
+  static constexpr bool kCounts = false;
+
   template <typename A, int V>
   __device__ __forceinline__ static void merge(Pairs<A, V>& left, const Pairs<A, V>& right) {
-    left.count += right.count;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       left.first[v] += right.first[v];
@@ -80,19 +87,16 @@ struct MergeSums {
   }
 };
 
-// A block's partial result lies at partials[block_x][2][channels]; behind all of these, the number
-// of rows that each block's result stands for.
-inline int64_t partials_size(int64_t parts, int64_t channels) { return parts * (2 * channels + 1); }
-
 // Shared memory of block_merge: a plane for each value, pitched so that the transposition back to
 // consecutive channels meets no bank twice.
 template <typename A, int V>
 constexpr int kPlanePitch = kColumnThreads + 128 / int(sizeof(A)) / V;
-template <typename A, int V>
-constexpr int64_t kMergeBytes = (2 * V + 1) * kPlanePitch<A, V> * int64_t(sizeof(A));
+template <typename Merge, typename A, int V>
+constexpr int64_t kMergeBytes = (2 * V + Merge::kCounts) * kPlanePitch<A, V> * int64_t(sizeof(A));
 
 // Merges what all threads of a block hold of the same channels, and writes the block's partial
-// result. Neighbouring threads hold neighbouring channels, as in tiling/columns.h.
+// result, [Merge::kRows][channels]. Neighbouring threads hold neighbouring channels, as in
+// tiling/columns.h.
 template <typename Merge, typename A, int V>
 __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThread& at,
                                             Pairs<A, V>& pairs, A* partials) {
@@ -105,7 +109,7 @@ __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThr
   for (half /= 2;; half /= 2) {
     // The last round (half 0) leaves the result of lane 0 in shared memory.
     if (at.active && at.lane >= half && at.lane < (half ? 2 * half : 1)) {
-      shared_store(plane(2 * V) + thread, pairs.count);
+      if constexpr (Merge::kCounts) shared_store(plane(2 * V) + thread, pairs.count);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         shared_store(plane(v) + thread, pairs.first[v]);
@@ -117,7 +121,7 @@ __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThr
     if (at.active && at.lane < half && at.lane + half < plan.lanes) {
       const int other = thread + half * plan.group_vectors;
       Pairs<A, V> right;
-      right.count = shared_load<A>(plane(2 * V) + other);
+      if constexpr (Merge::kCounts) right.count = shared_load<A>(plane(2 * V) + other);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         right.first[v] = shared_load<A>(plane(v) + other);
@@ -129,83 +133,16 @@ __device__ __forceinline__ void block_merge(const Columns& plan, const ColumnThr
   }
   const int first = block_y() * plan.group_vectors * V;
   const int count = min(plan.group_vectors * V, plan.channels - first);
-  A* const out = partials + int64_t(block_x()) * 2 * plan.channels + first;
+  A* const out = partials + int64_t(block_x()) * Merge::kRows * plan.channels + first;
   for (int c = thread; c < count; c += kColumnThreads) {
-    global_store(out + c, shared_load<A>(plane(c % V) + c / V));
-    global_store(out + plan.channels + c, shared_load<A>(plane(V + c % V) + c / V));
-  }
-  if (thread == 0 && block_y() == 0)
-    global_store(partials + int64_t(grid_x()) * 2 * plan.channels + block_x(), pairs.count);
-}
-
-constexpr int kFinishChannels = 32;
-constexpr int kFinishLanes = kColumnThreads / kFinishChannels;
-
-// Merges the blocks' partial results: lane j takes parts j, j + lanes, ..., then the lanes merge in
-// a tree. Finish turns the result into two rows of a table.
-template <typename Merge, typename Finish, typename A>
-__global__ void __launch_bounds__(kColumnThreads)
-    finish_kernel(const A* partials, int64_t parts, int channels, Rows<A> table, Finish finish) {
-  using namespace device;
-  A* const shared = reinterpret_cast<A*>(shared_memory());
-  const int thread = thread_index(), lane = thread / kFinishChannels;
-  const int channel = block_x() * kFinishChannels + thread % kFinishChannels;
-  Pairs<A, 1> pair = Pairs<A, 1>::zero();
-  if (channel < channels) {
-#pragma unroll 4
-    for (int64_t part = lane; part < parts; part += kFinishLanes) {
-      const A* const values = partials + part * 2 * channels + channel;
-      Merge::merge(pair, Pairs<A, 1>{global_load<A>(partials + parts * 2 * channels + part),
-                                     {global_load<A>(values)},
-                                     {global_load<A>(values + channels)}});
+    A* to = out + c;
+    if constexpr (Merge::kCounts) {
+      global_store(to, shared_load<A>(plane(2 * V) + c / V));
+      to += plan.channels;
     }
+    global_store(to, shared_load<A>(plane(c % V) + c / V));
+    global_store(to + plan.channels, shared_load<A>(plane(V + c % V) + c / V));
   }
-  for (int half = kFinishLanes / 2; half > 0; half /= 2) {
-    if (lane >= half && lane < 2 * half) {
-      shared_store(shared + thread, pair.count);
-      shared_store(shared + kColumnThreads + thread, pair.first[0]);
-      shared_store(shared + 2 * kColumnThreads + thread, pair.second[0]);
-    }
-    sync_threads();
-    if (lane < half) {
-      const A* const other = shared + thread + half * kFinishChannels;
-      Merge::merge(pair, Pairs<A, 1>{shared_load<A>(other),
-                                     {shared_load<A>(other + kColumnThreads)},
-                                     {shared_load<A>(other + 2 * kColumnThreads)}});
-    }
-    sync_threads();
-  }
-  if (lane == 0 && channel < channels) finish(pair, channel, table);
-}
-
-// stats [2, C] from moments.
-struct FinishStats {
-  template <typename A>
-  __device__ __forceinline__ void operator()(const Pairs<A, 1>& pair, int channel,
-                                             Rows<A> stats) const {
-    device::global_store(stats[kStatsMean] + channel, pair.first[0]);
-    device::global_store(stats[kStatsVar] + channel, pair.second[0] / pair.count);
-  }
-};
-
-// dnorm [2, C] from the sums of dz * x_hat and dz.
-struct FinishDnorm {
-  template <typename A>
-  __device__ __forceinline__ void operator()(const Pairs<A, 1>& pair, int channel,
-                                             Rows<A> dnorm) const {
-    device::global_store(dnorm[kDgamma] + channel, pair.first[0]);
-    device::global_store(dnorm[kDbeta] + channel, pair.second[0]);
-  }
-};
-
-template <typename Merge, typename Finish, typename A>
-void finish_partials(const Launcher& launcher, const A* partials, int64_t parts, int64_t channels,
-                     Rows<A> table) {
-  launcher.launch<&finish_kernel<Merge, Finish, A>>(
-      {.grid_x = ceil_div(channels, kFinishChannels),
-       .block = kColumnThreads,
-       .shared_bytes = 3 * kColumnThreads * int64_t(sizeof(A))},
-      partials, parts, static_cast<int>(channels), table, Finish{});
 }
 
 }  // namespace densenet_efficient

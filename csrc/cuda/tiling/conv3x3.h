@@ -1,74 +1,31 @@
-// How the convolution kernels divide their work over blocks, and the scratch that follows from it.
-// Shape and multiprocessor count decide, nothing else: the same call on the same device gives the
-// same bits, and the memory plan can count the scratch before anything runs.
+// How norm_relu_conv3x3 cuts images into tiles and divides them over blocks, what a tile takes of
+// shared memory, and the scratch that follows. Shape, element size and device decide, nothing else:
+// the same call on the same device gives the same bits, and the memory plan counts the scratch
+// before anything runs.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../../integers.h"
+#include "../../norm_relu.h"
+#include "device.h"
+#include "panel.h"
+#include "partials.h"
 
-namespace densenet_efficient::workspace::cuda {
+namespace densenet_efficient::tiling {
 
-// ---- norm_relu_conv1x1, forward -----------------------------------------------------------------
+constexpr int kTaps = 9;
 
-struct Conv1x1Forward {
-  int columns;  // of y per warp
-  int split;    // warps side by side
-  int warps;    // of a block
-  int64_t tile_rows, tiles, blocks;
-  int64_t bytes;  // count, mean, M2 of each column and block
+// Of the halo (conv3x3/halo.cuh): rows of zeros next to each panel, and a pixel's description.
+constexpr int kZeroRows = 8;
+constexpr int kZeroBytes = kZeroRows * kPanelRowBytes;
+constexpr int kPixelBytes = 8;
 
-  Conv1x1Forward(int64_t rows, int64_t outputs, int multiprocessors) {
-    columns = outputs <= 64 ? 64 : outputs <= 128 ? 128 : 96;
-    split = outputs <= 128 ? 1 : 2;
-    // Tall blocks read the weight less often; short ones fill the device when there are few rows.
-    warps = columns == 64 ? 4 : 8;
-    while (warps > split && rows < 2 * tile_height() * multiprocessors) warps /= 2;
-    tile_rows = tile_height();
-    tiles = ceil_div(rows, tile_rows);
-    const int resident_warps = columns == 64 ? 12 : 8;  // by registers, see docs/kernels.md
-    blocks = std::min(tiles, int64_t(multiprocessors) * std::max(1, resident_warps / warps));
-    bytes = blocks * 3 * outputs * 4;
-  }
-  int64_t tile_height() const { return 32 * (warps / split); }
-};
-
-// ---- norm_relu_conv1x1, backward ----------------------------------------------------------------
-
-// `size`: bytes of an element, 2 or 4. More outputs than a kernel takes are taken in several calls.
-struct Conv1x1Backward {
-  static constexpr int64_t kTileRows = 32;
-  static constexpr int max_outputs(int64_t size) { return size == 2 ? 192 : 128; }
-  // Blocks on a multiprocessor, by registers and shared memory.
-  static constexpr int resident(int64_t outputs, int64_t size) {
-    return outputs * size <= 256 ? 3 : 2;
-  }
-  int warps;               // of a block; a warp owns 16 channels
-  int64_t channel_blocks;  // blocks side by side
-  int64_t tiles, row_blocks;
-  int64_t pitch;  // channels of a partial row
-  int64_t bytes;  // dweight [outputs] and dnorm [2] rows of each row block
-
-  Conv1x1Backward(int64_t rows, int64_t channels, int64_t outputs, int64_t size,
-                  int multiprocessors) {
-    constexpr int kMaxWarps = 4;
-    const int64_t groups = std::max<int64_t>(1, ceil_div(channels, 16));
-    channel_blocks = ceil_div(groups, kMaxWarps);
-    // Two warps at least for more than 256 bytes of outputs: one could not load a row of dy.
-    warps =
-        std::max(static_cast<int>(ceil_div(groups, channel_blocks)), outputs * size > 256 ? 2 : 1);
-    tiles = ceil_div(rows, kTileRows);
-    const int64_t blocks =
-        int64_t(multiprocessors) * resident(outputs, size) * std::max(1, kMaxWarps / warps);
-    // At least eight tiles a block, or the partial sums outweigh the rows.
-    row_blocks = std::min(std::max<int64_t>(1, blocks / channel_blocks), ceil_div(tiles, 8));
-    pitch = channel_blocks * warps * 16;
-    bytes = row_blocks * (outputs + 2) * pitch * 4;
-  }
-};
-
-// ---- norm_relu_conv3x3 --------------------------------------------------------------------------
+// The correction of one panel of dy (conv3x3/output_gradient.cuh): four floats a channel, the
+// channels of a chunk of 16 bytes so far apart that they do not share banks.
+constexpr int correction_pitch(int size) { return size == 2 ? 80 : 96; }
+constexpr int correction_bytes(int size) { return 16 / size * correction_pitch(size); }
 
 // Blocks that fit a multiprocessor's shared memory (a kilobyte is the system's in each); four at
 // most: only the tiles of small problems are so small, and these have not many more.
@@ -77,10 +34,15 @@ inline int64_t resident_blocks(int64_t bytes, int64_t shared_limit) {
   return std::clamp<int64_t>((shared_limit + 1024) / (bytes + 1024), 1, kMaxResidentBlocks);
 }
 
+// The images [N, H, W] of one call.
+struct Images3x3 {
+  int64_t images, height, width;
+};
+
 // A tile is tile_height rows of pixels, counted through all images, by tile_width columns: the
 // whole width, or a strip of it where images are wider than 64. Its pixels are numbered row by row
-// and worked on in groups of 64. Its halo (one row above and below, and one column beside a strip)
-// lies in shared memory at `positions`, tile rows `pitch` apart.
+// and worked on in groups of 64. Its halo (one row above and below, and one column on either side
+// of a strip) lies in shared memory at `positions`, tile rows `pitch` apart.
 struct Tile3x3 {
   static constexpr int kGroup = 64, kMaxGroups = 6;
   static constexpr int kMaxPositions = 1023;  // their byte offsets fill 16 bits (conv3x3/halo.cuh)
@@ -88,29 +50,26 @@ struct Tile3x3 {
   int tile_height = 0, tile_width = 0;
   int strips = 1, margin = 0, pitch = 0, positions = 0;
   int64_t tiles = 0;
+  int64_t shared_bytes = 0;
 
-  // What a tile takes of shared memory: bytes whatever its size, per position, per group of pixels.
-  struct Shared {
-    int64_t fixed, position, group;
-  };
-
-  Tile3x3(int64_t images, int64_t height, int64_t width, const Shared& shared, int multiprocessors,
+  // shared_bytes_of(positions, groups): what a tile of that size takes. multiprocessors: those that
+  // the tiles are to fill.
+  template <typename SharedBytes>
+  Tile3x3(const Images3x3& of, const SharedBytes& shared_bytes_of, int multiprocessors,
           int64_t shared_limit) {
-    const int64_t pixels = images * height * width;
-    if (pixels == 0) return;
+    if (of.images * of.height * of.width == 0) return;
     double best = 0;
-    for (int64_t pieces = ceil_div(width, kGroup); !best && pieces <= width; pieces *= 2) {
+    for (int64_t pieces = ceil_div(of.width, kGroup); !best && pieces <= of.width; pieces *= 2) {
       for (int candidate = kMaxGroups; candidate > 0; --candidate) {
-        const Tile3x3 tile(images * height, width, static_cast<int>(pieces), candidate);
-        const int64_t bytes =
-            shared.fixed + tile.positions * shared.position + candidate * shared.group;
+        Tile3x3 tile(of.images * of.height, of.width, static_cast<int>(pieces), candidate);
+        tile.shared_bytes = shared_bytes_of(tile.positions, candidate);
         const bool fills = tile.tiles >= 2 * multiprocessors || candidate == 1;
-        if (!fills || bytes > shared_limit || tile.positions > kMaxPositions) continue;
+        if (!fills || tile.shared_bytes > shared_limit || tile.positions > kMaxPositions) continue;
         // Clocks per pixel: a group's products; loading and normalising a position; and a quarter
         // more where a multiprocessor has no second block to work on while one loads.
         double cost = (7.0 * kGroup * candidate + 3.0 * tile.positions) /
                       (tile.tile_height * tile.tile_width);
-        if (resident_blocks(bytes, shared_limit) < 2) cost *= 1.25;
+        if (resident_blocks(tile.shared_bytes, shared_limit) < 2) cost *= 1.25;
         if (!best || cost < best) {
           best = cost;
           *this = tile;
@@ -118,8 +77,11 @@ struct Tile3x3 {
       }
     }
   }
-  int64_t shared_bytes(const Shared& shared) const {
-    return shared.fixed + positions * shared.position + groups * shared.group;
+
+  // Blocks walk over static ranges of tiles: as many as are resident at once.
+  int64_t blocks(const Device& device) const {
+    const int64_t resident = resident_blocks(shared_bytes, device.shared_bytes);
+    return std::min<int64_t>(tiles, device.multiprocessors * resident);
   }
 
  private:
@@ -134,36 +96,184 @@ struct Tile3x3 {
   }
 };
 
-// The weight as rows of channels, of `size` bytes each, where it does not lie like that already.
-inline int64_t conv3x3_weight_bytes(int64_t outputs, int64_t channels, int64_t size) {
-  return outputs * 9 * round_up(channels, 16 / size) * size;
+// The copy of a weight [K, C, 3, 3] whose channels are not neighbours: rows of channels.
+inline int64_t weight_copy_bytes(const Images3x3& of, int64_t outputs, int64_t channels,
+                                 int64_t size) {
+  const bool any = of.images * of.height * of.width > 0;
+  return any ? outputs * kTaps * round_up(channels, 16 / size) * size : 0;
 }
 
-// Blocks walk over static ranges of tiles: as many as are resident at once.
-inline int64_t conv3x3_blocks(int64_t tiles, int multiprocessors,
-                              int64_t resident = kMaxResidentBlocks) {
-  return std::min<int64_t>(tiles, multiprocessors * resident);
-}
+// ---- Forward ------------------------------------------------------------------------------------
 
-// The weight gradient's blocks: 64 channels (32 where there are no more), up to 48 outputs and a
-// range of tiles each.
-struct Conv3x3WeightGradient {
+// Shared memory of the forward kernel. A stage: weight, norm, halo. After the stages: zeros; the
+// warps' staging; the tile's pixels; the warps' moments.
+struct ForwardLayout3x3 {
+  static constexpr int kStages = 2;
+  int size, columns, positions, groups;
+
+  DE_HOST_DEVICE int norm_offset() const { return kTaps * columns * kPanelRowBytes; }
+  DE_HOST_DEVICE int halo_offset() const { return norm_offset() + scale_shift_bytes(size); }
+  DE_HOST_DEVICE int stage_bytes() const { return halo_offset() + positions * kPanelRowBytes; }
+  DE_HOST_DEVICE int zero_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int staging_offset() const { return zero_offset() + kZeroBytes; }
+  DE_HOST_DEVICE int pixels_offset() const { return staging_offset() + groups * kStagingBytes; }
+  DE_HOST_DEVICE int moments_offset() const {
+    return pixels_offset() + groups * Tile3x3::kGroup * kPixelBytes;
+  }
+  int shared_bytes() const { return moments_offset() + groups * warp_moment_bytes(columns); }
+};
+
+struct NormReluConv3x3Forward {
+  int columns;  // of y, of a block
+  Tile3x3 tile;
+  int64_t blocks;
+  int64_t weight_bytes, moment_bytes;
+
+  // copies_weight: its channels are not neighbours. stats: whether the moments of y are wanted.
+  NormReluConv3x3Forward(const Images3x3& of, int64_t channels, int64_t outputs, int64_t size,
+                         bool copies_weight, bool stats, const Device& device)
+      : columns(outputs <= 16   ? 16
+                : outputs <= 32 ? 32
+                                : 48),
+        tile(
+            of,
+            [&](int positions, int groups) {
+              return ForwardLayout3x3{static_cast<int>(size), columns, positions, groups}
+                  .shared_bytes();
+            },
+            device.multiprocessors, device.shared_bytes),
+        blocks(tile.blocks(device)),
+        weight_bytes(copies_weight ? weight_copy_bytes(of, outputs, channels, size) : 0),
+        moment_bytes(stats ? partial_bytes(blocks, kMomentRows, outputs, size) : 0) {}
+
+  int64_t bytes() const { return weight_bytes + moment_bytes; }
+};
+
+// ---- Backward -----------------------------------------------------------------------------------
+
+// Shared memory of the data gradient. A stage: weight, norm [channels][4], x and, if it is added
+// to, dx. After the stages: the warps' sums, twice; dy; its correction; the tile's pixels.
+struct DataGradientLayout3x3 {
+  static constexpr int kStages = 2;
+  int size, positions, groups, output_panels;
+  bool accumulate;
+
+  DE_HOST_DEVICE int channels() const { return panel_channels(size); }
+  DE_HOST_DEVICE int norm_offset() const { return kTaps * channels() * kPanelRowBytes; }
+  DE_HOST_DEVICE int x_offset() const { return norm_offset() + kNormRows * channels() * 4; }
+  DE_HOST_DEVICE int x_bytes() const { return groups * Tile3x3::kGroup * kPanelRowBytes; }
+  DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_bytes(); }
+  DE_HOST_DEVICE int stage_bytes() const { return x_offset() + (accumulate ? 2 : 1) * x_bytes(); }
+  DE_HOST_DEVICE int sums_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int dy_offset() const {
+    return sums_offset() + 2 * groups * (kDnormRows * channels() * 4);
+  }
+  DE_HOST_DEVICE int correction_offset() const {
+    return dy_offset() + output_panels * (positions * kPanelRowBytes + kZeroBytes);
+  }
+  DE_HOST_DEVICE int pixels_offset() const {
+    return correction_offset() + output_panels * correction_bytes(size);
+  }
+  int shared_bytes() const { return pixels_offset() + groups * Tile3x3::kGroup * kPixelBytes; }
+};
+
+// Shared memory of the weight gradient. A stage: x and the norm of each panel. After the stages:
+// dy, its correction, the tile's pixels. `units` of 32 channels; `outputs` of a block.
+struct WeightGradientLayout3x3 {
+  static constexpr int kStages = 2;
+  int size, positions, groups, units, outputs;
+
+  DE_HOST_DEVICE int unit_panels() const { return 32 / panel_channels(size); }
+  DE_HOST_DEVICE int panels() const { return units * unit_panels(); }
+  DE_HOST_DEVICE int output_panels() const { return tiling::panels(outputs, size); }
+  DE_HOST_DEVICE int x_bytes() const { return groups * Tile3x3::kGroup * kPanelRowBytes; }
+  DE_HOST_DEVICE int panel_bytes() const { return x_bytes() + scale_shift_bytes(size); }
+  DE_HOST_DEVICE int stage_bytes() const { return panels() * panel_bytes(); }
+  DE_HOST_DEVICE int dy_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int correction_offset() const {
+    return dy_offset() + output_panels() * (positions * kPanelRowBytes + kZeroBytes);
+  }
+  DE_HOST_DEVICE int pixels_offset() const {
+    return correction_offset() + output_panels() * correction_bytes(size);
+  }
+  int shared_bytes() const { return pixels_offset() + groups * Tile3x3::kGroup * kPixelBytes; }
+};
+
+struct DataGradient3x3 {
+  int output_panels;
+  Tile3x3 tile;
+  int64_t blocks, pitch;  // pitch: channels of a partial row
+  int64_t bytes;          // the norm's sums
+
+  DataGradient3x3(const Images3x3& of, int64_t channels, int64_t outputs, int64_t size,
+                  bool accumulate, const Device& device)
+      :  // A thousand panels fit no device, and more would overflow an int.
+        output_panels(
+            std::clamp(panels(static_cast<int>(outputs), static_cast<int>(size)), 1, 1000)),
+        tile(
+            of,
+            [&](int positions, int groups) {
+              return DataGradientLayout3x3{static_cast<int>(size), positions, groups, output_panels,
+                                           accumulate}
+                  .shared_bytes();
+            },
+            device.multiprocessors, device.shared_bytes),
+        blocks(tile.blocks(device)),
+        pitch(round_up(channels, panel_channels(static_cast<int>(size)))),
+        bytes(partial_bytes(blocks, kNormSumRows, pitch, size)) {}
+};
+
+// Blocks own 64 channels (32 where there are no more), up to 48 outputs and a range of tiles each.
+struct WeightGradient3x3 {
   int units;   // of 32 channels, of a block
   int depths;  // of 16 outputs, of a block
   int64_t channel_blocks, output_blocks;
+  Tile3x3 tile;
+  int64_t row_blocks, pitch;  // pitch: channels of a partial row
+  int64_t bytes;              // dweight
 
-  Conv3x3WeightGradient(int64_t channels, int64_t outputs) {
-    units = channels <= 32 ? 1 : 2;
-    depths = outputs <= 16 ? 1 : outputs <= 32 ? 2 : 3;
-    channel_blocks = std::max<int64_t>(1, ceil_div(channels, 32 * units));
-    output_blocks = std::max<int64_t>(1, ceil_div(outputs, 16 * depths));
-  }
-  int64_t pitch() const { return channel_blocks * units * 32; }
-  // At least two tiles a block, or the partial sums outweigh the pixels.
-  int64_t row_blocks(int64_t tiles, int multiprocessors) const {
-    const int64_t resident = 2 * multiprocessors / (channel_blocks * output_blocks);
-    return std::min(std::max<int64_t>(1, resident), ceil_div(tiles, 2));
+  WeightGradient3x3(const Images3x3& of, int64_t channels, int64_t outputs, int64_t size,
+                    const Device& device)
+      : units(channels <= 32 ? 1 : 2),
+        depths(outputs <= 16   ? 1
+               : outputs <= 32 ? 2
+                               : 3),
+        channel_blocks(std::max<int64_t>(1, ceil_div(channels, 32 * units))),
+        output_blocks(std::max<int64_t>(1, ceil_div(outputs, 16 * depths))),
+        // The other blocks of the same tiles fill the device as well.
+        tile(
+            of,
+            [&](int positions, int groups) {
+              return WeightGradientLayout3x3{static_cast<int>(size), positions, groups, units,
+                                             16 * depths}
+                  .shared_bytes();
+            },
+            static_cast<int>(device.multiprocessors / (channel_blocks * output_blocks)),
+            device.shared_bytes) {
+    // At least two tiles a block, or the partial sums outweigh the pixels.
+    const int64_t resident = 2 * device.multiprocessors / (channel_blocks * output_blocks);
+    row_blocks = std::min(std::max<int64_t>(1, resident), ceil_div(tile.tiles, 2));
+    pitch = channel_blocks * units * 32;
+    bytes = partial_bytes(row_blocks, kTaps * outputs, pitch, size);
   }
 };
 
-}  // namespace densenet_efficient::workspace::cuda
+struct NormReluConv3x3Backward {
+  DataGradient3x3 data;
+  WeightGradient3x3 weight;
+  int64_t weight_copy_bytes, sums_bytes, dweight_bytes;
+
+  // copies_weight: its channels are not neighbours. dweight: whether it is wanted.
+  NormReluConv3x3Backward(const Images3x3& of, int64_t channels, int64_t outputs, int64_t size,
+                          bool accumulate, bool copies_weight, bool dweight, const Device& device)
+      : data(of, channels, outputs, size, accumulate, device),
+        weight(of, channels, outputs, size, device),
+        weight_copy_bytes(copies_weight ? tiling::weight_copy_bytes(of, outputs, channels, size)
+                                        : 0),
+        sums_bytes(data.bytes),
+        dweight_bytes(dweight ? weight.bytes : 0) {}
+
+  int64_t bytes() const { return weight_copy_bytes + sums_bytes + dweight_bytes; }
+};
+
+}  // namespace densenet_efficient::tiling
