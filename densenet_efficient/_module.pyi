@@ -18,4 +18,9 @@ def cuda_workspace_bytes(
     channels: int = 0,
     element_bytes: int = 2,
     multiprocessors: int = 132,
+    shared_bytes: int = 232448,
+    row_alignment: int = 16,
+    packed_weight: bool = False,
+    accumulate: bool = False,
+    optional_output: bool = True,
 ) -> int: ...

@@ -8,12 +8,12 @@ namespace densenet_efficient {
 
 class Workspace {
  public:
-  // None where no bytes are needed: null then.
+  // Null where no bytes are needed.
   Workspace(const Tensor& like, int64_t bytes) {
     if (bytes == 0) return;
     tensor_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 #if defined(DE_EMULATE)
-    live_ = emulation::LiveBytes(bytes);
+    counted_.emplace(tensor_->const_data_ptr(), bytes);
 #endif
   }
   Workspace(const Workspace&) = delete;
@@ -27,7 +27,7 @@ class Workspace {
  private:
   OptionalTensor tensor_;
 #if defined(DE_EMULATE)
-  emulation::LiveBytes live_;
+  std::optional<emulation::CountedWorkspace> counted_;
 #endif
 };
 

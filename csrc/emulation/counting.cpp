@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace densenet_efficient::emulation {
 namespace {
@@ -14,6 +15,9 @@ struct Range {
   std::vector<uint32_t> touched[2];  // by loads, by stores
 };
 std::vector<Range> ranges;
+
+std::vector<CountedWorkspace*> workspaces;
+WorkspaceCounters workspace_counters;
 
 // Whose memory this is: an index into a launch's tensors, of which the last is the workspace.
 size_t owner_of(uintptr_t address) {
@@ -36,6 +40,30 @@ void touch(std::vector<uint32_t>& touched, uintptr_t first, int count, TrafficCo
 }
 
 }  // namespace
+
+CountedWorkspace::CountedWorkspace(const void* begin, int64_t bytes)
+    : begin_(reinterpret_cast<uintptr_t>(begin)), stored_(bytes) {
+  workspaces.push_back(this);
+  workspace_counters.live += bytes;
+  workspace_counters.peak = std::max(workspace_counters.peak, workspace_counters.live);
+}
+
+CountedWorkspace::~CountedWorkspace() {
+  std::erase(workspaces, this);
+  workspace_counters.live -= static_cast<int64_t>(stored_.size());
+  workspace_counters.unused += std::count(stored_.begin(), stored_.end(), false);
+}
+
+void CountedWorkspace::note_store(uintptr_t address, int bytes) {
+  if (address < begin_ || address >= begin_ + stored_.size()) return;
+  const auto first = stored_.begin() + static_cast<int64_t>(address - begin_);
+  std::fill(first, std::min(first + bytes, stored_.end()), true);
+}
+
+WorkspaceCounters take_workspace_counters() {
+  const int64_t live = workspace_counters.live;
+  return std::exchange(workspace_counters, WorkspaceCounters{live, live, 0});
+}
 
 void name_range(const char* name, const void* begin, int64_t bytes) {
   if (!name) return ranges.clear();
@@ -82,7 +110,12 @@ void count_global(const Request& request, SiteCounters& site,
   TrafficCounters& traffic = store ? tensors[owner].store : tensors[owner].load;
   traffic.bytes += bytes;
   traffic.sectors += num_sectors;
-  if (owner == ranges.size()) return;
+  if (owner == ranges.size()) {
+    if (!store) return;
+    for (CountedWorkspace* workspace : workspaces)
+      for (int i = 0; i < num_seen; ++i) workspace->note_store(seen[i], widths[i]);
+    return;
+  }
   for (int i = 0; i < num_seen; ++i)
     touch(ranges[owner].touched[store], seen[i] - ranges[owner].begin / 32 * 32, widths[i],
           traffic);

@@ -74,19 +74,30 @@ void set_seed(uint64_t seed);
 const std::vector<Counters>& launches();
 void clear_launches();
 
-// Bytes of workspaces that are live while this object is.
-class LiveBytes {
+// Of all workspaces since these counters were last taken.
+struct WorkspaceCounters {
+  int64_t live = 0;    // bytes
+  int64_t peak = 0;    // the most that were live at a time
+  int64_t unused = 0;  // bytes that no kernel had stored to when their workspace was given back
+};
+WorkspaceCounters take_workspace_counters();
+
+// A workspace, counted while this object lives.
+class CountedWorkspace {
  public:
-  LiveBytes() = default;
-  explicit LiveBytes(int64_t bytes);
-  LiveBytes& operator=(LiveBytes&& other) noexcept;
-  ~LiveBytes();
+  CountedWorkspace() = default;
+  CountedWorkspace(const void* begin, int64_t bytes);
+  CountedWorkspace(const CountedWorkspace&) = delete;
+  CountedWorkspace& operator=(const CountedWorkspace&) = delete;
+  ~CountedWorkspace();
+
+  // Ignores what lies elsewhere.
+  void note_store(uintptr_t address, int bytes);
 
  private:
-  int64_t bytes_ = 0;
+  uintptr_t begin_ = 0;
+  std::vector<bool> stored_;  // by byte
 };
-// The most that was live at a time since this was last asked.
-int64_t take_peak_workspace();
 
 // Accesses within these bytes are counted under this name; a null name forgets all ranges.
 void name_range(const char* name, const void* begin, int64_t bytes);

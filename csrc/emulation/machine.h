@@ -66,7 +66,6 @@ struct Machine {
   uint64_t seed = 0;
   std::mt19937_64 random;
   std::vector<Counters> launches;
-  int64_t workspace = 0, peak_workspace = 0;  // bytes live, and the most at a time
 
   // The launch and block under way.
   const std::function<void()>* body = nullptr;

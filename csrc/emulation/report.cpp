@@ -1,5 +1,5 @@
 // What the Python side of the emulation calls, by C linkage: the order of threads, and the counters
-// of the launches and the peak of the workspaces since they were last read, as JSON.
+// of the launches and of the workspaces since they were last read, as JSON.
 #include <sstream>
 #include <string>
 
@@ -77,7 +77,9 @@ DE_EXPORT const char* de_emulation_report() {
   namespace emulation = densenet_efficient::emulation;
   static std::string report;
   std::ostringstream out;
-  out << "{\"workspace_bytes\":" << emulation::take_peak_workspace() << ",\"launches\":[";
+  const emulation::WorkspaceCounters workspace = emulation::take_workspace_counters();
+  out << "{\"workspace\":{\"peak\":" << workspace.peak << ",\"unused\":" << workspace.unused
+      << "},\"launches\":[";
   const char* separator = "";
   for (const emulation::Counters& launch : emulation::launches()) {
     out << separator;

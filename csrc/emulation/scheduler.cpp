@@ -4,7 +4,6 @@
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
-#include <utility>
 
 #include "machine.h"
 
@@ -165,17 +164,6 @@ const DeviceFigures& device() { return machine.device; }
 void set_seed(uint64_t seed) { machine.seed = seed; }
 const std::vector<Counters>& launches() { return machine.launches; }
 void clear_launches() { machine.launches.clear(); }
-
-LiveBytes::LiveBytes(int64_t bytes) : bytes_(bytes) {
-  machine.workspace += bytes;
-  machine.peak_workspace = std::max(machine.peak_workspace, machine.workspace);
-}
-LiveBytes& LiveBytes::operator=(LiveBytes&& other) noexcept {
-  std::swap(bytes_, other.bytes_);
-  return *this;
-}
-LiveBytes::~LiveBytes() { machine.workspace -= bytes_; }
-int64_t take_peak_workspace() { return std::exchange(machine.peak_workspace, machine.workspace); }
 
 const ThreadPosition& position() { return machine.threads[machine.running].position; }
 unsigned char* shared_block() { return machine.shared.data(); }

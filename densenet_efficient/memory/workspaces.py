@@ -1,6 +1,7 @@
 """Temporary memory inside the operators, for the memory plan.
 
-The compiled operators allocate exactly what the functions of ``csrc/cpu/tiling.h`` say; the
+The compiled operators allocate exactly what their tilings say (``csrc/cpu/tiling.h``,
+``csrc/cuda/tiling``); the
 general path holds a chunk's normalised copy, the convolution's operands and its results.
 """
 
@@ -27,16 +28,22 @@ def operator(
     channels: int,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    accumulate: bool = False,
 ) -> int:
-    """Bytes operator ``name`` allocates for x of ``shape`` and ``channels`` output channels."""
+    """Bytes operator ``name`` allocates for x of ``shape`` and ``channels`` output channels.
+
+    accumulate: as in ``norm_relu_conv3x3_backward``. On CUDA, for rows aligned to 16 bytes and 3x3
+    weights that are contiguous, as those of the modules are; others need less.
+    """
     path = choose(device, dtype)
     if path.stages is not compiled:
         return _general(shape, dtype)
-    if device.type == "cuda":
-        workers = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        workers = torch.get_num_threads()
-    return _compiled(name, shape, channels, dtype, device.type, workers)
+    if device.type != "cuda":
+        return _cpu(name, shape, channels, dtype, torch.get_num_threads())
+    gpu = torch.cuda.get_device_properties(device)
+    limits = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+    return _cuda(name, shape, channels, dtype, *limits, accumulate)
 
 
 def _general(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -46,22 +53,34 @@ def _general(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(
+def _cpu(name: str, shape: tuple[int, ...], channels: int, dtype: torch.dtype, threads: int) -> int:
+    from .. import _module
+
+    element = accumulation_dtype(dtype).itemsize
+    return _module.workspace_bytes(name, list(shape), channels, element, threads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cuda(
     name: str,
     shape: tuple[int, ...],
     channels: int,
     dtype: torch.dtype,
-    device_type: str,
-    workers: int,
+    multiprocessors: int,
+    shared_bytes: int,
+    accumulate: bool,
 ) -> int:
-    """workers: threads of the CPU, or multiprocessors of the GPU."""
     from .. import _module
 
-    if device_type != "cpu":
-        size = dtype.itemsize
-        return _module.cuda_workspace_bytes(name, list(shape), channels, size, workers)
-    element = accumulation_dtype(dtype).itemsize
-    return _module.workspace_bytes(name, list(shape), channels, element, workers)
+    return _module.cuda_workspace_bytes(
+        name,
+        list(shape),
+        channels,
+        dtype.itemsize,
+        multiprocessors,
+        shared_bytes,
+        accumulate=accumulate,
+    )
 
 
 def _layer_calls(
@@ -101,6 +120,7 @@ def block(
             if general_path or (len(image) != 3 and "3x3" in name):
                 size = _general((*image, shape[-1]), dtype)
             else:
-                size = operator(name, shape, channels, dtype, device)
+                plain = not layer.bottleneck
+                size = operator(name, shape, channels, dtype, device, accumulate=plain)
             worst = max(worst, size + cast)
     return worst

@@ -49,7 +49,13 @@ class Emulator:
 
     The worker starts with the first call, and anew after the sanitizer ended it. sanitize=False is
     faster and leaves out-of-bounds accesses to global memory unseen.
+
+    Of the last call, workspace_bytes: the most bytes of workspaces that were live at a time;
+    unused_workspace_bytes: those that no kernel stored to.
     """
+
+    workspace_bytes = 0
+    unused_workspace_bytes = 0
 
     def __init__(
         self,
@@ -85,7 +91,10 @@ class Emulator:
         if error is not None:
             raise EmulationError(error.splitlines()[0])
         _copy_back(arguments, after)
-        return [Launch.from_json(launch) for launch in json.loads(report)]
+        counted = json.loads(report)
+        self.workspace_bytes = counted["workspace"]["peak"]
+        self.unused_workspace_bytes = counted["workspace"]["unused"]
+        return [Launch.from_json(launch) for launch in counted["launches"]]
 
     def close(self) -> None:
         if self._process is not None:

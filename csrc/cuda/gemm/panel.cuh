@@ -25,7 +25,7 @@ constexpr int kPanelChannels = tiling::panel_channels(sizeof(T));
 
 template <typename T>
 __device__ __forceinline__ int panels_of(int channels) {
-  return tiling::panels(channels, sizeof(T));
+  return (channels + kPanelChannels<T> - 1) / kPanelChannels<T>;
 }
 
 // For row * 64 + byte.
