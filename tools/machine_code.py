@@ -110,7 +110,7 @@ def compile_source(source: str, arch: str, folder: Path, tools: tuple[str, str])
     report = run(command).stderr
     resources = dict(read_resources(report))
     kernels = [
-        describe(symbol, source, instructions, resources[symbol])
+        describe(symbol, instructions, resources[symbol])
         for symbol, instructions in read_functions(run([cuobjdump, "-sass", str(cubin)]).stdout)
     ]
     return [kernel for kernel in kernels if kernel.tensor]
@@ -139,7 +139,7 @@ def read_functions(code: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
 
 
 def describe(
-    symbol: str, source: str, instructions: list[tuple[int, str]], resources: tuple[int, int]
+    symbol: str, instructions: list[tuple[int, str]], resources: tuple[int, int]
 ) -> Kernel:
     names = [(address, mnemonic(text)) for address, text in instructions]
     tensor = sum(name.startswith(TENSOR) for _, name in names)
@@ -147,7 +147,7 @@ def describe(
     loops = innermost_loops(instructions)
     in_loops = sum(mnemonic(text).startswith(TENSOR) for loop in loops for text in loop)
     return Kernel(
-        name=kernel_name(symbol, source),
+        name=kernel_name(symbol),
         registers=resources[0],
         spills=resources[1],
         local=sum(name.startswith(LOCAL) for _, name in names),
@@ -205,21 +205,17 @@ def basic_blocks(instructions: list[tuple[int, str]]) -> list[list[str]]:
     return blocks
 
 
-def kernel_name(symbol: str, source: str) -> str:
-    """source, kernel and template arguments: "conv1x1 forward<bf16, 128, 1>"."""
+def kernel_name(symbol: str) -> str:
+    """Kernel and template arguments: "norm_relu_conv1x1_forward<bf16, 128, 1>"."""
     demangled = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout
-    arguments = re.search(r"<(.*?)>\(", demangled)
-    text = arguments[1] if arguments else ""
-    text = re.sub(r"\((?:int|bool)\)", "", text)
+    found = re.search(r"(\w+)_kernel(?:<(.*?)>)?\(", demangled)
+    if found is None:
+        return symbol
+    text = re.sub(r"\((?:int|bool)\)", "", found[2] or "")
     names = {"c10::": "", "BFloat16": "bf16", "Half": "fp16", "float": "tf32", "::": ""}
     for old, new in names.items():
         text = text.replace(old, new)
-    part = re.search(r"(data|weight)_gradient|transition_(product|weight)_kernel", demangled)
-    stage = source.removeprefix("norm_relu_").replace("_", " ")
-    if part:
-        kind = "weight" if "weight" in part[0] else "data"
-        stage = stage.replace("backward", f"{kind} gradient")
-    return f"{stage}<{text.strip()}>"
+    return f"{found[1]}<{text.strip()}>"
 
 
 def table(kernels: list[Kernel]) -> str:

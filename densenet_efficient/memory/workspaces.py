@@ -1,8 +1,8 @@
 """Temporary memory inside the operators, for the memory plan.
 
 The compiled operators allocate exactly what their tilings say (``csrc/cpu/tiling.h``,
-``csrc/cuda/tiling``); the
-general path holds a chunk's normalised copy, the convolution's operands and its results.
+``csrc/cuda/tiling``); the general path holds a chunk's normalised copy, the convolution's operands
+and its results.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def operator(
     if device.type != "cuda":
         return _cpu(name, shape, channels, dtype, torch.get_num_threads())
     gpu = torch.cuda.get_device_properties(device)
-    limits = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
-    return _cuda(name, shape, channels, dtype, *limits, accumulate)
+    shared_bytes = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    multiprocessors = gpu.multi_processor_count
+    return _cuda(name, shape, channels, dtype, multiprocessors, shared_bytes, accumulate)
 
 
 def _general(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """The memory plan's workspace sizes are what the CUDA launchers allocate, byte for byte, and what
 their kernels need: the emulation counts the workspaces that are live at a time and finds the bytes
-that no kernel stored to; `_module.cuda_workspace_bytes` says how many there would be. A size that is
-too small overflows, which the address sanitizer reports; one too large leaves bytes unused."""
+that no kernel stored to; `_module.cuda_workspace_bytes` says how many there would be. A size too
+small overflows, which the address sanitizer reports; one too large leaves bytes unused."""
 
 from __future__ import annotations
 

@@ -20,27 +20,27 @@ DTYPES = ("bf16", "fp16", "tf32")
 # Blocks that a multiprocessor is meant to hold, by kernel, and their threads. T: any dtype that has
 # no entry of its own.
 DESIGNED = {
-    "conv1x1 forward<T, 64, 1>": (3, 128),
-    "conv1x1 forward<T, 128, 1>": (1, 256),
-    "conv1x1 forward<T, 96, 2>": (1, 256),
-    "conv1x1 backward<T, 64>": (3, 128),
-    "conv1x1 backward<T, 128>": (3, 128),
-    "conv1x1 backward<tf32, 128>": (2, 128),
-    "conv1x1 backward<bf16, 192>": (2, 128),
-    "conv1x1 backward<fp16, 192>": (2, 128),
-    "conv3x3 forward<T, 16>": (2, 192),
-    "conv3x3 forward<T, 32>": (2, 192),
-    "conv3x3 forward<T, 48>": (1, 192),
-    "conv3x3 data gradient<T, false>": (2, 192),
-    "conv3x3 data gradient<T, true>": (2, 192),
-    "conv3x3 weight gradient<T, 1>": (2, 192),
-    "conv3x3 weight gradient<T, 2>": (2, 192),
-    "conv3x3 weight gradient<T, 3>": (1, 192),
-    "transition forward<T, 64, 1>": (2, 128),
-    "transition forward<T, 128, 1>": (2, 128),
-    "transition forward<T, 128, 2>": (2, 128),
-    "transition data gradient<T>": (2, 128),
-    "transition weight gradient<T>": (2, 128),
+    "norm_relu_conv1x1_forward<T, 64, 1>": (3, 128),
+    "norm_relu_conv1x1_forward<T, 128, 1>": (1, 256),
+    "norm_relu_conv1x1_forward<T, 96, 2>": (1, 256),
+    "norm_relu_conv1x1_backward<T, 64>": (3, 128),
+    "norm_relu_conv1x1_backward<T, 128>": (3, 128),
+    "norm_relu_conv1x1_backward<tf32, 128>": (2, 128),
+    "norm_relu_conv1x1_backward<bf16, 192>": (2, 128),
+    "norm_relu_conv1x1_backward<fp16, 192>": (2, 128),
+    "norm_relu_conv3x3_forward<T, 16>": (2, 192),
+    "norm_relu_conv3x3_forward<T, 32>": (2, 192),
+    "norm_relu_conv3x3_forward<T, 48>": (1, 192),
+    "norm_relu_conv3x3_backward_data<T, false>": (2, 192),
+    "norm_relu_conv3x3_backward_data<T, true>": (2, 192),
+    "norm_relu_conv3x3_backward_weight<T, 1>": (2, 192),
+    "norm_relu_conv3x3_backward_weight<T, 2>": (2, 192),
+    "norm_relu_conv3x3_backward_weight<T, 3>": (1, 192),
+    "transition_forward<T, 64, 1>": (2, 128),
+    "transition_forward<T, 128, 1>": (2, 128),
+    "transition_forward<T, 128, 2>": (2, 128),
+    "transition_backward_product<T>": (2, 128),
+    "transition_backward_weight<T>": (2, 128),
 }
 
 
@@ -145,6 +145,6 @@ def test_disassembly_is_read(tool: ModuleType) -> None:
 """
     [(symbol, instructions)] = list(tool.read_functions(code))
     assert symbol == "kernel" and len(instructions) == 8
-    kernel = tool.describe(symbol, "stage", instructions, (40, 8))
+    kernel = tool.describe(symbol, instructions, (40, 8))
     assert (kernel.tensor, kernel.copies, kernel.local, kernel.spills) == (2, 1, 1, 8)
     assert kernel.product == 1.0 and kernel.loop == 1.0
