@@ -1,6 +1,7 @@
 # The commands of the project. Everything is installed into .venv, made on first use.
 #
 #   make demo       train on the bundled digits, compare with the reference, draw the figure
+#   make quick      the tests to run while working: every room, under two minutes
 #   make test       the whole test suite
 #   make lint       formatters, linters and the type checker
 #   make bench      memory and time beside torchvision, on the CPU
@@ -16,12 +17,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/requirements.stamp
 FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format bench cuda emulation gpu-check setup build clean
+.PHONY: demo quick test lint format bench cuda emulation gpu-check setup build clean
 
 # Where there is no GPU the demonstration does not wait for nvcc.
 demo: export DENSENET_EFFICIENT_CUDA := $(if $(wildcard /dev/nvidia*),$(DENSENET_EFFICIENT_CUDA),0)
 demo: build
 	$(BIN)/python -m densenet_efficient demo
+
+quick: build
+	$(BIN)/python -m pytest -m quick $(PYTEST_ARGS)
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -43,6 +43,7 @@ def test_a_file_has_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     code = """if True:
         import os, signal, sys

@@ -78,6 +78,7 @@ def test_the_allocators_peak_is_exact() -> None:
     assert allocator_peak_bytes(step) == pytest.approx(8e6, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own() -> None:
     case = Case(NetworkSpec("densenet_cifar", depth=40, growth_rate=12), 16, 32)
     eager, ours = (measure_memory(case, peer, exact=True) for peer in ("eager", "recompute"))
@@ -89,6 +90,7 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own() -> None:
     assert ours["peak"] < eager["peak"] / 3
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_says_why() -> None:
     with pytest.raises(MeasurementError, match="input must be at least 4 pixels"):
         measure_memory(Case(TINY, 2, 1), "eager")
@@ -152,6 +154,7 @@ def test_the_summary_has_the_papers_volumes() -> None:
         assert summarise(NetworkSpec(f"densenet{depth}")).depth == depth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

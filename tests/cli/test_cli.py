@@ -54,6 +54,7 @@ def test_train_on_a_folder_of_images(tmp_path: Path) -> None:
     assert main([*TRAIN, *data, "--out", str(tmp_path / "run"), "--memory", "store"]) == 0
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_run_cleanly(tmp_path: Path) -> None:
     """A real SIGINT, after the first epoch has been reported. Where the tests run in the background
     it is ignored, which a child inherits."""
@@ -118,6 +119,7 @@ def test_summary_explain_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in text and "path" in text
 
 
+@pytest.mark.slow
 def test_bench_compares_ours_with_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", *SMALL, "--batch", "2", "--rounds", "2", "--peers", "eager", "recompute"]
     assert main(command) == 0
@@ -178,6 +180,7 @@ def test_wrong_commands_say_what_was_expected(
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
+@pytest.mark.slow
 def test_without_the_library_training_says_so_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "densenet_efficient", *TRAIN, "--epochs", "1"]
     done = subprocess.run(

@@ -13,6 +13,8 @@ from tests.support.identifiers import identifier
 from tools.emulation import Emulator, Launch
 from tools.op_cases import make
 
+pytestmark = pytest.mark.slow
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD, BACKWARD = "norm_relu_conv1x1_forward", "norm_relu_conv1x1_backward"
 

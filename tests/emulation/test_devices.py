@@ -12,6 +12,8 @@ from tests.support.kernel_check import compare
 from tools.emulation import Device, EmulationError, Launch
 from tools.op_cases import kernel_file, make
 
+pytestmark = pytest.mark.slow
+
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL = Device(multiprocessors=2, shared_bytes=99 << 10)
 LARGE = Device(multiprocessors=132)

@@ -24,6 +24,8 @@ from tests.support.identifiers import identifier
 from tests.support.operator_shapes import EMPTY
 from tools.op_cases import eager_outputs, kernel_file, make, reference_outputs
 
+pytestmark = pytest.mark.slow
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 # (operator, sizes, dtype, channels in front of each slice, reason)

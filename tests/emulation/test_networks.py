@@ -26,6 +26,8 @@ from tests.support.emulators import emulator_of
 from tests.support.identifiers import identifier
 from tools.op_cases import kernel_file
 
+pytestmark = pytest.mark.slow
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (12, (3, 2), 24)  # growth rate, layers, first features: no row fills whole sectors
 DRAWS = 3

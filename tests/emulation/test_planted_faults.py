@@ -16,6 +16,8 @@ from densenet_efficient import reference
 from tools.emulation import EmulationError, Emulator, Mutation
 from tools.op_cases import make
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(4)
 
 

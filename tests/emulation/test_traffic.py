@@ -17,6 +17,8 @@ from tools.emulation import tensor_traffic
 from tools.emulation.report import SECTOR
 from tools.op_cases import kernel_file, make
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 0.02
 SECTOR_EFFICIENCY = 0.99
 
@@ -144,6 +146,7 @@ def test_traffic_follows_the_byte_model(model: Model) -> None:
         assert sum(launch.mma_flops for launch in launches) == model.flops
 
 
+@pytest.mark.quick
 def test_counters_of_a_small_call() -> None:
     """By hand: 64 rows of 64 channels in bfloat16 are one block; every thread loads two vectors."""
     case = make("channel_stats", (64, 64), torch.bfloat16)

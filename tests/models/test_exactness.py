@@ -110,6 +110,7 @@ def test_densenet121_in_eval_mode_is_torchvisions(
         assert torch.equal(model.get_buffer(name), value), name
 
 
+@pytest.mark.slow
 @MEMORY
 @pytest.mark.parametrize("mixed", [True, False])
 def test_densenet121_in_bfloat16_errs_no_more_than_the_framework(
@@ -131,6 +132,7 @@ def test_densenet121_in_bfloat16_errs_no_more_than_the_framework(
     assert ratio.accepted, ratio
 
 
+@pytest.mark.slow
 def test_untrained_densenet121_in_bfloat16_errs_no_more_than_the_framework() -> None:
     """At the initial values the network does not depend on the scale of its first norm: that
     gradient is a sum in which everything cancels, and shows any bias in what is summed."""
@@ -160,6 +162,7 @@ def test_both_memory_modes_give_the_same_bits(mixed: bool) -> None:
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.slow
 @MEMORY
 def test_densenet121s_blocks_in_float32_err_no_more_than_the_framework(
     source: nn.Module, memory: str
@@ -224,6 +227,7 @@ def losses(
     return history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bottleneck", "memory"), [(True, "recompute"), (True, "store"), (False, "recompute")]
 )

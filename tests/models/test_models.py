@@ -171,6 +171,7 @@ def test_models_can_be_traced_and_exported(how: str) -> None:
     torch.testing.assert_close(other(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_models_run_the_same_blocks() -> None:
     """The blocks are opaque to torch.compile, so a deep network compiles in seconds."""

@@ -130,6 +130,7 @@ def test_loader_errors_are_explained(
         library.load()
 
 
+@pytest.mark.slow
 def test_disabling_is_visible_and_operators_raise() -> None:
     code = """
 import warnings, torch

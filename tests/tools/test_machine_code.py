@@ -84,6 +84,7 @@ def test_the_table_is_clean(stored: dict[str, Any]) -> None:
     assert all(kernel.spills == 0 and kernel.local == 0 for kernel in stored.values())
 
 
+@pytest.mark.slow
 def test_kernels_use_the_hardware(compiled: dict[str, Any]) -> None:
     for kernel in compiled.values():
         assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills registers"
@@ -91,6 +92,7 @@ def test_kernels_use_the_hardware(compiled: dict[str, Any]) -> None:
         assert kernel.copies > 0, f"{kernel.name} has no 16-byte asynchronous copies"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["86", "89", "100", "120"])
 def test_no_kernel_spills_on_other_architectures(tool: ModuleType, arch: str) -> None:
     """The build compiles sm_80 and sm_90a, and its report is checked as well."""
@@ -102,12 +104,14 @@ def test_no_kernel_spills_on_other_architectures(tool: ModuleType, arch: str) ->
         assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills on sm_{arch}"
 
 
+@pytest.mark.slow
 def test_registers_leave_room_for_the_designed_blocks(compiled: dict[str, Any]) -> None:
     for name, (blocks, threads) in designed().items():
         kernel = compiled[name]
         assert kernel.blocks(threads) >= blocks, f"{name}: {kernel.registers} registers"
 
 
+@pytest.mark.slow
 def test_no_more_instructions_than_the_table_says(
     compiled: dict[str, Any], stored: dict[str, Any]
 ) -> None:

@@ -117,6 +117,7 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path: Path, workers: int) -> N
         list(on_device(batches, torch.device("cpu"), torch.channels_last))
 
 
+@pytest.mark.slow
 def test_a_picture_of_20000_pixels_a_side_is_refused_before_training(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": ["cat"], "val": ["cat"]})
     Image.new("1", (20_000, 20_000)).save(tmp_path / "train" / "cat" / "huge.png")
