@@ -21,18 +21,18 @@ SEEDS = (0, 1, 2, 5)
 MOST_RUNNING = 4
 
 
-_running: OrderedDict[str, Emulator] = OrderedDict()
+_running: OrderedDict[tuple[str, ...], Emulator] = OrderedDict()
 
 
-def emulator_of(kernel: str) -> Emulator:
-    """The emulator of a kernel file, built and started with its first use. Of the last few only:
-    a process under the address sanitizer takes two thirds of a gigabyte."""
-    if kernel not in _running:
+def emulator_of(*kernels: str) -> Emulator:
+    """The emulator of a kernel file, or of several, built and started with its first use. Of the
+    last few only: a process under the address sanitizer takes two thirds of a gigabyte."""
+    if kernels not in _running:
         while len(_running) >= MOST_RUNNING:
             _running.popitem(last=False)[1].close()
-        _running[kernel] = Emulator([kernel])
-    _running.move_to_end(kernel)
-    return _running[kernel]
+        _running[kernels] = Emulator(list(kernels))
+    _running.move_to_end(kernels)
+    return _running[kernels]
 
 
 @atexit.register
