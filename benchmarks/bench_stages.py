@@ -9,49 +9,52 @@ input read once, each output written once), FLOPs those of its products; they ar
 copy of 1 GB and a large matrix product measured in the same run. `bare` is the framework's own
 convolution, product or pooling of the same shape on packed tensors, without norm, ReLU, statistics
 or slices. Correctness comes first: on two images, no output may be further from float64 than twice
-the plain twin in the same dtype. Writes benchmarks/results/stages-DEVICE.{json,md}.
+the reference in the same dtype. Writes benchmarks/results/stages-DEVICE.{json,md}.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from operator_work import LAYER_STAGES, SHAPES, STEM, STEMS, TRANSITIONS, Inputs, Work
+from operator_work import LAYER, SHAPES, STEM, STEM_SHAPE, TRANSITION, Shape, Work, work
 
+from densenet_efficient.bench.accuracy import relative_error
 from densenet_efficient.bench.steps import MeasurementError, quantiles, time_in_turns
 from densenet_efficient.bench.tables import markdown_table, write_results
+from tools.op_cases import reference_outputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = 1e-6  # what summation in another order may cost in fp32
 
 
-def check(name: str, build: Callable[[Inputs], Work], inputs: Inputs) -> None:
-    """MeasurementError where an output is further from float64 than twice the plain twin."""
-    work = build(inputs)
-    work.run()
-    exact, own = work.twin(torch.float64), work.twin(inputs.dtype)
-    for index, (got, e, o) in enumerate(zip(work.outputs, exact, own, strict=True)):
-        error, bound = ((t.double() - e).norm() / e.norm() for t in (got, o))
+def check(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """MeasurementError where an output is further from float64 than twice the reference in the same
+    dtype, on two images."""
+    small = work(op, shape, 2, dtype, device)
+    inputs = small.case.inputs()
+    small.run()
+    exact, own = reference_outputs(op, inputs), reference_outputs(op, inputs, None)
+    for name, got in small.case.outputs.items():
+        error, bound = (relative_error(t, exact[name]) for t in (got, own[name]))
         if not error <= 2 * bound + ROUNDING:
             raise MeasurementError(
-                f"{name}, {inputs.shape.name}, output {index}: expected an error of at most twice "
-                f"the twin's {bound:.2e}, got {error:.2e}; nothing was timed"
+                f"{op}, {shape.name}, {name}: expected an error of at most twice the reference's "
+                f"{bound:.2e}, got {error:.2e}; nothing was timed"
             )
 
 
-def measure(work: Work, rounds: int, device: torch.device) -> dict[str, float]:
+def measure(timed: Work, rounds: int, device: torch.device) -> dict[str, float]:
     """Median milliseconds of ours and of the bare kernel, in turns."""
     for _ in range(2):
-        work.run()
-        work.bare()
-    times = time_in_turns({"ours": work.run, "bare": work.bare}, rounds, device, inner=3)
+        timed.run()
+        timed.bare()
+    times = time_in_turns({"ours": timed.run, "bare": timed.bare}, rounds, device, inner=3)
     return {name: quantiles(values)["median"] for name, values in times.items()}
 
 
@@ -90,19 +93,19 @@ def main() -> int:
     bandwidth, rate = ceilings(dtype, device)
     rows: list[list[Any]] = []
     figures = []
-    plan = [(name, f, shape) for shape in SHAPES for name, f in LAYER_STAGES.items()]
-    plan += [(name, f, shape) for shape in SHAPES[:3] for name, f in TRANSITIONS.items()]
-    plan += [(name, f, STEM) for name, f in STEMS.items()]
-    for name, build, shape in plan:
+    plan = [(op, shape) for shape in SHAPES for op in LAYER]
+    plan += [(op, shape) for shape in SHAPES[:3] for op in TRANSITION]
+    plan += [(op, STEM_SHAPE) for op in STEM]
+    for name, shape in plan:
         if options.stages and name not in options.stages:
             continue
-        check(name, build, Inputs(shape, 2, dtype, device))
-        work = build(Inputs(shape, batch, dtype, device))
-        found = measure(work, options.rounds, device)
+        check(name, shape, dtype, device)
+        timed = work(name, shape, batch, dtype, device)
+        found = measure(timed, options.rounds, device)
         seconds = found["ours"] * 1e-3
-        moved, done = work.size / seconds, work.flops / seconds
-        figures.append({"stage": name, "shape": shape.name, **found, "bytes": work.size})
-        figures[-1].update(flops=work.flops, bandwidth=moved, rate=done)
+        moved, done = timed.size / seconds, timed.flops / seconds
+        figures.append({"stage": name, "shape": shape.name, **found, "bytes": timed.size})
+        figures[-1].update(flops=timed.flops, bandwidth=moved, rate=done)
         rows.append(
             [
                 f"{name}, {shape.name}",

@@ -1,8 +1,9 @@
-"""The work of each stage on one shape: ours, the plain twin and the bare kernel of the framework,
-on random tensors in the layout of training; bytes and FLOPs beside them. See bench_stages.py."""
+"""The work of each operator on one layer's volumes: ours and the bare kernel of eager PyTorch, on
+random tensors in the layout of training, with their bytes and FLOPs. See bench_stages.py."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from densenet_efficient import reference
 from densenet_efficient.ops import compiled
+from tools.op_cases import Case, accumulates, make
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,25 @@ class Shape:
     def bottleneck(self) -> int:
         return 4 * self.growth
 
+    def sizes(self, op: str, batch: int) -> tuple[tuple[int, ...], dict[str, int]]:
+        """The operator's sizes, and the channels of the buffers that its activations lie in."""
+        side, k = self.side, self.bottleneck
+        pixels, image = batch * side**2, (batch, side, side)
+        if op == "channel_stats":
+            return (pixels, self.growth), {"x": self.total}
+        if op.startswith("norm_relu_conv1x1"):
+            inner = {"y": k, "dz_y": k, "x": self.total, "dx": self.total}
+            return (pixels, self.channels, k), inner
+        if op.startswith("norm_relu_conv3x3"):
+            inner = {"x": k, "dx": k, "y": self.total, "dy": self.total}
+            return (*image, k, self.growth), inner
+        half = self.total // 2
+        if op.startswith("transition"):
+            inner = {"x": self.total, "dx": self.total, "y": half, "dy": half}
+            return (*image, self.total, half), inner
+        inner = dict.fromkeys(("x", "dx", "y", "dy"), self.total)
+        return (*image, self.total), inner
+
 
 SHAPES = (
     Shape("121 block 1", 56, 160, 256, 32),
@@ -42,225 +62,127 @@ SHAPES = (
 
 @dataclass
 class Work:
-    """A stage on one shape. run: ours, writing `outputs`. twin: the reference's outputs, given the
-    dtype to compute in. bare: the framework's kernel. size, flops: of the stage."""
+    """An operator on one layer's volumes. bare: eager PyTorch's kernel. size: the least bytes to
+    move, each input read once and each output written once; flops: those of the products."""
 
-    run: Callable[[], None]
-    outputs: list[Tensor]
-    twin: Callable[[torch.dtype], tuple[Tensor, ...]]
+    case: Case
     bare: Callable[[], Any]
     size: int
     flops: int
 
-
-class Inputs:
-    """Random tensors of a shape, in the layout of training."""
-
-    def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.shape, self.batch, self.dtype, self.device = shape, batch, dtype, device
-        self.element = dtype.itemsize
-
-    def image(self, channels: int, total: int | None = None, side: int | None = None) -> Tensor:
-        """[N, side, side, channels], a slice of `total` channels."""
-        side = self.shape.side if side is None else side
-        buffer = torch.randn(self.batch, side, side, total or channels, device=self.device)
-        return buffer.to(self.dtype)[..., :channels]
-
-    def weight(self, *sides: int) -> Tensor:
-        return (torch.randn(*sides, device=self.device) / sides[1] ** 0.5).to(self.dtype)
-
-    def norm(self, x: Tensor) -> Tensor:
-        gamma, beta = torch.rand(2, x.shape[-1], device=self.device)
-        stats = reference.channel_stats(x.flatten(0, -2))
-        return reference.norm_fold(stats, gamma + 0.5, beta - 0.5, 1e-5)
-
-    def wide(self, *sides: int) -> Tensor:
-        return torch.zeros(*sides, device=self.device)
+    def run(self) -> None:
+        getattr(compiled, self.case.op)(*self.case.arguments.values())
 
 
-def _cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """Tensors for the twin: everything in float64, or as it is."""
-    return [t.double() for t in tensors] if dtype == torch.float64 else list(tensors)
+def work(op: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device | str) -> Work:
+    """Reproducible: torch's seed is set."""
+    torch.manual_seed(0)
+    sizes, widths = shape.sizes(op, batch)
+    case = make(op, sizes, dtype, widths=widths, device=device)
+    return Work(case, BARE[op](case.arguments), least_bytes(case), flops(case))
+
+
+def least_bytes(case: Case) -> int:
+    moved = sum(case.sizes.get(name, 0) for name in ("x", "y", "dx", "dy", "dz_y", "weight"))
+    return moved + (case.sizes["dx"] if accumulates(case.op, case.arguments) else 0)
+
+
+def flops(case: Case) -> int:
+    """Two for each product of an output's pixel and a weight; twice as many backward."""
+    weight = case.arguments.get("weight")
+    if weight is None:
+        return 0
+    result = next(case.arguments[name] for name in ("dz_y", "dy", "y") if name in case.arguments)
+    forward = 2 * math.prod(result.shape[:-1]) * weight.numel()
+    return forward if case.op.endswith("forward") else 2 * forward
 
 
 def _nchw(x: Tensor) -> Tensor:
     return x.contiguous().permute(0, 3, 1, 2)
 
 
-def channel_stats(i: Inputs) -> Work:
-    x = i.image(i.shape.growth, i.shape.total).flatten(0, 2)
-    stats = i.wide(2, x.shape[1])
-    packed = x.contiguous()
-    return Work(
-        lambda: compiled.channel_stats(x, stats),
-        [stats],
-        lambda dtype: (reference.channel_stats(*_cast(dtype, x)),),
-        lambda: torch.var_mean(packed, 0),
-        x.numel() * i.element,
-        0,
-    )
+Arguments = dict[str, Any]
 
 
-def norm_relu_conv1x1_forward(i: Inputs) -> Work:
-    k = i.shape.bottleneck
-    x = i.image(i.shape.channels, i.shape.total).flatten(0, 2)
-    norm, w = i.norm(x), i.weight(k, x.shape[1])
-    y, stats, packed = x.new_empty(len(x), k), i.wide(2, k), x.contiguous()
-    return Work(
-        lambda: compiled.norm_relu_conv1x1_forward(x, norm, w, y, stats),
-        [y, stats],
-        lambda dtype: reference.norm_relu_conv1x1_forward(*_cast(dtype, x, norm, w)),
-        lambda: packed @ w.t(),
-        (x.numel() + y.numel() + w.numel()) * i.element,
-        2 * x.numel() * k,
-    )
+def _channel_stats(a: Arguments) -> Callable[[], Any]:
+    packed = a["x"].contiguous()
+    return lambda: torch.var_mean(packed, 0)
 
 
-def norm_relu_conv1x1_backward(i: Inputs) -> Work:
-    k = i.shape.bottleneck
-    x = i.image(i.shape.channels, i.shape.total).flatten(0, 2)
-    y, dz = i.image(k).flatten(0, 2), i.image(k).flatten(0, 2)
-    norm, w = i.norm(x), i.weight(k, x.shape[1])
-    correction = torch.rand(4, k, device=i.device) * 0.1 + 0.5
-    dx = i.image(i.shape.channels, i.shape.total).flatten(0, 2).zero_()
-    dw, dnorm, packed = i.wide(*w.shape), i.wide(2, x.shape[1]), x.contiguous()
+def _conv1x1_forward(a: Arguments) -> Callable[[], Any]:
+    packed, weight = a["x"].contiguous(), a["weight"]
+    return lambda: packed @ weight.t()
+
+
+def _conv1x1_backward(a: Arguments) -> Callable[[], Any]:
+    packed, gradient, weight = a["x"].contiguous(), a["dz_y"], a["weight"]
 
     def bare() -> None:
-        torch.mm(dz, w)
-        torch.mm(dz.t(), packed)
+        torch.mm(gradient, weight)
+        torch.mm(gradient.t(), packed)
 
-    return Work(
-        lambda: compiled.norm_relu_conv1x1_backward(dz, y, correction, x, norm, w, dx, dw, dnorm),
-        [dx, dw, dnorm],
-        lambda dtype: reference.norm_relu_conv1x1_backward(
-            *_cast(dtype, dz, y, correction, x, norm, w)
-        ),
-        bare,
-        (3 * x.numel() + 2 * y.numel() + w.numel()) * i.element,
-        4 * x.numel() * k,
-    )
+    return bare
 
 
-def norm_relu_conv3x3_forward(i: Inputs) -> Work:
-    c, k = i.shape.bottleneck, i.shape.growth
-    x, y = i.image(c), i.image(k, i.shape.total)
-    norm, w = i.norm(x), i.weight(k, c, 3, 3)
-    stats, packed = i.wide(2, k), _nchw(x)
-    filters = w.contiguous(memory_format=torch.channels_last)
-    return Work(
-        lambda: compiled.norm_relu_conv3x3_forward(x, norm, w, y, stats),
-        [y, stats],
-        lambda dtype: reference.norm_relu_conv3x3_forward(*_cast(dtype, x, norm, w)),
-        lambda: functional.conv2d(packed, filters, padding=1),
-        (x.numel() + y.numel() + w.numel()) * i.element,
-        18 * x.numel() * k,
-    )
+def _conv3x3_forward(a: Arguments) -> Callable[[], Any]:
+    packed = _nchw(a["x"])
+    filters = a["weight"].contiguous(memory_format=torch.channels_last)
+    return lambda: functional.conv2d(packed, filters, padding=1)
 
 
-def norm_relu_conv3x3_backward(i: Inputs) -> Work:
-    c, k = i.shape.bottleneck, i.shape.growth
-    x, y, dy = i.image(c), i.image(k, i.shape.total), i.image(k, i.shape.total)
-    norm, w = i.norm(x), i.weight(k, c, 3, 3)
-    correction = torch.rand(4, k, device=i.device) * 0.1 + 0.5
-    dx, dw, dnorm = torch.empty_like(x), i.wide(*w.shape), i.wide(2, c)
-    packed, gradient = _nchw(x), _nchw(dy)
-    filters = w.contiguous(memory_format=torch.channels_last)
-    return Work(
-        lambda: compiled.norm_relu_conv3x3_backward(
-            dy, y, correction, x, norm, w, False, dx, dw, dnorm
-        ),
-        [dx, dw, dnorm],
-        lambda dtype: reference.norm_relu_conv3x3_backward(
-            *_cast(dtype, dy, y, correction, x, norm, w)
-        ),
-        lambda: torch.ops.aten.convolution_backward(
-            gradient, packed, filters, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-            [True, True, False],
-        ),
-        (2 * x.numel() + 2 * y.numel() + w.numel()) * i.element,
-        36 * x.numel() * k,
+def _conv3x3_backward(a: Arguments) -> Callable[[], Any]:
+    packed, gradient = _nchw(a["x"]), _nchw(a["dy"])
+    filters = a["weight"].contiguous(memory_format=torch.channels_last)
+    return lambda: torch.ops.aten.convolution_backward(
+        gradient, packed, filters, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        [True, True, False],
     )  # fmt: skip
 
 
-def transition_forward(i: Inputs) -> Work:
-    x = i.image(i.shape.total)
-    k, side = i.shape.total // 2, i.shape.side // 2
-    norm, w = i.norm(x), i.weight(k, i.shape.total)
-    y, stats, packed = i.image(k, side=side), i.wide(2, k), x.flatten(0, 2)
-    return Work(
-        lambda: compiled.transition_forward(x, norm, w, y, stats),
-        [y, stats],
-        lambda dtype: reference.transition_forward(*_cast(dtype, x, norm, w)),
-        lambda: functional.avg_pool2d(
-            (packed @ w.t()).view(*x.shape[:3], k).permute(0, 3, 1, 2), 2
-        ),
-        (x.numel() + y.numel() + w.numel()) * i.element,
-        2 * y.numel() * i.shape.total,
-    )
+def _transition_forward(a: Arguments) -> Callable[[], Any]:
+    x, weight = a["x"].contiguous(), a["weight"]
+    rows, image = x.flatten(0, 2), (*x.shape[:3], weight.shape[0])
+    return lambda: functional.avg_pool2d((rows @ weight.t()).view(image).permute(0, 3, 1, 2), 2)
 
 
-def transition_backward(i: Inputs) -> Work:
-    x = i.image(i.shape.total)
-    k, side = i.shape.total // 2, i.shape.side // 2
-    norm, w, dy = i.norm(x), i.weight(k, i.shape.total), i.image(k, side=side)
-    dx, dw, dnorm = torch.empty_like(x), i.wide(*w.shape), i.wide(2, i.shape.total)
-    count = x.numel() // i.shape.total
-    rows, packed = i.image(k).flatten(0, 2), x.flatten(0, 2)
+def _transition_backward(a: Arguments) -> Callable[[], Any]:
+    rows, weight = a["x"].contiguous().flatten(0, 2), a["weight"]
+    gradient = torch.randn_like(rows[:, : weight.shape[0]]).contiguous()
 
-    def bare() -> None:  # the framework convolves before it pools
-        torch.mm(rows, w)
-        torch.mm(rows.t(), packed)
+    def bare() -> None:  # eager convolves before it pools
+        torch.mm(gradient, weight)
+        torch.mm(gradient.t(), rows)
 
-    return Work(
-        lambda: compiled.transition_backward(dy, x, norm, w, count, dx, dw, dnorm),
-        [dx, dw, dnorm],
-        lambda dtype: reference.transition_backward(*_cast(dtype, dy, x, norm, w), count),
-        bare,
-        (2 * x.numel() + dy.numel() + w.numel()) * i.element,
-        4 * dy.numel() * i.shape.total,
-    )
+    return bare
 
 
-def stem_forward(i: Inputs) -> Work:
-    x = i.image(64)
-    norm, y = i.norm(x), i.image(64, side=-(-i.shape.side // 2))
-    stats, packed = i.wide(2, 64), _nchw(x)
-    return Work(
-        lambda: compiled.stem_forward(x, norm, y, stats),
-        [y, stats],
-        lambda dtype: reference.stem_forward(*_cast(dtype, x, norm)),
-        lambda: functional.max_pool2d(packed, 3, 2, 1),
-        (x.numel() + y.numel()) * i.element,
-        0,
-    )
+def _stem_forward(a: Arguments) -> Callable[[], Any]:
+    packed = _nchw(a["x"])
+    return lambda: functional.max_pool2d(packed, 3, 2, 1)
 
 
-def stem_backward(i: Inputs) -> Work:
-    x = i.image(64)
-    norm, dy = i.norm(x), i.image(64, side=-(-i.shape.side // 2))
-    dx, dnorm, count = torch.empty_like(x), i.wide(2, 64), x.numel() // 64
-    packed, gradient = _nchw(x), _nchw(dy)
+def _stem_backward(a: Arguments) -> Callable[[], Any]:
+    packed, gradient = _nchw(a["x"]), _nchw(a["dy"])
     _, winners = functional.max_pool2d(packed, 3, 2, 1, return_indices=True)
-    return Work(
-        lambda: compiled.stem_backward(dy, x, norm, count, dx, dnorm),
-        [dx, dnorm],
-        lambda dtype: reference.stem_backward(*_cast(dtype, dy, x, norm), count),
-        lambda: torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient, packed, [3, 3], [2, 2], [1, 1], [1, 1], False, winners
-        ),
-        (2 * x.numel() + dy.numel()) * i.element,
-        0,
+    return lambda: torch.ops.aten.max_pool2d_with_indices_backward(
+        gradient, packed, [3, 3], [2, 2], [1, 1], [1, 1], False, winners
     )
 
 
-LAYER_STAGES = {
-    f.__name__: f
-    for f in (
-        channel_stats, norm_relu_conv1x1_forward, norm_relu_conv1x1_backward,
-        norm_relu_conv3x3_forward, norm_relu_conv3x3_backward,
-    )
-}  # fmt: skip
-TRANSITIONS = {f.__name__: f for f in (transition_forward, transition_backward)}
-STEMS = {f.__name__: f for f in (stem_forward, stem_backward)}
-STEM = Shape("121 stem", 112, 64, 64, 32)
+# The kernels that eager PyTorch runs for each operator's product or pooling, on packed tensors.
+BARE: dict[str, Callable[[Arguments], Callable[[], Any]]] = {
+    "channel_stats": _channel_stats,
+    "norm_relu_conv1x1_forward": _conv1x1_forward,
+    "norm_relu_conv1x1_backward": _conv1x1_backward,
+    "norm_relu_conv3x3_forward": _conv3x3_forward,
+    "norm_relu_conv3x3_backward": _conv3x3_backward,
+    "transition_forward": _transition_forward,
+    "transition_backward": _transition_backward,
+    "stem_forward": _stem_forward,
+    "stem_backward": _stem_backward,
+}
+LAYER, TRANSITION, STEM = (
+    tuple(op for op in BARE if op.startswith(prefixes))
+    for prefixes in (("channel_stats", "norm_relu"), "transition", "stem")
+)
+STEM_SHAPE = Shape("121 stem", 112, 64, 64, 32)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from densenet_efficient import _module
-from tests.emulation.test_kernels import identifier
 from tests.support.emulators import emulator_of
+from tests.support.identifiers import identifier
 from tools.emulation import Device
 from tools.op_cases import OPERATORS, Case, kernel_file, make
 
