@@ -75,8 +75,8 @@ class _Result(torch.autograd.Function):
         return to_tf32(gradient.contiguous())
 
 
-def _convolution(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
-    """[N, C, H, W] and [K, C, kh, kw]."""
+def convolution(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
+    """x [N, C, H, W], weight [K, C, kh, kw]; float32 as on a GPU that may use TF32."""
     return _Result.apply(F.conv2d(_Operand.apply(x), _Operand.apply(weight), padding=padding))
 
 
@@ -147,7 +147,7 @@ def norm_relu_conv3x3_forward(
     x: Tensor, norm: Tensor, weight: Tensor, **_: Any
 ) -> dict[str, Tensor]:
     h = F.relu(_Norm(norm)(_nchw(x)))
-    return _with_stats(_nhwc(_convolution(h, weight, padding=1)).detach())
+    return _with_stats(_nhwc(convolution(h, weight, padding=1)).detach())
 
 
 def norm_relu_conv3x3_backward(
@@ -165,7 +165,7 @@ def norm_relu_conv3x3_backward(
         dy = reference.norm_correction_apply(dy, y, correction)
     layer, x, weight = _Norm(norm), _nchw(x).requires_grad_(), weight.requires_grad_()
     z = layer(x)
-    output = _convolution(F.relu(z), weight, padding=1)
+    output = convolution(F.relu(z), weight, padding=1)
     wanted = (x, z, weight, layer.gamma, layer.beta)
     own, dz, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
     result = dx + _nhwc(own) if accumulate else _nhwc(dz)
@@ -174,7 +174,7 @@ def norm_relu_conv3x3_backward(
 
 def transition_forward(x: Tensor, norm: Tensor, weight: Tensor, **_: Any) -> dict[str, Tensor]:
     h = F.relu(_Norm(norm)(_nchw(x)))
-    return _with_stats(_nhwc(_pool(_convolution(h, weight[:, :, None, None]))).detach())
+    return _with_stats(_nhwc(_pool(convolution(h, weight[:, :, None, None]))).detach())
 
 
 def transition_backward(
@@ -182,7 +182,7 @@ def transition_backward(
 ) -> dict[str, Tensor]:
     layer, x, weight = _Norm(norm), _nchw(x).requires_grad_(), weight.requires_grad_()
     h = F.relu(layer(x, training=count > 0))
-    output = _pool(_convolution(h, weight[:, :, None, None]))
+    output = _pool(convolution(h, weight[:, :, None, None]))
     wanted = (x, weight, layer.gamma, layer.beta)
     dx, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
     return {"dx": _nhwc(dx), "dweight": dweight, "dnorm": torch.stack([dgamma, dbeta])}

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from densenet_efficient import reference
 from densenet_efficient.bench.accuracy import (
+    TOGETHER_BOUND,
     error_ratio,
     moved_norms,
-    relative_error,
     training_step,
 )
 from densenet_efficient.core import layout
@@ -24,13 +24,14 @@ from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import compiled
 from tests.support.emulators import emulator_of
 from tests.support.identifiers import identifier
+from tools.eager_operators import convolution
 from tools.op_cases import kernel_file
 
 pytestmark = pytest.mark.slow
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (12, (3, 2), 24)  # growth rate, layers, first features: no row fills whole sectors
-DRAWS = 3
+DRAWS = 9  # with three, chance alone moves the ratio from 0.5 to 1.4
 KERNELS = sorted({kernel_file(name) for name in compiled.NAMES})
 
 
@@ -64,30 +65,46 @@ def networks(
     return ours.to(dtype), plain.to(dtype), exact
 
 
-@pytest.mark.parametrize("memory", ["recompute", "store"])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=identifier)
-def test_a_step_errs_no_more_than_the_framework(
-    emulated: list[str], dtype: torch.dtype, memory: str
-) -> None:
-    ours, plain, exact = networks(dtype, memory)
+def assert_errs_no_more(ours: nn.Module, plain: nn.Module, exact: nn.Module) -> None:
+    """Over all tensors together: on images this small single ReLUs, which rounding turns, decide
+    over single tensors."""
+    dtype = next(ours.parameters()).dtype
     steps: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
     for _ in range(DRAWS):
         x, target = torch.randn(2, 3, 40, 36).to(dtype), torch.tensor([0, 2])
-        steps[0].append(training_step(ours, x, target))
-        steps[1].append(training_step(plain, x, target))
+        for found, model in zip(steps, (ours, plain), strict=False):
+            found.append(training_step(model, x, target))
         steps[2].append(training_step(exact, x.double(), target))
-    assert set(emulated) == set(compiled.NAMES)
     ratio = error_ratio(*steps)
-    # On images this small single ReLUs, which rounding turns, decide over single tensors.
-    assert ratio.together <= 1.2, ratio
+    assert ratio.together <= TOGETHER_BOUND, ratio
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=identifier)
+def test_a_step_errs_no_more_than_eager(emulated: list[str], dtype: torch.dtype) -> None:
+    assert_errs_no_more(*networks(dtype, "recompute"))
+    assert set(emulated) == set(compiled.NAMES)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=identifier)
+def test_both_memory_modes_give_the_same_bits(dtype: torch.dtype) -> None:
+    """So the error of one mode is that of both."""
+    x, target = torch.randn(2, 3, 40, 36).to(dtype), torch.tensor([0, 2])
+    lean, stored = networks(dtype, "recompute")[0], networks(dtype, "store")[0]
+    stored.load_state_dict(lean.state_dict())
+    expected = training_step(lean, x, target)
+    for name, value in training_step(stored, x, target).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("bottleneck", [True, False], ids=["bottleneck", "plain"])
-def test_a_step_in_tf32_is_right(emulated: list[str], bottleneck: bool) -> None:
-    """But for what products of ten bits, and the ReLUs that they turn, leave."""
-    ours, _, exact = networks(FP32, "recompute", bottleneck=bottleneck)
-    x, target = torch.randn(2, 3, 40, 36), torch.tensor([0, 2])
-    expected = training_step(exact, x.double(), target)
-    for name, value in training_step(ours, x, target).items():
-        assert relative_error(value, expected[name]) < 3e-2, name
+def test_a_step_in_tf32_errs_no_more_than_eager(emulated: list[str], bottleneck: bool) -> None:
+    """Eager's convolutions as a GPU's that use TF32, all but the first, which is eager's here."""
+    ours, plain, exact = networks(FP32, "recompute", bottleneck=bottleneck)
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Conv2d) and name != "features.conv0":
+            module.forward = functools.partial(  # type: ignore[method-assign]
+                convolution, weight=module.weight, padding=module.padding[0]
+            )
+    assert_errs_no_more(ours, plain, exact)
     assert "norm_relu_conv3x3_backward" in emulated
