@@ -1,5 +1,5 @@
 // The arguments of every operator, checked once for both backends: a launcher constructs its
-// operator's struct, which holds the sizes and where the rows of each tensor lie. Members stand in
+// operator's struct, which holds the sizes and where the rows of each tensor lie. Members are in
 // the order of the checks; ops.cpp says what the tensors are.
 #pragma once
 

@@ -16,14 +16,14 @@ enum CorrectionRow { kA = 0, kP = 1, kQ = 2, kCenter = 3, kCorrectionRows = 4 };
 enum StatsRow { kStatsMean = 0, kStatsVar = 1, kStatsRows = 2 };
 enum DnormRow { kDgamma = 0, kDbeta = 1, kDnormRows = 2 };
 
-// The norm's value in front of the ReLU. One fused multiply-add wherever the hardware has it, so
+// The norm's value before the ReLU. One fused multiply-add wherever the hardware has it, so
 // that forward and backward see the same sign and the mask is exactly the forward's.
 template <typename A>
 DE_HOST_DEVICE A normalise(A x, A scale, A shift) {
   return x * scale + shift;
 }
 
-// A NaN passes, as it does in the framework's ReLU.
+// A NaN passes, as it does in PyTorch's ReLU.
 template <typename A>
 DE_HOST_DEVICE A relu(A z) {
   return z < A(0) ? A(0) : z;
@@ -34,7 +34,7 @@ DE_HOST_DEVICE A norm_relu(A x, A scale, A shift) {
   return relu(normalise(x, scale, shift));
 }
 
-// dz: the gradient behind the ReLU, zero where the ReLU cut; a NaN passes here too.
+// dz: the gradient through the ReLU, zero where the ReLU is inactive; a NaN passes here too.
 template <typename A>
 DE_HOST_DEVICE A relu_mask(A dh, A z) {
   return z <= A(0) ? A(0) : dh;

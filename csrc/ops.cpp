@@ -9,9 +9,9 @@
 //   stats      [2, C]: mean and biased variance over the rows, of the values as stored.
 //   dnorm      [2, C]: dgamma = sum dz * x_hat and dbeta = sum dz over the rows.
 //   correction [4, C]: a, p, q, mean. The gradient through a norm is a * dz - p - (x - mean) * q.
-//   dz         the gradient behind the ReLU mask, in front of the norm's scale.
+//   dz         the gradient after the ReLU mask and before the norm's scale.
 // Activations are float64, float32, bfloat16 or float16, weights have the activations' dtype. norm,
-// stats, dnorm, correction and weight gradients are float32 (float64 beside float64 activations).
+// stats, dnorm, correction and weight gradients are float32 (float64 with float64 activations).
 // On CUDA the convolutions and transitions multiply float32 in TF32 and take no float64: where they
 // may be used is densenet_efficient/paths.py's to say.
 // Kernels write only into the tensors marked with "!".
@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
       "norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm, "
       "Tensor weight, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> ()");
 
-  // y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1 (zero behind the ReLU), stride 1;
+  // y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1 (zero after the ReLU), stride 1;
   // x [N, H, W, C], weight [K, C, 3, 3] in any dense layout; optionally the stats of y.
   library.def(
       "norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor(a!) y, "

@@ -10,6 +10,7 @@
 #include "../dither.h"
 #include "parallel.h"
 #include "rows/operands.h"
+#include "rows/tables.h"
 
 namespace densenet_efficient::cpu {
 namespace {

@@ -8,6 +8,7 @@
 // once, dx is written once: M * (2 K + 3 C) elements.
 #include "gemm/backward.h"
 #include "gemm/forward.h"
+#include "rows/epilogue.h"
 
 namespace densenet_efficient::cpu {
 namespace {
@@ -44,9 +45,9 @@ void backward(const arguments::NormReluConv1x1Backward& call) {
       call.weight, call.M, gradients<A>(call),
       [=](int64_t row, Element<T>* to) { dy_row<T>(dz_y[row], y[row], correction, K, padded, to); },
       [=](const Part& part, const A* dh, A* sums, Unit<T>* h) {
-        take_dh<T, Take::kAdd>(dh, part.width, {x[part.first_row], x.stride}, norm, part.column,
-                               part.columns, part.rows, {dx[part.first_row], dx.stride}, sums,
-                               sums + tiling::kColumns, h);
+        data_gradient_epilogue<T, Epilogue::kAdd>(
+            dh, part.width, {x[part.first_row], x.stride}, norm, part.column, part.columns,
+            part.rows, {dx[part.first_row], dx.stride}, sums, sums + tiling::kColumns, h);
       });
 }
 

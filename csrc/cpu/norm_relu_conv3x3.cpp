@@ -2,9 +2,9 @@
 // gradients.
 //
 // A tile is a band of image rows. Its operand is normalised once, with a halo of one pixel that is
-// zero outside the image (the padding is behind the ReLU). The three pixels under a kernel row are
-// neighbours in memory, so an output row is one product of W rows with 3 segments (kernel rows) of
-// 3 * C steps: nothing is copied into columns.
+// zero outside the image (the padding comes after the ReLU). The three pixels under a kernel row
+// are neighbours in memory, so an output row is one product of W rows with 3 segments (kernel rows)
+// of 3 * C steps: nothing is copied into columns.
 //   forward    y[row] = h[row .. row + 2] * weight
 //   backward   dh[row] = dy[row .. row + 2] * flipped weight; dz = dh * [a * x + s > 0]
 //              dweight[tap] += dy^T h[shifted by tap], a reduction over the pixels of the band
@@ -12,7 +12,9 @@
 // the band: so both shift by a tap together. Bytes moved: x once (and dx once or twice), dy and y
 // once, halos again. Tasks are groups of bands; partial sums merge in their order.
 #include "gemm/product.h"
+#include "rows/epilogue.h"
 #include "rows/moments.h"
+#include "rows/tables.h"
 
 namespace densenet_efficient::cpu {
 namespace {
@@ -225,7 +227,7 @@ struct Backward {
     }
   }
 
-  // Pixels of the upper half of the band beside those of the lower half: [half][W][K] units.
+  // Pixels of the upper half of the band next to those of the lower half: [half][W][K] units.
   void make_dy_units(const E* dy_halo, int64_t rows, int64_t K, int64_t depth, U* out) const {
     const int64_t W = source.W, half = ceil_div(rows, kGroupSize);
     for (int64_t r = 0; r < half; ++r)
@@ -244,7 +246,8 @@ struct Backward {
       product(row_product<T>(reinterpret_cast<const U*>(dy_halo) + r * pitch, W, steps, pitch,
                              packed + column * 9 * steps, columns, dh, width));
       const int64_t pixel = (band.image * source.H + band.first + r) * W;
-      const auto take = accumulate ? take_dh<T, Take::kAdd> : take_dh<T, Take::kWrite>;
+      const auto take = accumulate ? data_gradient_epilogue<T, Epilogue::kAdd>
+                                   : data_gradient_epilogue<T, Epilogue::kWrite>;
       take(dh, width, {source.x[pixel], source.x.stride}, source.norm, column, columns, W,
            {dx[pixel], dx.stride}, sums, sums + kColumns, nullptr);
     }

@@ -6,10 +6,13 @@
 // dz * (x - mean). Second pass: a task walks down input rows in pairs; for each row of windows it
 // keeps which tap won (first maximum, row-major), and every input pixel gathers dy from the up to
 // four windows it may have won: dx is written once, in order. Values are compared in the arithmetic
-// type, unrounded; where a window's maximum is not positive the ReLU cuts, whichever pixel won.
+// type, unrounded; where a window's maximum is not positive the ReLU is inactive, whichever pixel
+// won.
 #include <limits>
 
+#include "rows/epilogue.h"
 #include "rows/moments.h"
+#include "rows/tables.h"
 
 namespace densenet_efficient::cpu {
 namespace {
@@ -44,8 +47,8 @@ struct Stem {
     return w;
   }
 
-  // Visits a window by vectors of channels: the largest a * x + s (a NaN wins, as it does in the
-  // framework), the x behind it and its tap, the first of several.
+  // Visits a window by vectors of channels: the largest a * x + s (a NaN wins, as it does in
+  // PyTorch), the x it came from and its tap, the first of several.
   template <typename Visit>
   void winners(const Window& w, const Visit& visit) const {
     for_vectors<A>(C, [&](int64_t c, int64_t count) {

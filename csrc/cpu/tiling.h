@@ -1,5 +1,6 @@
-// Workspaces: how many bytes of scratch each stage allocates for one call, by shape. The launchers
-// allocate exactly what these functions say, and the memory plan counts it before anything runs.
+// Workspaces: how many bytes of scratch each operator allocates for one call, by shape. The
+// launchers allocate exactly what these functions say, and the memory plan counts it before
+// anything runs.
 #pragma once
 
 #include <algorithm>
@@ -153,7 +154,7 @@ struct ProductBackward {
   int64_t first_column(int64_t task) const { return task * (columns / kPad) / column_tasks * kPad; }
 };
 
-// What transition_backward needs beside ProductBackward: its correction and a row of zeros.
+// What transition_backward needs in addition to ProductBackward: its correction and a row of zeros.
 inline int64_t transition_correction_bytes(int64_t C, int64_t size) {
   return 5 * C * size + 2 * 64;
 }

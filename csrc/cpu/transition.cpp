@@ -8,11 +8,13 @@
 // rounded.
 #include "gemm/backward.h"
 #include "gemm/forward.h"
+#include "rows/epilogue.h"
+#include "rows/tables.h"
 
 namespace densenet_efficient::cpu {
 namespace {
 
-// The rows of x [N, H, W, C] behind each pooled row.
+// The rows of x [N, H, W, C] that each pooled row averages.
 struct Pooling {
   int64_t height, width;  // of y
   int64_t x_height, x_width;
@@ -113,7 +115,7 @@ struct Backward {
     return pool.corner(row) + pixel / 2 * pool.x_width + pixel % 2;
   }
 
-  // Sums over the four pixels behind each row of dh, and the pooled rows as units.
+  // Sums over the four pixels of each row of dh, and the pooled rows as units.
   void take_sums(const Part& part, const Arithmetic<T>* dh, Arithmetic<T>* dgamma,
                  Arithmetic<T>* dbeta, Unit<T>* h) const {
     using A = Arithmetic<T>;

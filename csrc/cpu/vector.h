@@ -2,7 +2,7 @@
 //
 // Written with the compiler's vector types, so they run on any processor; instructions for bfloat16
 // and float16 are used where they exist. `count` is how many channels are left: a vector that is
-// only partly there is loaded with zeros behind its end, and stored without them.
+// only partly there is loaded with zeros past its end, and stored without them.
 #pragma once
 
 #include <algorithm>

@@ -18,12 +18,12 @@
 //   - Shared memory is one dynamic block, shared_memory(), exactly as large as launch<>() says.
 //   - sync_threads, and the warp primitives (shuffles, ballot, sync_warp, ldmatrix, mma), must be
 //     reached by all threads (all 32 lanes) at the same place in the source.
-//   - cp_async with source_bytes < N writes zeros behind the source bytes; the source is not read
+//   - cp_async with source_bytes < N writes zeros after the source bytes; the source is not read
 //     where source_bytes is 0. Data is there after cp_async_wait<n>() and a barrier.
 //   - A helper that wraps an access passes its caller's place on to the emulation's counters:
 //     template <typename T>
 //     __device__ T helper(const T* p DE_HERE) { return global_load<T>(p DE_AT); }
-//   - No floating-point atomics. atomic_ticket serves last-block reductions.
+//   - No atomics: the second kernel of a reduction combines what blocks leave (reduce/finish.cuh).
 #pragma once
 
 #include <cstdint>
@@ -70,10 +70,6 @@ __device__ __forceinline__ V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 template <typename V>
-__device__ __forceinline__ V shuffle_down(V value, int delta) {
-  return __shfl_down_sync(0xffffffffu, value, delta);
-}
-template <typename V>
 __device__ __forceinline__ V shuffle(V value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
@@ -114,13 +110,6 @@ __device__ __forceinline__ void shared_store(void* pointer, V value) {
   *static_cast<V*>(pointer) = value;
 }
 
-// Adds one and returns what stood there: the number of blocks that came before. Everything this
-// thread wrote before is visible to whoever draws a later ticket and fences as well.
-__device__ __forceinline__ unsigned atomic_ticket(unsigned* counter) {
-  return atomicAdd(counter, 1u);
-}
-__device__ __forceinline__ void memory_fence() { __threadfence(); }
-
 // Copies N (4, 8 or 16) bytes from global to shared memory without waiting.
 template <int N>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, int source_bytes = N) {
@@ -147,7 +136,7 @@ __device__ __forceinline__ void cp_async_wait() {
 // ---- Tensor cores -------------------------------------------------------------------------------
 
 // Loads 8x8 matrices of 16-bit elements; `row` is the shared address of the 16-byte row that this
-// lane names: lanes 8i..8i+7 name the rows of matrix i (x2 uses lanes 0..15). Afterwards r[i] holds
+// lane names: lanes 8i..8i+7 name the rows of matrix i. Afterwards r[i] holds
 // row lane/4, columns 2*(lane%4) and +1 of matrix i; _trans: of its transpose.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -161,19 +150,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "r"(shared_address(row))
                : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // d [16, 8] += a [16, 16] @ b [16, 8], fp32 accumulation. With g = lane / 4 and t = lane % 4:
 //   a[0] = A(g, 2t..2t+1)   a[1] = A(g+8, 2t..)   a[2] = A(g, 2t+8..)   a[3] = A(g+8, 2t+8..)
 //   b[0] = B(2t..2t+1, g)   b[1] = B(2t+8.., g)
@@ -233,7 +209,7 @@ __device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// pack of both values behind a ReLU, in one instruction; a NaN stays one, as in relu().
+// pack of both values after a ReLU, in one instruction; a NaN stays one, as in relu().
 template <typename T>
 __device__ __forceinline__ uint32_t pack_relu(float low, float high);
 template <>

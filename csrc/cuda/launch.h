@@ -22,7 +22,8 @@
 #include <mutex>
 #endif
 
-// Registers a file's launchers: DE_REGISTER(m) { m.impl("stage", TORCH_BOX(&stage)); }
+// Registers a file's launchers: DE_REGISTER(m) { m.impl("operator", TORCH_BOX(&operator_function));
+// }
 #if defined(DE_EMULATE)
 #define DE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(densenet_efficient, CPU, m)
 #else
@@ -91,7 +92,7 @@ inline const Device& device_figures(int index, const char* op) {
 }
 
 // The stream torch runs on. The function lives in libtorch_cuda, which this library is not linked
-// against (it also loads beside a CPU-only torch), so it is looked up in the loaded library.
+// against (it also loads next to a CPU-only torch), so it is looked up in the loaded library.
 inline cudaStream_t current_stream(int device) {
   using GetStream = int32_t (*)(int32_t, void**);
   static const GetStream get_stream = [] {
@@ -155,7 +156,7 @@ class Launcher {
 
 #endif  // DE_EMULATE
 
-// dispatch_activation for the tensor-core stages: 16-bit types, and float32, whose products are
+// dispatch_activation for the tensor-core operators: 16-bit types, and float32, whose products are
 // TF32. Without TF32, and for float64, they take the general path in Python.
 template <typename F>
 void dispatch_operands(const Arg& lead, F&& f) {

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof
   WarpChannels<T, kOutputs> own(args, norm + 16 * warp, channel0);
 
   // Every thread copies chunks of one column of dz_y and y, and forms dy of exactly these. Eight
-  // threads stand on two rows of a panel, a team of them on two rows of all panels.
+  // threads cover two rows of a panel, a team of them two rows of all panels.
   constexpr int kTeam = 8 * layout.kPanels;
   const int row_step = 2 * (threads / kTeam);
   const int column_chunk = thread % kTeam / 8 * 4 + thread % 4;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof
     load(tile + kStages - 1, stage_index == 0 ? kStages - 1 : stage_index - 1);
     const unsigned char* x = stage + layout.x_offset() + sixteen_offset<T>(warp, kPanelBytes);
     const unsigned char* dx = stage + layout.dx_offset() + sixteen_offset<T>(warp, kPanelBytes);
-    const int chunk0 = sixteen_flip<T>(warp) / 16;
+    const int chunk0 = sixteen_swizzle<T>(warp) / 16;
 #pragma unroll
     for (int row = 0; row < kTileRows; row += 16) {
       own.data_gradient(stage, x, dx, chunk0, row, valid_rows, args, row0);

@@ -63,9 +63,9 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
                                               const unsigned char* norm, int step) {
   using namespace device;
   const int lane = lane_index();
-  const int channel = kDepth<T> * step + kWordChannels<T> * (lane & 3);
-  const WordNorm<T> norm_low = load_word_norm<T>(norm, channel);
-  const WordNorm<T> norm_high = load_word_norm<T>(norm, channel + kDepth<T> / 2);
+  const int channel = kDepth<T> * step + kOperandChannels<T> * (lane & 3);
+  const OperandNorm<T> norm_low = load_operand_norm<T>(norm, channel);
+  const OperandNorm<T> norm_high = load_operand_norm<T>(norm, channel + kDepth<T> / 2);
   // Eight rows further on, the order of the chunks is the same.
   x += panel_offset<T>(a_row(lane), a_chunk(lane)) ^ (32 * step);
   weight += panel_offset<T>(b_row(lane), b_chunk(lane)) ^ (32 * step);
@@ -73,16 +73,16 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     ldmatrix_x4(a[m], x + 16 * m * kPanelRowBytes);
-    a[m][0] = norm_relu_word<T>(a[m][0], norm_low);
-    a[m][1] = norm_relu_word<T>(a[m][1], norm_low);
-    a[m][2] = norm_relu_word<T>(a[m][2], norm_high);
-    a[m][3] = norm_relu_word<T>(a[m][3], norm_high);
+    a[m][0] = norm_relu_operand<T>(a[m][0], norm_low);
+    a[m][1] = norm_relu_operand<T>(a[m][1], norm_low);
+    a[m][2] = norm_relu_operand<T>(a[m][2], norm_high);
+    a[m][3] = norm_relu_operand<T>(a[m][3], norm_high);
   }
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     uint32_t b[4];
     ldmatrix_x4(b, weight + 8 * j * kPanelRowBytes);
-    make_operands<T>(b);
+    round_operands<T>(b);
 #pragma unroll
     for (int m = 0; m < 2; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
   }

@@ -6,7 +6,7 @@
 //   dnorm = sums of dz * x_hat and dz [2, C]
 // One kernel for both would save reading x and dy a second time, a third of the bytes, but its
 // accumulators leave room for one block a multiprocessor, and the products, not the bytes, are the
-// longer part of this stage.
+// longer part of this operator.
 #include "conv3x3/data_gradient.cuh"
 #include "conv3x3/pack_weight.cuh"
 #include "conv3x3/weight_gradient.cuh"

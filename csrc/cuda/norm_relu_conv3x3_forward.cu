@@ -63,7 +63,7 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
         for (int j = 0; j < kTiles; j += 2) {
           uint32_t b[4];
           ldmatrix_x4(b, weight + 8 * j * kTaps * kPanelRowBytes + (weight_offset ^ (32 * step)));
-          make_operands<T>(b);
+          round_operands<T>(b);
 #pragma unroll
           for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }

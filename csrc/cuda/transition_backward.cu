@@ -33,26 +33,26 @@ using namespace transition_products;
 template <typename T, int V>
 struct Window {
   int64_t corner;
-  Vector<T, V> x[kQuad];
-  bool present[kQuad];
+  Vector<T, V> x[kWindowPixels];
+  bool present[kWindowPixels];
 
-  __device__ __forceinline__ void load(const Rows<const T>& rows, const Quads& quads, int window,
-                                       int channel DE_HERE) {
-    corner = quads.corner(window);
-    const int row = window / quads.out_width, column = window - row * quads.out_width;
-    const bool right = 2 * column + 1 < quads.width;
-    const bool below = 2 * (row % quads.out_height) + 1 < quads.height;
+  __device__ __forceinline__ void load(const Rows<const T>& rows, const PoolWindows& pool,
+                                       int window, int channel DE_HERE) {
+    corner = pool.corner(window);
+    const int row = window / pool.out_width, column = window - row * pool.out_width;
+    const bool right = 2 * column + 1 < pool.width;
+    const bool below = 2 * (row % pool.out_height) + 1 < pool.height;
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
+    for (int i = 0; i < kWindowPixels; ++i) {
       present[i] = (right || !(i & 1)) && (below || i < 2);
-      if (present[i]) x[i] = load_input<T, V>(rows[corner + quads.offset(i)] + channel DE_AT);
+      if (present[i]) x[i] = load_input<T, V>(rows[corner + pool.offset(i)] + channel DE_AT);
     }
   }
 };
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
-    transition_backward_sums_kernel(Rows<const T> x, Rows<const float> norm, Quads quads,
+    transition_backward_sums_kernel(Rows<const T> x, Rows<const float> norm, PoolWindows pool,
                                     Columns plan, bool keep_pooled, Rows<T> dx, float* partials) {
   using namespace device;
   const ColumnThread at(plan, thread_index(), block_y());
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 #pragma unroll 2
     for (int64_t row = first + at.lane; row < end; row += plan.lanes) {
       Window<T, V> window;
-      window.load(x, quads, static_cast<int>(row), at.channel);
+      window.load(x, pool, static_cast<int>(row), at.channel);
       T* const own = dx[window.corner] + at.channel;
       float dpooled[V], pooled[V];
       unpack(load_vector<T, V>(own), dpooled);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 template <typename T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2)
     transition_backward_dx_kernel(Rows<const T> x, Rows<const float> norm, Rows<const float> dnorm,
-                                  int64_t count, Quads quads, Columns plan, Rows<T> dx) {
+                                  int64_t count, PoolWindows pool, Columns plan, Rows<T> dx) {
   using namespace device;
   const ColumnThread at(plan, thread_index(), block_y());
   if (!at.active) return;
@@ -117,15 +117,15 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   const int64_t end = first + plan.part_rows < plan.rows ? first + plan.part_rows : plan.rows;
   for (int64_t row = first + at.lane; row < end; row += plan.lanes) {
     Window<T, V> window;
-    window.load(x, quads, static_cast<int>(row), at.channel);
+    window.load(x, pool, static_cast<int>(row), at.channel);
     T* const own = dx[window.corner] + at.channel;
-    const bool whole = window.present[kQuad - 1];
+    const bool whole = window.present[kWindowPixels - 1];
     auto stored = Vector<T, V>::zero();
     if (whole) stored = load_vector<T, V>(own);
     float dpooled[V];
     unpack(stored, dpooled);
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
+    for (int i = 0; i < kWindowPixels; ++i) {
       if (!window.present[i]) continue;
       float value[V];
       unpack(window.x[i], value);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
         const float z = normalise(value[v], correction.a[v], shift[v]);
         value[v] = correction.apply(relu_mask(0.25f * dpooled[v], z), value[v], v);
       }
-      store_vector(own + quads.offset(i) * dx.stride, pack<T, V>(value));
+      store_vector(own + pool.offset(i) * dx.stride, pack<T, V>(value));
     }
   }
 }
@@ -154,27 +154,27 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const int64_t C = call.C, K = call.K;
     const auto weight_tensor = weight_rows(call);
-    const Quads quads(call, true), all_quads(call, false);
+    const PoolWindows pool(call, true), every_window(call, false);
     const Launcher launcher(call.lead);
     const Rows<float> dnorm_rows = output_rows<float>(call.dnorm);
     const Rows<float> dweight_rows = output_rows<float>(call.dweight);
-    if (quads.windows == 0 || C == 0) {
+    if (pool.windows == 0 || C == 0) {
       clear_table(launcher, dnorm_rows, kDnormRows, C);
       if (dweight) clear_table(launcher, dweight_rows, K, C);
     }
-    if (all_quads.windows == 0 || C == 0) return;
-    const Tiling tiling(quads.windows, C, K, sizeof(T), row_alignment({call.x, call.dx}),
+    if (every_window.windows == 0 || C == 0) return;
+    const Tiling tiling(pool.windows, C, K, sizeof(T), row_alignment({call.x, call.dx}),
                         dweight.has_value(), launcher.device());
     const Rows<const T> x_rows = input_rows<T>(call.x);
     const Rows<T> dx_rows = output_rows<T>(call.dx);
     const Rows<const float> norm_rows = input_rows<float>(call.norm);
-    if (quads.windows > 0) {
+    if (pool.windows > 0) {
       launcher.launch<&transition_backward_product_kernel<T>>(
-          {.grid_x = ceil_div(quads.windows, kTile),
+          {.grid_x = ceil_div(pool.windows, kTile),
            .grid_y = ceil_div(C, kTile),
            .block = kThreads,
            .shared_bytes = kProductBytes},
-          Product{row_tensor(call.dy), weight_tensor, output_row_tensor(call.dx), quads,
+          Product{row_tensor(call.dy), weight_tensor, output_row_tensor(call.dx), pool,
                   static_cast<int>(C), static_cast<int>(K)});
       const Columns& plan = tiling.sums;
       const Workspace sums(x, tiling.sums_bytes), weights(x, tiling.weight_bytes);
@@ -184,7 +184,7 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
              .grid_y = plan.groups,
              .block = kColumnThreads,
              .shared_bytes = kMergeBytes<MergeSums, float, V>},
-            x_rows, norm_rows, quads, plan, dweight.has_value(), dx_rows, sums.data<float>());
+            x_rows, norm_rows, pool, plan, dweight.has_value(), dx_rows, sums.data<float>());
       });
       SumPartials<float> of_weight;
       if (dweight && K > 0) {
@@ -193,7 +193,7 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
              .grid_y = tiling.tiles,
              .block = kThreads,
              .shared_bytes = kStages * kStageBytes},
-            Weight{row_tensor(call.dy), output_row_tensor(call.dx), quads, weights.data<float>(),
+            Weight{row_tensor(call.dy), output_row_tensor(call.dx), pool, weights.data<float>(),
                    tiling.pitch, static_cast<int>(C), static_cast<int>(K),
                    static_cast<int>(tiling.channel_tiles)});
         of_weight = weight_sums(weights.data<const float>(), tiling.weight_blocks, K, C, 1,
@@ -202,11 +202,11 @@ void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_
       launch_finish<&transition_backward_finish_kernel, 1>(
           launcher, of_weight, norm_sums(sums.data<const float>(), plan.parts, C, C, dnorm_rows));
     }
-    const Columns plan(all_quads.windows, C, tiling.vector, sizeof(T), Tiling::kLoads);
+    const Columns plan(every_window.windows, C, tiling.vector, sizeof(T), Tiling::kLoads);
     dispatch_width<16 / sizeof(T)>(plan.vector, [&]<int V>() {
       launcher.launch<&transition_backward_dx_kernel<T, V>>(
           {.grid_x = plan.parts, .grid_y = plan.groups, .block = kColumnThreads}, x_rows, norm_rows,
-          input_rows<float>(call.dnorm), call.count, all_quads, plan, dx_rows);
+          input_rows<float>(call.dnorm), call.count, every_window, plan, dx_rows);
     });
   });
 }

@@ -1,16 +1,16 @@
 // transition, forward: y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T, and the
-// moments of y as stored. The pooling stands in front of the product, which it commutes with: a
+// moments of y as stored. The pooling comes before the product, which it commutes with: a
 // quarter of the work. Odd edges are dropped.
 //
-// Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps stand below each other
+// Tile: 32 pooled rows a warp, 128 columns; up to 64 columns all four warps are stacked along M
 // and have 64, more than 128 make pairs of warps that share their rows; more than 256 take several
 // columns of the grid. The four pixels of each row arrive in four panels of shared memory
 // (gemm/panel.cuh); the mean of their normalised values takes the place of the first, rounded to an
-// operand, and of the second, what the rounding left: two products, which beside four pixels'
+// operand, and of the second, what the rounding left: two products, which next to four pixels'
 // bytes cost no time, keep the digits that the mean of four rounded pixels would have.
 // Who owns what: a block walks over a static range of row tiles and, within a tile, over the
 // channels in panels, one panel ahead of the products.
-// Bytes: the quads of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the
+// Bytes: the pool of x once per 256 columns (2 * 4 M C for M pooled rows), y once (2 M K), the
 // weight once per tile (2 K C, from the L2 cache).
 // Sums: fp32 accumulators over C; moments exact two-pass, merged in a fixed order
 // (gemm/epilogue.cuh).
@@ -35,7 +35,7 @@ struct Forward {
   device::RowTensor weight;  // [K, C]
   device::RowTensor y;       // [M, K]
   float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
-  Quads quads;               // M windows
+  PoolWindows pool;          // M windows
   int channels;              // C
   int outputs;               // K
 };
@@ -44,8 +44,8 @@ struct Forward {
 template <typename T, int kColumns, int kSplit>
 struct Layout {
   static constexpr int kRows = kWarps / kSplit * kWarpRows;
-  static constexpr int kPanelBytes = kRows * device::kPanelRowBytes;  // of one pixel of the quads
-  static constexpr int kWeight = kQuad * kPanelBytes;
+  static constexpr int kPanelBytes = kRows * device::kPanelRowBytes;  // of one pixel of the pool
+  static constexpr int kWeight = kWindowPixels * kPanelBytes;
   static constexpr int kNorm = kWeight + kColumns * kSplit * device::kPanelRowBytes;
   static constexpr int kStageBytes = kNorm + device::kScaleShiftBytes<T>;
   static constexpr int kStaging = kStages * kStageBytes;
@@ -53,14 +53,15 @@ struct Layout {
   static constexpr int kBytes = kMoments + kWarps * device::BlockMoments<kColumns>::kWarpBytes;
 };
 
-// The mean of four pixels' normalised words: an operand, and in `rest` what its rounding left.
+// The mean of four pixels' normalised words: an operand, and in `residual` what its rounding left.
 template <typename T>
-__device__ __forceinline__ uint32_t pool_word(const uint32_t (&pixels)[kQuad],
-                                              device::WordNorm<T> norm, uint32_t& rest) {
-  constexpr int kWidth = device::kWordChannels<T>;
-  float values[kQuad][kWidth], mean[kWidth], rounded[kWidth];
+__device__ __forceinline__ uint32_t pool_operand(const uint32_t (&pixels)[kWindowPixels],
+                                                 device::OperandNorm<T> norm, uint32_t& residual) {
+  constexpr int kWidth = device::kOperandChannels<T>;
+  float values[kWindowPixels][kWidth], mean[kWidth], rounded[kWidth];
 #pragma unroll
-  for (int pixel = 0; pixel < kQuad; ++pixel) device::unpack_word<T>(pixels[pixel], values[pixel]);
+  for (int pixel = 0; pixel < kWindowPixels; ++pixel)
+    device::unpack_operand<T>(pixels[pixel], values[pixel]);
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     const float2 own = device::channel_norm<T>(norm, k);
@@ -69,11 +70,11 @@ __device__ __forceinline__ uint32_t pool_word(const uint32_t (&pixels)[kQuad],
         norm_relu(values[2][k], own.x, own.y) + norm_relu(values[3][k], own.x, own.y);
     mean[k] = 0.25f * (top + bottom);
   }
-  const uint32_t word = device::operand_of<T>(mean);
-  device::unpack_word<T>(word, rounded);
+  const uint32_t word = device::to_operand<T>(mean);
+  device::unpack_operand<T>(word, rounded);
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) mean[k] = device::rest_of(mean[k], rounded[k]);
-  rest = device::operand_of<T>(mean);
+  for (int k = 0; k < kWidth; ++k) mean[k] = device::residual_of(mean[k], rounded[k]);
+  residual = device::to_operand<T>(mean);
   return word;
 }
 
@@ -86,24 +87,25 @@ __device__ __forceinline__ void pool_panels(unsigned char* panels, int panel_byt
   const int chunk = thread_index() & 3;
   for (int row = thread_index() >> 2; row < rows; row += kThreads / 4) {
     unsigned char* const at = panels + panel_offset<T>(row, chunk);
-    uint32_t words[kQuad][4], mean[4], rest[4];
+    uint32_t words[kWindowPixels][4], mean[4], residual[4];
 #pragma unroll
-    for (int pixel = 0; pixel < kQuad; ++pixel)
+    for (int pixel = 0; pixel < kWindowPixels; ++pixel)
       to_array(shared_load<uint4>(at + pixel * panel_bytes), words[pixel]);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      mean[i] =
-          pool_word<T>({words[0][i], words[1][i], words[2][i], words[3][i]},
-                       load_word_norm<T>(norm, chunk * kChunk<T> + i * kWordChannels<T>), rest[i]);
+      mean[i] = pool_operand<T>(
+          {words[0][i], words[1][i], words[2][i], words[3][i]},
+          load_operand_norm<T>(norm, chunk * kChunk<T> + i * kOperandChannels<T>), residual[i]);
     shared_store(at, uint4{mean[0], mean[1], mean[2], mean[3]});
-    shared_store(at + panel_bytes, uint4{rest[0], rest[1], rest[2], rest[3]});
+    shared_store(at + panel_bytes, uint4{residual[0], residual[1], residual[2], residual[3]});
   }
 }
 
-// One depth of a 32-row warp tile: the pooled operands, and `rest` behind them what rounding left.
+// One depth of a 32-row warp tile: the pooled operands, and `residual` bytes after them
+// what rounding left.
 template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4],
-                                              const unsigned char* pooled, int rest,
+                                              const unsigned char* pooled, int residual,
                                               const unsigned char* weight, int step) {
   using namespace device;
   const int lane = lane_index();
@@ -113,13 +115,13 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4],
   for (int part = 0; part < 2; ++part) {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-      ldmatrix_x4(a[part][m], pooled + part * rest + 16 * m * kPanelRowBytes + offset);
+      ldmatrix_x4(a[part][m], pooled + part * residual + 16 * m * kPanelRowBytes + offset);
   }
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     uint32_t b[4];
     ldmatrix_x4(b, weight + panel_offset<T>(8 * j + b_row(lane), 2 * step + b_chunk(lane)));
-    make_operands<T>(b);
+    round_operands<T>(b);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
   const int warp = warp_index(), thread = thread_index();
   const int warp_row = warp / kSplit * kWarpRows, warp_column = warp % kSplit * kColumns;
   const int column0 = block_y() * kColumns * kSplit;
-  const int rows = args.quads.windows;
+  const int rows = args.pool.windows;
   const int panels = max(1, panels_of<T>(args.channels));
   const int64_t tiles = (rows + Layout::kRows - 1) / Layout::kRows;
   const int first_tile = static_cast<int>(tiles * block_x() / grid_x());
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
       if (load_panel == 0) {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i)
-          corners[i] = row0 + i * kLoadStep < rows ? args.quads.corner(row0 + i * kLoadStep) : -1;
+          corners[i] = row0 + i * kLoadStep < rows ? args.pool.corner(row0 + i * kLoadStep) : -1;
       }
       unsigned char* const to = shared + stage * Layout::kStageBytes;
       const int channel = load_panel * kPanelChannels<T> + load_chunk * kChunk<T>;
@@ -164,11 +166,11 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
-        for (int pixel = 0; pixel < kQuad; ++pixel) {
+        for (int pixel = 0; pixel < kWindowPixels; ++pixel) {
           const bool exists = corners[i] >= 0;
           copy_chunk(to + pixel * Layout::kPanelBytes +
                          panel_offset<T>(load_row + i * kLoadStep, load_chunk),
-                     args.x.at<T>(exists ? corners[i] + args.quads.offset(pixel) : 0, channel),
+                     args.x.at<T>(exists ? corners[i] + args.pool.offset(pixel) : 0, channel),
                      exists ? valid : 0, args.x.vector);
         }
       }
@@ -236,17 +238,17 @@ void launch_forward(const Launcher& launcher, const Forward& args, const Tiling&
 void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats) {
   const arguments::TransitionForward call(x, norm, weight, y, stats);
   dispatch_operands(call.lead, [&]<typename T>(T) {
-    const Quads quads(call, true);
+    const PoolWindows pool(call, true);
     const Launcher launcher(call.lead);
-    const Tiling tiling(quads.windows, call.K, stats.has_value(), launcher.device());
+    const Tiling tiling(pool.windows, call.K, stats.has_value(), launcher.device());
     const Workspace partial(x, tiling.bytes);
     const Forward args{row_tensor(call.x),        float_table(call.norm),  weight_rows(call),
-                       output_row_tensor(call.y), partial.data<float>(),   quads,
+                       output_row_tensor(call.y), partial.data<float>(),   pool,
                        static_cast<int>(call.C),  static_cast<int>(call.K)};
     const auto launch = tiling.columns == 64 ? launch_forward<T, 64, 1>
                         : tiling.split == 1  ? launch_forward<T, 128, 1>
                                              : launch_forward<T, 128, 2>;
-    if (quads.windows > 0 && call.K > 0) launch(launcher, args, tiling);
+    if (pool.windows > 0 && call.K > 0) launch(launcher, args, tiling);
     launch_finish<&transition_forward_finish_kernel>(launcher, partial.data<const float>(),
                                                      tiling.blocks, call.K, call.stats);
   });

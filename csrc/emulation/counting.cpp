@@ -27,7 +27,7 @@ size_t owner_of(uintptr_t address) {
   return index;
 }
 
-// Marks bytes [first, first + count) behind the first sector of a range.
+// Marks bytes [first, first + count) from the first sector of a range on.
 void touch(std::vector<uint32_t>& touched, uintptr_t first, int count, TrafficCounters& traffic) {
   for (uintptr_t byte = first; byte < first + count; ++byte) {
     if (byte / 32 >= touched.size()) return;

@@ -17,8 +17,8 @@ struct Request {
   uint8_t bytes[kWarp];
 };
 
-// Starts a launch's counters: its tensors are the ranges that were named, and the workspace behind
-// them.
+// Starts a launch's counters: its tensors are the ranges that were named, followed by the
+// workspace.
 void start_counting(std::vector<TensorCounters>& tensors);
 
 // Distinct sectors of 32 bytes that a request touches.

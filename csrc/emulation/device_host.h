@@ -90,11 +90,6 @@ V shuffle_xor(V value, int mask, Site site = Site::current()) {
   return Shuffle<V>{value, (lane_index() ^ mask) & 31}.exchange(site);
 }
 template <typename V>
-V shuffle_down(V value, int delta, Site site = Site::current()) {
-  const int source = lane_index() + delta;
-  return Shuffle<V>{value, source < 32 ? source : lane_index()}.exchange(site);
-}
-template <typename V>
 V shuffle(V value, int lane, Site site = Site::current()) {
   return Shuffle<V>{value, lane & 31}.exchange(site);
 }
@@ -142,10 +137,6 @@ void shared_store(void* pointer, V value, Site site = Site::current()) {
   *static_cast<V*>(pointer) = value;
 }
 
-// Blocks run one after another, so an ordinary increment is atomic.
-inline unsigned atomic_ticket(unsigned* counter) { return (*counter)++; }
-inline void memory_fence() {}
-
 template <int N>
 void cp_async(void* shared, const void* global, int source_bytes = N, Site site = Site::current()) {
   static_assert(N == 4 || N == 8 || N == 16);
@@ -171,13 +162,6 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::cur
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix(r, row, -4, site);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = Site::current()) {
-  ldmatrix(r, row, 2, site);
-}
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site site = Site::current()) {
-  ldmatrix(r, row, -2, site);
-}
-
 inline float to_float_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 

@@ -13,7 +13,7 @@
 
 namespace densenet_efficient::emulation {
 
-constexpr int kNobody = -1;
+constexpr int kNone = -1;
 
 // The accesses of one warp at one place since its last synchronisation.
 struct SiteLog {
@@ -77,7 +77,7 @@ struct Machine {
   std::unique_ptr<Stacks> stacks;
   SharedMemory shared;
   uint32_t interval = 1;
-  int at_barrier = 0, running = kNobody, left = 0;
+  int at_barrier = 0, running = kNone, left = 0;
   Site barrier_site;
   std::string error;
 

@@ -29,17 +29,17 @@ void arrived_from(void* fake_stack) {
 #endif
 }
 
-// Leaves the running context for a thread's fiber, or for the host (kNobody).
+// Leaves the running context for a thread's fiber, or for the host (kNone).
 void switch_to(int target, bool for_good = false) {
   Machine& m = machine;
-  Context& from = m.running == kNobody ? m.host : m.threads[m.running].context;
-  Context& to = target == kNobody ? m.host : m.threads[target].context;
-  void** fake = m.running == kNobody ? &m.host_fake_stack : &m.threads[m.running].fake_stack;
+  Context& from = m.running == kNone ? m.host : m.threads[m.running].context;
+  Context& to = target == kNone ? m.host : m.threads[target].context;
+  void** fake = m.running == kNone ? &m.host_fake_stack : &m.threads[m.running].fake_stack;
   m.running = target;
 #if defined(DE_SANITIZE)
   __sanitizer_start_switch_fiber(for_good ? nullptr : fake,
-                                 target == kNobody ? m.host_bottom : m.stacks->stack(target),
-                                 target == kNobody ? m.host_size : Stacks::size());
+                                 target == kNone ? m.host_bottom : m.stacks->stack(target),
+                                 target == kNone ? m.host_size : Stacks::size());
 #else
   (void)for_good;
 #endif
@@ -49,7 +49,7 @@ void switch_to(int target, bool for_good = false) {
 
 int next_thread() {
   Machine& m = machine;
-  if (m.runnable.empty()) return kNobody;
+  if (m.runnable.empty()) return kNone;
   if (m.seed > 1) std::swap(m.runnable[m.random() % m.runnable.size()], m.runnable.back());
   int next;
   if (m.seed == 0) {
@@ -153,7 +153,7 @@ void run_block(int block_x, int block_y) {
   text << message << " (thread " << at.thread << " of block " << at.block_x << ", " << at.block_y
        << ")";
   machine.error = text.str();
-  switch_to(kNobody, true);
+  switch_to(kNone, true);
   std::abort();
 }
 

@@ -24,13 +24,13 @@ class SharedMemory {
 
   void allocate(int64_t bytes);
   void release();
-  void start_block();  // NaN everywhere, touched by nobody
+  void start_block();  // NaN everywhere, untouched
   unsigned char* data() const { return data_; }
 
   // What is wrong with this access; empty if nothing is.
   std::string touch(bool write, const void* pointer, int bytes, const Toucher& self);
 
-  // An asynchronous copy to these bytes is on its way: nobody may touch them.
+  // An asynchronous copy to these bytes is under way: no thread may touch them.
   void set_pending(const void* pointer, int bytes, bool pending);
 
  private:

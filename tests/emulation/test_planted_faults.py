@@ -111,7 +111,7 @@ FAULTS = [
         "weight that is not rounded to TF32",
         "norm_relu_conv1x1_forward",
         (32, 16, 16),
-        Mutation("cuda/norm_relu_conv1x1_forward.cu", "    make_operands<T>(b);\n", ""),
+        Mutation("cuda/norm_relu_conv1x1_forward.cu", "    round_operands<T>(b);\n", ""),
         "operand that is not rounded to TF32",
         dtype=torch.float32,
     ),

@@ -165,9 +165,8 @@ def tensor_table(launches: Iterable[Launch], sizes: dict[str, int]) -> str:
 
 
 def _kernel_name(signature: str) -> str:
-    """The kernel and its template arguments, from the compiler's name of the launching function."""
+    """The kernel and its template arguments, without namespaces, from the compiler's name of the
+    launching function."""
     found = re.search(r"auto kernel = (.*?)(?:; Args|\])", signature)
     name = found.group(1) if found else signature
-    for noise in ("densenet_efficient::", "{anonymous}::", "partials::", "c10::"):
-        name = name.replace(noise, "")
-    return name
+    return re.sub(r"[\w{}]+::", "", name)

@@ -13,6 +13,7 @@
 
 #include "../parallel.h"
 #include "../rows/operands.h"
+#include "../rows/tables.h"
 #include "product.h"
 
 namespace densenet_efficient::cpu {

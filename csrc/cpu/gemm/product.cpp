@@ -34,7 +34,7 @@ inline Vector<float> multiply_add(uint32_t, Vector<uint32_t>, Vector<float> c) {
 #endif
 
 // Steps that are summed in registers before they are added to c. One chain of a thousand float32
-// additions loses twice the digits of the framework's convolutions, which sum in blocks; bfloat16
+// additions loses twice the digits of PyTorch's convolutions, which sum in blocks; bfloat16
 // operands are rounded far more coarsely than their sums.
 template <typename U>
 constexpr int64_t kChain = std::is_same_v<U, float> ? 128 : std::numeric_limits<int64_t>::max();

@@ -41,13 +41,6 @@ extern template void product(const Product<double>&);
 extern template void product(const Product<float>&);
 extern template void product(const Product<uint32_t>&);
 
-// Units that hold a packed operand of `steps` units and n columns; its panel stride is steps *
-// kPanel.
-template <typename U>
-constexpr int64_t packed_units(int64_t steps, int64_t n) {
-  return round_up(n, kPanel<U>) * steps;
-}
-
 // Packs b(k, column) = weight[k * k_stride + column * n_stride], k < depth, into one panel (columns
 // past n are zero): ceil(depth / group) steps.
 template <typename T>

@@ -8,7 +8,7 @@
 namespace densenet_efficient::cpu {
 
 // Mean and M2 of `rows` rows of y. The second pass also sums the deviations: what they miss of zero
-// is the rounding error of the mean, which is put right in both.
+// is the rounding error of the mean, which is corrected in both.
 template <typename T>
 void tile_moments(Rows<const T> y, int64_t rows, int64_t channels, Arithmetic<T>* mean,
                   Arithmetic<T>* m2) {

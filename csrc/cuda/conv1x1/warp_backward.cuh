@@ -1,5 +1,5 @@
 // The 1x1 convolution's backward, from the side of one warp: the 16 channels that it owns, with
-// their columns of the weight, of dx, of the sums and of dweight. The stage is described in
+// their columns of the weight, of dx, of the sums and of dweight. The operator is described in
 // norm_relu_conv1x1_backward.cu.
 #pragma once
 
@@ -67,10 +67,10 @@ __device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
   using namespace device;
   using Layout = BackwardLayout<T, kOutputs>;
   const int panel = column_chunk / 4 * kPanelBytes, chunk = column_chunk % 4;
-  float4 entries[4][kWordChannels<T>];
+  float4 entries[4][kOperandChannels<T>];
 #pragma unroll
   for (int i = 0; i < kChunk<T>; ++i)
-    entries[i / kWordChannels<T>][i % kWordChannels<T>] =
+    entries[i / kOperandChannels<T>][i % kOperandChannels<T>] =
         shared_load<float4>(correction + i * Layout::kCorrectionPitch + 16 * column_chunk);
   for (; row < kTileRows; row += row_step) {
     const int offset = panel + panel_offset<T>(row, chunk);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void form_dy(unsigned char* stage, int y_offset,
     to_array(shared_load<uint4>(stage + y_offset + offset), y);
     uint32_t dy[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) dy[i] = correct_word<T>(dz[i], y[i], entries[i]);
+    for (int i = 0; i < 4; ++i) dy[i] = correct_operand<T>(dz[i], y[i], entries[i]);
     shared_store(stage + offset,
                  row < valid_rows ? uint4{dy[0], dy[1], dy[2], dy[3]} : uint4{0, 0, 0, 0});
   }
@@ -124,7 +124,7 @@ struct WarpChannels {
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = kDepth<T> * k + kDepth<T> / 2 * half + kWordChannels<T> * t;
+        const int row = kDepth<T> * k + kDepth<T> / 2 * half + kOperandChannels<T> * t;
         if constexpr (kIs16Bit<T>) {
           const uint2 even = four(row), odd = four(row + 1);
           const int shift = 16 * (g & 1);
@@ -132,8 +132,8 @@ struct WarpChannels {
           weight[k][1][half] = ((even.y >> shift) & 0xffffu) | ((odd.y >> shift) & 0xffffu) << 16;
         } else {
           const uint4 row_words = four(row);
-          weight[k][0][half] = operand<T>(g & 1 ? row_words.y : row_words.x);
-          weight[k][1][half] = operand<T>(g & 1 ? row_words.w : row_words.z);
+          weight[k][0][half] = round_operand<T>(g & 1 ? row_words.y : row_words.x);
+          weight[k][1][half] = round_operand<T>(g & 1 ? row_words.w : row_words.z);
         }
       }
     }
@@ -217,13 +217,13 @@ struct WarpChannels {
       const float* of_channel = norm + 8 * (i >> 1) + (lane >> 2);
       const float scale = shared_load<float>(of_channel + kScale * norm_pitch);
       const float shift = shared_load<float>(of_channel + kShift * norm_pitch);
-      h[i] = norm_relu_word<T>(h[i], same_norm<T>(scale, shift));
+      h[i] = norm_relu_operand<T>(h[i], same_norm<T>(scale, shift));
     }
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
       uint32_t outputs[4];
       load_a_transposed<T>(outputs, dy + sixteen_offset<T>(m, kPanelBytes), of_dy,
-                           sixteen_flip<T>(m));
+                           sixteen_swizzle<T>(m));
       multiply_add_pair<T>(dweight[m][0], dweight[m][1], outputs, h);
     }
   }

@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles<T>][4],
           uint32_t b[4];
           load_b_transposed<T>(b, weight + kDepth<T> * step * kTaps * kPanelRowBytes, of_weight,
                                16 * j);
-          make_operands<T>(b);
+          round_operands<T>(b);
 #pragma unroll
           for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
   load(0);
 
   int stage_index = 0, sums_index = 0;
-  int open_panel = -1;  // whose sums the warps have written, but nobody has added up
+  int open_panel = -1;  // whose sums the warps have written, but that are not added up yet
   const auto close_panel = [&](bool first) {
     if (open_panel >= 0)
       add_sums<T>(sums + (1 - sums_index) * images.groups * kSums, partial, args.pitch,

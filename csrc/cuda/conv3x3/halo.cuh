@@ -2,7 +2,7 @@
 // lies, which of its nine neighbours exist, and how the threads of a block share the loading.
 //
 // A shifted product reads the pixel's operand row from its position plus the shift. Where the
-// neighbour lies outside of the image it reads a row of zeros instead: the padding is zero behind
+// neighbour lies outside of the image it reads a row of zeros instead: the padding is zero after
 // the ReLU, and image borders inside a tile need no space of their own. There are eight zero rows,
 // so that the row that replaces a position has its number modulo eight, and ldmatrix meets each
 // bank once.
@@ -117,7 +117,7 @@ __device__ __forceinline__ void for_halo(const Images& images, const TileOrigin&
   }
 }
 
-// One panel of a tile's halo, normalised or corrected by nobody yet: to shared memory by cp.async.
+// One panel of a tile's halo, raw, to shared memory by cp.async.
 template <typename T>
 __device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& images,
                                           const TileOrigin& origin, const RowTensor& x, int channel,
@@ -170,7 +170,7 @@ template <typename T>
 __device__ __forceinline__ int tap_offset(uint32_t row, int bit, int shift, int halo, int zeros) {
   const int offset = static_cast<int>(row & 0xffffu) + shift * kPanelRowBytes;
   const bool exists = (row >> (16 + bit)) & 1;
-  return (exists ? halo : zeros) + permute_chunks<T>(exists ? offset : offset & (kZeroBytes - 1));
+  return (exists ? halo : zeros) + swizzle_chunks<T>(exists ? offset : offset & (kZeroBytes - 1));
 }
 
 }  // namespace device

@@ -21,7 +21,7 @@ struct OutputGradient {
 
 namespace device {
 
-// A halo of dy: panels, each with its zero rows behind it.
+// A halo of dy: panels, each followed by its zero rows.
 __device__ __forceinline__ int gradient_panel_bytes(const Images& images) {
   return images.positions * kPanelRowBytes + kZeroBytes;
 }
@@ -75,20 +75,20 @@ __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigne
           if (corrects)
             to_array(load_chunk(from.y.at<T>(pixel, channel), here, from.y.vector), y[slot]);
           else
-            make_operands<T>(dy[slot]);
+            round_operands<T>(dy[slot]);
         },
         [&] {
           if (!corrects) return;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            float4 entries[kWordChannels<T>];
+            float4 entries[kOperandChannels<T>];
 #pragma unroll
-            for (int k = 0; k < kWordChannels<T>; ++k)
-              entries[k] =
-                  shared_load<float4>(of_chunk + (i * kWordChannels<T> + k) * kCorrectionPitch<T>);
+            for (int k = 0; k < kOperandChannels<T>; ++k)
+              entries[k] = shared_load<float4>(of_chunk +
+                                               (i * kOperandChannels<T> + k) * kCorrectionPitch<T>);
 #pragma unroll
             for (int slot = 0; slot < kBatch; ++slot)
-              dy[slot][i] = correct_word<T>(dy[slot][i], y[slot][i], entries);
+              dy[slot][i] = correct_operand<T>(dy[slot][i], y[slot][i], entries);
           }
         },
         [&](int slot, int position) {

@@ -23,7 +23,7 @@ struct WeightGradient {
   int64_t pitch;            // C, padded to panels
   int channels, outputs;    // C, K
   int units;                // of 32 channels, of a block
-  int channel_blocks;       // blocks that share a range of tiles, beside block_y() for outputs
+  int channel_blocks;       // blocks that share a range of tiles, block_y() divides the outputs
 };
 
 namespace weight_gradient {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
     for (int j = 0; j < 2; ++j)
       load_b_transposed<T>(b[j],
                            x + sixteen_offset<T>(j, x_pitch) + step * kDepth<T> * kPanelRowBytes,
-                           of_x, sixteen_flip<T>(j));
+                           of_x, sixteen_swizzle<T>(j));
 #pragma unroll
     for (int i = 0; i < kPointers<T>; ++i)
       rows[i] = operand_row(pixels, kDepth<T> * step + a_depth<T>(lane, i), a_byte<T>(lane));
@@ -63,7 +63,8 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
 #pragma unroll
       for (int m = 0; m < kDepths; ++m) {
         uint32_t a[4];
-        load_a_transposed<T>(a, shared + sixteen_offset<T>(m, dy_pitch), of_dy, sixteen_flip<T>(m));
+        load_a_transposed<T>(a, shared + sixteen_offset<T>(m, dy_pitch), of_dy,
+                             sixteen_swizzle<T>(m));
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           multiply_add_pair<T>(acc[dw + 1][m][2 * j], acc[dw + 1][m][2 * j + 1], a, b[j]);

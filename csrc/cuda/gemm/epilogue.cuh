@@ -14,7 +14,7 @@ struct WarpMoments {
   float count;  // rows seen, the same for all columns
 };
 
-// The same of all a block's warps, one behind the other: mean [kColumns], M2 [kColumns], count.
+// The same of all a block's warps, one after the other: mean [kColumns], M2 [kColumns], count.
 template <int kColumns>
 struct BlockMoments {
   static constexpr int kWarpBytes = tiling::warp_moment_bytes(kColumns), kPitch = kWarpBytes / 4;
@@ -61,19 +61,20 @@ template <typename T>
 __device__ __forceinline__ void measure_panel(const unsigned char* staging, int lane,
                                               uint32_t valid_rows, int column, int columns,
                                               float count, float* mean, float* m2) {
-  constexpr int kWidth = kWordChannels<T>;
+  constexpr int kWidth = kOperandChannels<T>;
   const int word = lane & 15, parity = lane >> 4;
   const int own = parity * kPanelRowBytes + 4 * word;
   uint32_t words[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i)
-    words[i] = shared_load<uint32_t>(staging + 2 * i * kPanelRowBytes + (own ^ row_flip<T>(2 * i)));
+    words[i] =
+        shared_load<uint32_t>(staging + 2 * i * kPanelRowBytes + (own ^ row_swizzle<T>(2 * i)));
   const uint32_t rows = valid_rows >> parity;
   float taken = 0.0f, means[kWidth] = {}, m2s[kWidth] = {};
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     float values[kWidth];
-    unpack_word<T>(words[i], values);
+    unpack_operand<T>(words[i], values);
     const bool valid = (rows >> (2 * i)) & 1;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) means[k] += valid ? values[k] : 0.0f;
@@ -85,7 +86,7 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, int 
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     float values[kWidth];
-    unpack_word<T>(words[i], values);
+    unpack_operand<T>(words[i], values);
     const bool valid = (rows >> (2 * i)) & 1;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
@@ -143,7 +144,7 @@ __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned cha
       measure_panel<T>(staging, lane, valid_rows, panel * kPanelChannels<T>, columns - column,
                        moments.count, moments.mean, moments.m2);
     const int valid = channels_left<T>(first + t * kChunk<T>, columns);
-#pragma unroll 1  // addresses of every row at once would not fit beside the accumulators
+#pragma unroll 1  // addresses of every row at once would not fit next to the accumulators
     for (int i = 0; i < 4; ++i) {
       const int64_t global_row = row_of(g + 8 * i);
       if (global_row >= 0 && valid > 0)

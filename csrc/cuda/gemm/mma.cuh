@@ -4,7 +4,7 @@
 //
 // A product d [16, 8] += a [16, kDepth] @ b [kDepth, 8] takes 32 bytes of depth from each row, 16
 // bytes (kDepth / 2 channels) of which are in a lane's first words, the others in its second:
-// with t = lane % 4, word i begins at channel kDepth / 2 * i + kWordChannels * t.
+// with t = lane % 4, word i begins at channel kDepth / 2 * i + kOperandChannels * t.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@
 namespace densenet_efficient::device {
 
 template <typename T>
-constexpr int kWordChannels = 4 / static_cast<int>(sizeof(T));
+constexpr int kOperandChannels = 4 / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kDepth = 32 / static_cast<int>(sizeof(T));
 template <typename T>
@@ -39,7 +39,8 @@ __device__ __forceinline__ void multiply_add_pair(float (&left)[4], float (&righ
 }
 
 template <typename T>
-__device__ __forceinline__ void unpack_word(uint32_t word, float (&values)[kWordChannels<T>]) {
+__device__ __forceinline__ void unpack_operand(uint32_t word,
+                                               float (&values)[kOperandChannels<T>]) {
   if constexpr (kIs16Bit<T>) {
     const float2 two = unpack<T>(word);
     values[0] = two.x;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void unpack_word(uint32_t word, float (&values)[kWord
 
 // A word's channels, rounded, an operand.
 template <typename T>
-__device__ __forceinline__ uint32_t operand_of(const float (&values)[kWordChannels<T>]) {
+__device__ __forceinline__ uint32_t to_operand(const float (&values)[kOperandChannels<T>]) {
   if constexpr (kIs16Bit<T>)
     return pack<T>(values[0], values[1]);
   else
@@ -59,29 +60,29 @@ __device__ __forceinline__ uint32_t operand_of(const float (&values)[kWordChanne
 }
 
 // What rounding left of a value; nothing where it is not finite, or was rounded to infinity.
-__device__ __forceinline__ float rest_of(float value, float rounded) {
-  const float rest = value - rounded;
-  return fabsf(rest) <= fabsf(value) ? rest : 0.0f;
+__device__ __forceinline__ float residual_of(float value, float rounded) {
+  const float residual = value - rounded;
+  return fabsf(residual) <= fabsf(value) ? residual : 0.0f;
 }
 
 // Words as they lie in memory, made operands: 16-bit ones are.
 template <typename T>
-__device__ __forceinline__ uint32_t operand(uint32_t word) {
+__device__ __forceinline__ uint32_t round_operand(uint32_t word) {
   return kIs16Bit<T> ? word : to_tf32(to_float_bits(word));
 }
 template <typename T>
-__device__ __forceinline__ void make_operands(uint32_t (&words)[4]) {
+__device__ __forceinline__ void round_operands(uint32_t (&words)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = operand<T>(words[i]);
+  for (int i = 0; i < 4; ++i) words[i] = round_operand<T>(words[i]);
 }
 
 // Floats made operands, and what their rounding left as well.
-__device__ __forceinline__ void split_floats(uint32_t (&words)[4], uint32_t (&rest)[4]) {
+__device__ __forceinline__ void split_operands(uint32_t (&words)[4], uint32_t (&residual)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float value = to_float_bits(words[i]);
     words[i] = to_tf32(value);
-    rest[i] = to_tf32(rest_of(value, to_float_bits(words[i])));
+    residual[i] = to_tf32(residual_of(value, to_float_bits(words[i])));
   }
 }
 
@@ -89,11 +90,11 @@ __device__ __forceinline__ void split_floats(uint32_t (&words)[4], uint32_t (&re
 
 // Scale and shift of a word's channels: (a0, s0, a1, s1) or (a0, s0).
 template <typename T>
-using WordNorm = std::conditional_t<kIs16Bit<T>, float4, float2>;
+using OperandNorm = std::conditional_t<kIs16Bit<T>, float4, float2>;
 
 // Where both halves of a word are one channel's.
 template <typename T>
-__device__ __forceinline__ WordNorm<T> same_norm(float scale, float shift) {
+__device__ __forceinline__ OperandNorm<T> same_norm(float scale, float shift) {
   if constexpr (kIs16Bit<T>)
     return float4{scale, shift, scale, shift};
   else
@@ -102,7 +103,7 @@ __device__ __forceinline__ WordNorm<T> same_norm(float scale, float shift) {
 
 // Scale and shift of one of them.
 template <typename T>
-__device__ __forceinline__ float2 channel_norm(WordNorm<T> norm, int channel) {
+__device__ __forceinline__ float2 channel_norm(OperandNorm<T> norm, int channel) {
   if constexpr (kIs16Bit<T>)
     return channel ? float2{norm.z, norm.w} : float2{norm.x, norm.y};
   else
@@ -111,7 +112,7 @@ __device__ __forceinline__ float2 channel_norm(WordNorm<T> norm, int channel) {
 
 // relu(a x + s) of a word, an operand.
 template <typename T>
-__device__ __forceinline__ uint32_t norm_relu_word(uint32_t word, WordNorm<T> norm) {
+__device__ __forceinline__ uint32_t norm_relu_operand(uint32_t word, OperandNorm<T> norm) {
   if constexpr (kIs16Bit<T>) {
     const float2 x = unpack<T>(word);
     return pack_relu<T>(normalise(x.x, norm.x, norm.y), normalise(x.y, norm.z, norm.w));
@@ -122,8 +123,8 @@ __device__ __forceinline__ uint32_t norm_relu_word(uint32_t word, WordNorm<T> no
 
 // The corrected gradient of a word, an operand; entries (a, p, q, mean) of its channels.
 template <typename T>
-__device__ __forceinline__ uint32_t correct_word(uint32_t dz, uint32_t x,
-                                                 const float4 (&entries)[kWordChannels<T>]) {
+__device__ __forceinline__ uint32_t correct_operand(uint32_t dz, uint32_t x,
+                                                    const float4 (&entries)[kOperandChannels<T>]) {
   const float4 low = entries[0];
   if constexpr (kIs16Bit<T>) {
     const float4 high = entries[1];

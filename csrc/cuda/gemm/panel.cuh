@@ -30,7 +30,7 @@ __device__ __forceinline__ int panels_of(int channels) {
 
 // For row * 64 + byte.
 template <typename T>
-__device__ __forceinline__ int permute_chunks(int offset) {
+__device__ __forceinline__ int swizzle_chunks(int offset) {
   if constexpr (kIs16Bit<T>)
     return offset ^ ((offset >> 3) & 0x30);
   else
@@ -39,10 +39,10 @@ __device__ __forceinline__ int permute_chunks(int offset) {
 
 template <typename T>
 __device__ __forceinline__ int panel_offset(int row, int chunk) {
-  return permute_chunks<T>(row * kPanelRowBytes + chunk * 16);
+  return swizzle_chunks<T>(row * kPanelRowBytes + chunk * 16);
 }
 
-// Of a byte that lies so far behind the chunk's first, in the chunk or a later one.
+// Of the byte that follows the chunk's first by `byte`, in the chunk or a later one.
 template <typename T>
 __device__ __forceinline__ int byte_offset(int row, int chunk, int byte) {
   return panel_offset<T>(row, chunk + (byte >> 4)) + (byte & 15);
@@ -50,7 +50,7 @@ __device__ __forceinline__ int byte_offset(int row, int chunk, int byte) {
 
 // What the row's number does to an offset within the row.
 template <typename T>
-__device__ __forceinline__ int row_flip(int row) {
+__device__ __forceinline__ int row_swizzle(int row) {
   return panel_offset<T>(row, 0) ^ (row * kPanelRowBytes);
 }
 
@@ -100,8 +100,9 @@ __device__ __forceinline__ float4 load_entries(Table table, int channel, int cha
 }
 
 template <typename T>
-__device__ __forceinline__ WordNorm<T> load_word_norm(const unsigned char* norm, int channel) {
-  return shared_load<WordNorm<T>>(norm + scale_shift_offset(channel));
+__device__ __forceinline__ OperandNorm<T> load_operand_norm(const unsigned char* norm,
+                                                            int channel) {
+  return shared_load<OperandNorm<T>>(norm + scale_shift_offset(channel));
 }
 
 // Normalises one chunk of each of a panel's rows in place: chunk thread % 4 of every
@@ -110,17 +111,17 @@ template <typename T>
 __device__ __forceinline__ void normalise_panel(unsigned char* panel, const unsigned char* norm,
                                                 int rows, int threads) {
   const int chunk = thread_index() & 3;
-  WordNorm<T> norms[4];
+  OperandNorm<T> norms[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    norms[i] = load_word_norm<T>(norm, chunk * kChunk<T> + i * kWordChannels<T>);
+    norms[i] = load_operand_norm<T>(norm, chunk * kChunk<T> + i * kOperandChannels<T>);
   for (int row = thread_index() >> 2; row < rows; row += threads >> 2) {
     unsigned char* at = panel + panel_offset<T>(row, chunk);
     uint4 v = shared_load<uint4>(at);
-    v.x = norm_relu_word<T>(v.x, norms[0]);
-    v.y = norm_relu_word<T>(v.y, norms[1]);
-    v.z = norm_relu_word<T>(v.z, norms[2]);
-    v.w = norm_relu_word<T>(v.w, norms[3]);
+    v.x = norm_relu_operand<T>(v.x, norms[0]);
+    v.y = norm_relu_operand<T>(v.y, norms[1]);
+    v.z = norm_relu_operand<T>(v.z, norms[2]);
+    v.w = norm_relu_operand<T>(v.w, norms[3]);
     shared_store(at, v);
   }
 }
@@ -158,13 +159,13 @@ __device__ __forceinline__ int b_byte(int lane) {
   return kIs16Bit<T> ? 16 * a_chunk(lane) : 4 * (lane >> 2);
 }
 
-// `flip`: 32 for the second 16 channels of a panel that has them.
+// `swizzle`: 32 for the second 16 channels of a panel that has them.
 template <typename T>
 __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const unsigned char* from,
                                                   const int (&pointers)[kPointers<T>],
-                                                  int flip DE_HERE) {
+                                                  int swizzle DE_HERE) {
   if constexpr (kIs16Bit<T>) {
-    ldmatrix_x4_trans(a, from + (pointers[0] ^ flip) DE_AT);
+    ldmatrix_x4_trans(a, from + (pointers[0] ^ swizzle) DE_AT);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -174,9 +175,9 @@ __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const unsign
 template <typename T>
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const unsigned char* from,
                                                   const int (&pointers)[kPointers<T>],
-                                                  int flip DE_HERE) {
+                                                  int swizzle DE_HERE) {
   if constexpr (kIs16Bit<T>) {
-    ldmatrix_x4_trans(b, from + (pointers[0] ^ flip) DE_AT);
+    ldmatrix_x4_trans(b, from + (pointers[0] ^ swizzle) DE_AT);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -191,13 +192,13 @@ __device__ __forceinline__ int accumulator_offset(int lane) {
   return byte_offset<T>(lane >> 2, 0, 2 * static_cast<int>(sizeof(T)) * (lane & 3));
 }
 
-// Where the 16 channels from 16 * i on are, in panels of `pitch` bytes, and their flip.
+// Where the 16 channels from 16 * i on are, in panels of `pitch` bytes, and their swizzle.
 template <typename T>
 __device__ __forceinline__ int sixteen_offset(int i, int pitch) {
   return (kIs16Bit<T> ? i / 2 : i) * pitch;
 }
 template <typename T>
-__device__ __forceinline__ int sixteen_flip(int i) {
+__device__ __forceinline__ int sixteen_swizzle(int i) {
   return kIs16Bit<T> ? 32 * (i & 1) : 0;
 }
 

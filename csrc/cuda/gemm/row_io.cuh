@@ -90,7 +90,7 @@ __device__ __forceinline__ uint2 load_half(const T* global, int valid, int vecto
   return uint2{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 }
 
-// The first `valid` channels of a chunk in registers, zero behind them.
+// The first `valid` channels of a chunk in registers, followed by zeros.
 template <typename T>
 __device__ __forceinline__ uint4 load_chunk(const T* global, int valid, int vector DE_HERE) {
   if (vector == kChunk<T> && valid == kChunk<T>) return global_load<uint4>(global DE_AT);

@@ -57,7 +57,7 @@ struct InputRow {
   }
 };
 
-// The first maximum of one input row, or of several: the value behind the ReLU (0 where there is
+// The first maximum of one input row, or of several: the value after the ReLU (0 where there is
 // none) and the window position or the input it came from.
 template <typename A, typename Tag, int V>
 struct Maximum {

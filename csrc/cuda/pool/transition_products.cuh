@@ -58,15 +58,15 @@ __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], const uint3
   for (int j = 0; j < kTiles / 2; ++j) {
     uint32_t b[4];
     load_b_transposed<T>(b, b_panels + sixteen_offset<T>(j, kPanelBytes<T>), of_b,
-                         sixteen_flip<T>(j));
+                         sixteen_swizzle<T>(j));
     if constexpr (kTwice) {
-      uint32_t rest[4];
-      split_floats(b, rest);
+      uint32_t residual[4];
+      split_operands(b, residual);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
-        multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], rest);
+        multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], residual);
     } else {
-      make_operands<T>(b);
+      round_operands<T>(b);
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) multiply_add_pair<T>(acc[m][2 * j], acc[m][2 * j + 1], a[m], b);
@@ -79,7 +79,7 @@ struct Product {
   device::RowTensor dy;      // [M, K]
   device::RowTensor weight;  // [K, C]
   device::RowTensor dx;      // [N * H * W, C]
-  Quads quads;               // M windows
+  PoolWindows pool;          // M windows
   int channels;              // C
   int outputs;               // K
 };
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kerne
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int within = kThreads / 4 * i + load_row, row = row0 + within;
-        const bool row_exists = row < args.quads.windows;
+        const bool row_exists = row < args.pool.windows;
         copy_chunk(to + panel_offset<T>(within, load_chunk),
                    args.dy.at<T>(row_exists ? row : 0, output),
                    row_exists ? channels_left<T>(output, args.outputs) : 0, args.dy.vector);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kerne
   // Where the warp's rows go.
   int* const corners = reinterpret_cast<int*>(shared + kProductCorners) + 32 * warp;
   const int own_row = row0 + 32 * warp + lane;
-  shared_store(corners + lane, own_row < args.quads.windows ? args.quads.corner(own_row) : -1);
+  shared_store(corners + lane, own_row < args.pool.windows ? args.pool.corner(own_row) : -1);
   sync_warp();
 
   float acc[2][kTiles][4] = {};
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kerne
         ldmatrix_x4(a[m], from + warp * kWarpBytes +
                               panel_offset<T>(16 * m + a_row(lane), 2 * step + a_chunk(lane)));
 #pragma unroll
-      for (int m = 0; m < 2; ++m) make_operands<T>(a[m]);
+      for (int m = 0; m < 2; ++m) round_operands<T>(a[m]);
       multiply<T, false>(acc, a, from + kOperandBytes, step);
     }
   }
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kerne
 struct Weight {
   device::RowTensor dy;  // [M, K]
   device::RowTensor dx;  // [N * H * W, C], pooled in each window's second pixel
-  Quads quads;           // M windows
+  PoolWindows pool;      // M windows
   float* partial;        // [blocks, K, pitch]
   int64_t pitch;         // C, made even
   int channels;          // C
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_weight_kernel
   const int warp = warp_index(), lane = lane_index();
   const int output0 = block_y() / args.channel_tiles * kTile;
   const int column0 = block_y() % args.channel_tiles * kTile;
-  const int64_t depths = (args.quads.windows + kDepthRows<T> - 1) / kDepthRows<T>;
+  const int64_t depths = (args.pool.windows + kDepthRows<T> - 1) / kDepthRows<T>;
   const int first = static_cast<int>(depths * block_x() / grid_x());
   const int last = static_cast<int>(depths * (block_x() + 1) / grid_x());
   unsigned char* const shared = shared_memory();
@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_weight_kernel
       for (int i = 0; i < 4; ++i) {
         const DepthChunk<T> at(i);
         const int window = kDepthRows<T> * depth + at.row;
-        const bool exists = window < args.quads.windows;
-        const int pixel = exists ? args.quads.corner(window) + args.quads.offset(1) : 0;
+        const bool exists = window < args.pool.windows;
+        const int pixel = exists ? args.pool.corner(window) + args.pool.offset(1) : 0;
         const int output = output0 + at.channel, channel = column0 + at.channel;
         copy_chunk(to + at.offset, args.dy.at<T>(exists ? window : 0, output),
                    exists ? channels_left<T>(output, args.outputs) : 0, args.dy.vector);
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_weight_kernel
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         load_a_transposed<T>(a[m], from + warp * kWarpBytes + sixteen_offset<T>(m, kPanelBytes<T>),
-                             of_a, sixteen_flip<T>(m));
-        make_operands<T>(a[m]);
+                             of_a, sixteen_swizzle<T>(m));
+        round_operands<T>(a[m]);
       }
       multiply<T, true>(acc, a, from + kOperandBytes,
                         step);  // pooled, as the mean of four roundings

@@ -1,4 +1,4 @@
-// The 2 x 2 windows that a transition pools: a pooled row and the pixels behind it.
+// The 2 x 2 windows that a transition pools: a pooled row and its pixels in x.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,16 @@
 
 namespace densenet_efficient {
 
-constexpr int kQuad = 4;
+constexpr int kWindowPixels = 4;
 
 // Windows of an image, row by row; `whole` counts those with four pixels only (odd edges are
 // dropped), otherwise windows that an odd edge cuts count as well.
-struct Quads {
+struct PoolWindows {
   int height, width;          // of the image
   int out_height, out_width;  // in windows
   int windows;                // of all images
 
-  Quads(const arguments::ImageArguments& call, bool whole)
+  PoolWindows(const arguments::ImageArguments& call, bool whole)
       : height(static_cast<int>(call.H)),
         width(static_cast<int>(call.W)),
         out_height(whole ? height / 2 : (height + 1) / 2),
