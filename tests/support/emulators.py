@@ -44,7 +44,8 @@ def _close() -> None:
 def run(emulator: Emulator, case: Case, seed: int) -> dict[str, Tensor]:
     """One call; the case's tensors are put back as they were."""
     saved = [whole.clone() for whole, _ in case.buffers]
-    emulator.call(case.op, *case.arguments.values(), seed=seed)
+    for launch in emulator.call(case.op, *case.arguments.values(), seed=seed):
+        assert launch.kernel.startswith(case.op), f"{case.op} launches {launch.kernel}"
     case.check_outside()
     results = {name: value.clone() for name, value in case.outputs.items()}
     for (whole, _), before in zip(case.buffers, saved, strict=True):
