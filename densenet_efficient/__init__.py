@@ -1,6 +1,18 @@
-"""DenseNets in nearly the least memory that exact back-propagation allows."""
+"""DenseNets in nearly the least memory that exact back-propagation allows.
 
-from .conversion import convert, register_adapter, unconvert
+The public interface is what this file names. The folders are the layers, lowest first: `ops`,
+`core`, `nn`, `reference`; `models`, `conversion`, `memory`; `report`, `bench`, `train`; `cli`.
+"""
+
+from . import _moved, reference
+from .conversion import (
+    ConversionError,
+    block_adapter,
+    convert,
+    inspect_conversion,
+    register_adapter,
+    unconvert,
+)
 from .core.arena import release
 from .memory.planner import Plan, max_batch, plan
 from .models.densenet import (
@@ -13,13 +25,20 @@ from .models.densenet import (
     densenet264_k48,
     densenet_cifar,
 )
-from .nn.dense_block import EfficientDenseBlock, LayerParts
-from .nn.features import EfficientFeatures, EfficientTransition
-from .ops.library import MissingLibraryError, info
+from .models.pretrained import load_weights
+from .nn.dense_block import EfficientDenseBlock
+from .nn.features import EfficientFeatures
+from .nn.layers import LayerParts
+from .nn.transition import EfficientTransition
+from .ops.build_info import MissingLibraryError
+from .ops.info import info
 from .report.explanation import explain
 from .version import __version__
 
+_moved.install()
+
 __all__ = [
+    "ConversionError",
     "EfficientDenseBlock",
     "EfficientDenseNet",
     "EfficientFeatures",
@@ -28,6 +47,7 @@ __all__ = [
     "MissingLibraryError",
     "Plan",
     "__version__",
+    "block_adapter",
     "convert",
     "densenet121",
     "densenet161",
@@ -38,8 +58,11 @@ __all__ = [
     "densenet_cifar",
     "explain",
     "info",
+    "inspect_conversion",
+    "load_weights",
     "max_batch",
     "plan",
+    "reference",
     "register_adapter",
     "release",
     "unconvert",

@@ -101,7 +101,8 @@ def library_gap() -> str | None:
     its own, since this one loads the library only after the build."""
     code = (
         "import torch\nfrom densenet_efficient.ops import library\n"
-        "reason = library.unavailable_reason() or library.cuda_gap(torch.device('cuda'))\n"
+        "reason = library.unavailable_reason()\n"
+        "reason = reason or library.cuda_unavailable_reason(torch.device('cuda'))\n"
         "print(reason or '')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

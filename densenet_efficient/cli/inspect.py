@@ -12,7 +12,7 @@ from torch import nn
 from ..bench.steps import DTYPES, Case
 from ..memory.planner import max_batch, plan
 from ..models.networks import MEMORY_MODES, check_image_size
-from ..ops.library import info
+from ..ops.info import info
 from ..report.explanation import explain
 from ..report.plan_table import plan_text
 from ..report.summary import summarise

@@ -2,13 +2,13 @@
 
 Names do not tell in which order a block concatenates, where it drops out, or whether its input is
 in its output: that is written in `forward`. So a class is matched exactly, by module and qualified
-name (a subclass may have another forward), and mapped by an adapter somebody wrote while reading
-it.
+name, or by a base class whose forward it did not change, and mapped by an adapter that somebody
+wrote while reading it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,11 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations as plain_type
 
-from ..nn.dense_block import EfficientDenseBlock, LayerParts
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from ..nn.classes import efficient_view
+from ..nn.dense_block import DenseBlockExecution, EfficientDenseBlock
+from ..nn.execution import Efficient
+from ..nn.layers import CONVOLUTIONS, LayerParts
+from ..nn.norms import BATCH_NORMS
 
 
 class Unsupported(ValueError):
@@ -29,18 +30,17 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """How modules of one class become efficient ones.
+    """How modules of one class become efficient ones, in place.
 
-    build: (source, memory) -> the efficient module, built around the source's own children, so that
-        every parameter and buffer is the very same object under the same key; it must not change
-        the source, and raises `Unsupported` for one it cannot represent.
-    probe: source -> a small random input on the CPU, float32, for the numerical self-check in eval
-        mode; dtype and device are adapted by the caller.
+    view: (source, memory) -> an efficient view of the source (`nn.classes.efficient_view`); it must
+        not change the source, and raises `Unsupported` for one it cannot represent.
+    probe: source -> a small random input on the CPU, float32, for the numerical self-check; dtype
+        and device are adapted by the caller.
     required: whether a source that cannot be converted is an error (blocks), or is left as it is
-        and reported (what stands around them).
+        and reported (what is around them).
     """
 
-    build: Callable[[nn.Module, str], nn.Module]
+    view: Callable[[nn.Module, str], Efficient]
     probe: Callable[[nn.Module], Tensor]
     required: bool = True
 
@@ -78,46 +78,54 @@ def register_adapter(source: str | type[nn.Module], adapter: Adapter) -> None:
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:
-    """The adapter of the module's exact class."""
-    return _ADAPTERS.get(qualified_name(type(module)))
+    """The adapter of the module's class, or of a base class whose forward it has."""
+    for base in type(module).__mro__:
+        if qualified_name(base) in _ADAPTERS:
+            return _ADAPTERS[qualified_name(base)]
+        if "forward" in base.__dict__:
+            return None
+    return None
 
 
 def block_adapter(
     parts: Callable[[nn.Module], LayerParts],
     *,
     check: Callable[[str, nn.Module], None] | None = None,
-    layers: Callable[[nn.Module], dict[str, nn.Module]] | None = None,
+    layers: Callable[[nn.Module], Mapping[str, nn.Module]] | None = None,
 ) -> Adapter:
-    """The adapter of a block whose children are its layers, in order, each of which appends its new
-    channels behind all earlier ones.
+    """The adapter of a block that appends each layer's new channels after all earlier ones.
 
     Args:
         parts: layer -> its norms and convolutions; a module-level function (it is pickled with the
             block), called again whenever the layer may have changed.
         check: (name, layer) -> None, or raises `Unsupported`: what must hold of a layer beyond its
             parts' kinds (`check_layer_parts`) and the numerical self-check, such as its activation.
-        layers: block -> its layers by child name; the block's children by default.
+        layers: block -> its layers by name, in order; a module-level function, too. The block's
+            children by default.
     """
 
-    def layers_of(block: nn.Module) -> dict[str, nn.Module]:
+    def layers_of(block: nn.Module) -> Mapping[str, nn.Module]:
         found = dict(block.named_children()) if layers is None else layers(block)
         if not found:
             raise Unsupported("the block has no layers")
         return found
 
-    def build(block: nn.Module, memory: str) -> nn.Module:
-        found = layers_of(block)
-        for name, layer in found.items():
+    def view(block: nn.Module, memory: str) -> Efficient:
+        for name, layer in layers_of(block).items():
             if check is not None:
                 check(name, layer)
             check_layer_parts(name, parts(layer))
-        return EfficientDenseBlock.from_layers(found, parts, memory=memory)
+        whole = isinstance(block, nn.ModuleDict)
+        found = efficient_view(block, EfficientDenseBlock if whole else DenseBlockExecution)
+        assert isinstance(found, DenseBlockExecution)
+        found._adopt(parts, memory, layers)
+        return found
 
     def probe(block: nn.Module) -> Tensor:
         first = parts(next(iter(layers_of(block).values())))
         return random_probe(first.norm1.num_features, convolution_dims(first.conv1))
 
-    return Adapter(build, probe)
+    return Adapter(view, probe)
 
 
 def convolution_dims(convolution: nn.Module) -> int:
@@ -140,7 +148,7 @@ def check_relu(name: str, module: nn.Module) -> None:
 
 def check_batch_norm(name: str, module: nn.Module) -> None:
     """Raises `Unsupported` unless the module is one of torch's own batch norms."""
-    if plain_type(module) not in BATCH_NORMS:
+    if plain_type(module) not in (*BATCH_NORMS, SyncBatchNorm):
         raise Unsupported(f"{name} is {type(module).__name__}; only batch norms are supported")
 
 

@@ -1,20 +1,25 @@
-"""The numerical self-check: before a replacement is kept, it must hold the source's very tensors
-under the source's keys and give the source's output on a small random input in eval mode."""
+"""The numerical self-check, on a small random input: before a module is made efficient, its view
+must give the source's output in eval mode, and in a training step its output, gradients, running
+statistics and dropout."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
-from itertools import chain
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ..nn.dense_block import EfficientDenseBlock
+from ..nn.dense_block import DenseBlockExecution
+from ..nn.execution import ORIGINAL, Efficient
 from .adapters import Unsupported
 
-# Largest difference over the largest output. A wrong order of channels gives errors of order one;
-# these bounds leave room for another order of summation, and for TF32 beside float32.
+# Largest difference over the largest value. A wrong order of channels gives errors of order one;
+# these bounds leave room for another order of summation, and for TF32 next to float32.
 _TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-2,
@@ -24,67 +29,162 @@ _TOLERANCE = {
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def check_replacement(
-    source: nn.Module, replacement: nn.Module, probe: Callable[[nn.Module], Tensor]
-) -> str:
-    """Raises `Unsupported` unless the replacement is the source over again. Returns what the report
-    should say of it: that it is on the meta device, where there are no outputs to compare, or that
-    it will run its original forward, and why; mostly nothing. Training flags, running statistics
-    and torch's random state are left as they are, and no hook is called."""
-    _check_same_tensors(source, replacement)
+def check_view(source: nn.Module, view: Efficient, probe: Callable[[nn.Module], Tensor]) -> str:
+    """Raises `Unsupported` unless the view is the source over again. Returns what the report should
+    say of it: that it is on the meta device, where there are no outputs to compare, or that it will
+    run its original forward, and why; mostly nothing. Training flags, running statistics and
+    torch's random state are left as they are, and no hook is called."""
     like = next(source.parameters())
     if like.dtype not in _TOLERANCE:
         raise Unsupported(f"the weights are {like.dtype}; floating point is expected")
     if like.is_meta:
         return "on the meta device, unchecked"
     x = probe(source).to(like.device, like.dtype)
-    with (
-        torch.no_grad(),
-        torch.autocast(like.device.type, enabled=False),
-        _at_rest(source, replacement),
-    ):
-        expected = _run("it", source, x)
-        actual = _run("the replacement", replacement, x)
-        path = replacement.path(x) if isinstance(replacement, EfficientDenseBlock) else None
-    if actual.shape != expected.shape:
-        raise Unsupported(
-            f"the self-check gave shape {list(actual.shape)} instead of {list(expected.shape)}"
-        )
-    if not torch.isfinite(expected).all():
-        raise Unsupported("its output is not finite, so it cannot be checked")
-    size = expected.abs().max().item()
-    error = (actual - expected).abs().max().item()
-    if not error <= _TOLERANCE[like.dtype] * size:
-        raise Unsupported(
-            f"the self-check failed: largest difference {error:.3g}, largest output {size:.3g}"
-        )
-    if path is not None and path.kind == "original":
-        return f"runs its original forward: {path.reason}"
+    with _undisturbed(like.device, source, view):
+        with torch.no_grad():
+            expected = _run("it", source, x, lambda: source(x.clone()))
+            got = _run("the efficient module", view, x, lambda: view(x.clone()))
+        _compare("output", expected, got, like.dtype)
+        chosen = view.path(x) if isinstance(view, DenseBlockExecution) else None
+        if chosen is not None and chosen.kind == ORIGINAL:
+            return f"runs its original forward: {chosen.reason}"
+        if isinstance(view, DenseBlockExecution):
+            _check_training(source, view, x)
     return ""
 
 
-def _run(name: str, module: nn.Module, x: Tensor) -> Tensor:
+def _check_training(source: nn.Module, view: DenseBlockExecution, x: Tensor) -> None:
+    """One training step of either, without dropout, and the dropout of the source as recorded."""
+    for module in source.modules():
+        module.training = True
+    view.training = True
+    parts = view.parts()
+    with _DropoutRecorder() as dropout:
+        expected = _training_step("it", source, x, after_forward=dropout.stop)
+    _check_dropout(dropout.calls, [(p.drop_rate, p.channelwise_dropout) for p in parts])
+    named = view._efficient.parts
+    assert named is not None
+    view._efficient.parts = lambda layer: dataclasses.replace(named(layer), drop_rate=0.0)
     try:
-        return module(x.clone()).double()
+        got = _training_step("the efficient module", view, x)
+    finally:
+        view._efficient.parts = named
+    for name, value in expected.items():
+        if x.dtype in (torch.float64, torch.float32) or "gradient" not in name:
+            _compare(f"{name} of a training step", value, got[name], x.dtype)
+
+
+def _training_step(
+    name: str, module: nn.Module, x: Tensor, after_forward: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
+    """Output and updated buffers, which are put back, and gradients. The buffers are those of a
+    forward pass alone: checkpointing inside the source may update them twice in a backward pass.
+    Gradients are taken of copies of the parameters, so that no hook on one is called."""
+    before = {key: buffer.clone() for key, buffer in module.named_buffers()}
+    copies = {key: p.detach().clone() for key, p in module.named_parameters()}
+    for key, p in module.named_parameters():
+        copies[key].requires_grad_(p.requires_grad)
+
+    def call(x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, copies, (x,))
+
+    def restore() -> None:
+        with torch.no_grad():
+            for key, buffer in module.named_buffers():
+                buffer.copy_(before[key])
+
+    try:
+        with torch.no_grad():
+            found = {"output": _run(name, module, x, lambda: call(x.clone()))}
+        after_forward()
+        found |= {key: buffer.clone() for key, buffer in module.named_buffers()}
+        restore()
+        wanted = {"the input": x.clone().requires_grad_()}
+        wanted |= {key: p for key, p in copies.items() if p.requires_grad}
+        with torch.enable_grad():
+            y = _run(name, module, x, lambda: call(wanted["the input"].clone()))
+            generator = torch.Generator().manual_seed(1)
+            dy = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+            gradients = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
+    finally:
+        restore()
+    for key, gradient in zip(wanted, gradients, strict=True):
+        if gradient is not None:
+            found[f"gradient of {key}"] = gradient
+    return found
+
+
+class _DropoutRecorder(TorchFunctionMode):
+    """Lets every dropout pass its input on, and notes (p, whether whole channels are dropped)."""
+
+    _ELEMENTWISE = (F.dropout, torch.dropout)
+    _CHANNELWISE = (F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[float, bool]] = []
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Notes no further calls."""
+        self._stopped = True
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func in self._ELEMENTWISE or func in self._CHANNELWISE:
+            names = ("input", "p", "training")
+            given = {**dict(zip(names, args, strict=False)), **options}
+            drops = given.get("training", True) and given.get("p", 0.5) > 0
+            if drops and not self._stopped:
+                self.calls.append((float(given.get("p", 0.5)), func in self._CHANNELWISE))
+            return given["input"].clone()
+        return func(*args, **options)
+
+
+def _check_dropout(found: list[tuple[float, bool]], declared: list[tuple[float, bool]]) -> None:
+    expected = [call for call in declared if call[0] > 0]
+    if found != expected:
+        raise Unsupported(
+            f"it drops out {_dropout_text(found)} in training, the adapter says "
+            f"{_dropout_text(expected)}"
+        )
+
+
+def _dropout_text(calls: list[tuple[float, bool]]) -> str:
+    kinds = sorted({f"{p:g} of {'channels' if whole else 'values'}" for p, whole in calls})
+    return f"{len(calls)} times ({', '.join(kinds)})" if calls else "nothing"
+
+
+def _run(name: str, module: nn.Module, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
+    try:
+        return call()
     except Exception as error:
         text = f"{name} fails on a random input of shape {list(x.shape)}: {error}"
         raise Unsupported(text) from error
 
 
-def _check_same_tensors(source: nn.Module, replacement: nn.Module) -> None:
-    def tensors(module: nn.Module) -> list[tuple[str, int]]:
-        parameters = module.named_parameters(remove_duplicate=False)
-        buffers = module.named_buffers(remove_duplicate=False)
-        return [(name, id(tensor)) for name, tensor in chain(parameters, buffers)]
-
-    keys = list(source.state_dict(keep_vars=True))
-    if tensors(source) != tensors(replacement) or keys != list(replacement.state_dict()):
-        raise Unsupported("the replacement does not hold the same parameters under the same keys")
+def _compare(what: str, expected: Tensor, got: Tensor, dtype: torch.dtype) -> None:
+    if got.shape != expected.shape:
+        raise Unsupported(
+            f"the self-check gave {what} of shape {list(got.shape)} instead of "
+            f"{list(expected.shape)}"
+        )
+    if not torch.isfinite(expected).all():
+        raise Unsupported(f"its {what} is not finite, so it cannot be checked")
+    size = expected.double().abs().max().item()
+    error = (got.double() - expected.double()).abs().max().item()
+    if not error <= _TOLERANCE[dtype] * size:
+        raise Unsupported(
+            f"the self-check failed: {what}: largest difference {error:.3g}, largest value "
+            f"{size:.3g}"
+        )
 
 
 @contextlib.contextmanager
-def _at_rest(*roots: nn.Module) -> Iterator[None]:
-    """Eval mode without hooks, then everything as it was."""
+def _undisturbed(device: torch.device, *roots: nn.Module) -> Iterator[None]:
+    """Eval mode, no autocast and no hooks; then everything as it was, the random state included."""
     modules = {id(module): module for root in roots for module in root.modules()}.values()
     saved = []
     for module in modules:
@@ -92,8 +192,14 @@ def _at_rest(*roots: nn.Module) -> Iterator[None]:
         module.training = False
         for name in _CALL_HOOKS:
             module.__dict__[name] = type(module.__dict__[name])()
+    devices = [device] if device.type == "cuda" else []
     try:
-        yield
+        with (
+            torch.random.fork_rng(devices),
+            torch.autocast(device.type, enabled=False),
+            torch.inference_mode(False),
+        ):
+            yield
     finally:
         for module, state in saved:
             module.__dict__.update(state)

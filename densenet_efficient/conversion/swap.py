@@ -1,8 +1,9 @@
-"""Converting a model: find, build, check, and only then swap.
+"""Converting a model: find, view, check, and only then change.
 
-Phase one walks the model, builds every replacement around the source's own parameters and compares
-the two numerically in eval mode; nothing of the model changes. Phase two puts the replacements in
-place. So a model is either converted or untouched.
+Phase one walks the model, makes an efficient view of every block around the block's own children
+and compares the two numerically; nothing of the model changes. Phase two makes every block what its
+view is: the module stays the same object, its class becomes one derived from the class it had. So a
+model is either converted or untouched.
 """
 
 from __future__ import annotations
@@ -10,23 +11,21 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn.dense_block import EfficientDenseBlock
+from ..nn.classes import become, is_made, unmake
+from ..nn.dense_block import DenseBlockExecution
+from ..nn.execution import Efficient
+from ..nn.options import check_memory
 from . import torchvision_tree
 from .adapters import Adapter, Unsupported, check_kinds, find_adapter, qualified_name
-from .self_check import check_replacement
+from .self_check import check_view
 
 logger = logging.getLogger("densenet_efficient.convert")
-MEMORY_MODES = ("recompute", "store")
 _DENSE_NAME = re.compile(r"dense_?(block|layer|unit)", re.IGNORECASE)
 _DENSE_CHILD = re.compile(r"dense_?layer_?\d+", re.IGNORECASE)
-_SOURCE = "_converted_from"
-_STRUCTURE = ("_modules", "_parameters", "_buffers")
-_FLAGS = ("training", "_is_full_backward_hook")
 
 
 class ConversionError(ValueError):
@@ -62,58 +61,44 @@ class Report:
         return [entry for entry in self.entries if entry.outcome == outcome]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What a replacement came from: enough to make it again around the children of that moment."""
-
-    cls: type[nn.Module]
-    attributes: dict[str, Any]
-
-
 class Conversion:
     """Phase one, done by the constructor. `apply` is phase two."""
 
     def __init__(self, model: nn.Module, memory: str = "recompute") -> None:
-        if memory not in MEMORY_MODES:
-            raise ValueError(f"memory must be 'recompute' or 'store', got {memory!r}")
+        check_memory(memory)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.report = Report()
         self._memory = memory
-        self._visited: dict[int, nn.Module] = {}
-        self._swaps: list[tuple[nn.Module, str, nn.Module]] = []
-        self._replaced: list[tuple[nn.Module, nn.Module]] = []
-        self._modes: list[EfficientDenseBlock] = []
-        self._root = self._visit(model, "")
+        self._views: dict[int, nn.Module] = {}
+        self._found: list[tuple[nn.Module, Efficient]] = []
+        self._modes: list[DenseBlockExecution] = []
+        self._visit(model, "")
 
-    def apply(self) -> nn.Module:
-        """Puts the replacements in place and returns the model (the replacement, where the model
-        itself is a block)."""
+    def apply(self) -> None:
+        """Makes every block what its view is."""
         for block in self._modes:
             block.memory = self._memory
-        for source, replacement in self._replaced:
-            _take_over(source, replacement)
-        for parent, name, replacement in self._swaps:
-            parent._modules[name] = replacement
-        return self._root
+        for source, view in self._found:
+            become(source, view)
 
     def _note(self, path: str, module: nn.Module, outcome: str, reason: str = "") -> None:
         self.report.entries.append(Entry(path, qualified_name(type(module)), outcome, reason))
 
     def _visit(self, module: nn.Module, path: str) -> nn.Module:
-        """The module's replacement, or the module itself."""
-        if id(module) not in self._visited:
-            self._visited[id(module)] = self._convert(module, path)
-        return self._visited[id(module)]
+        """The module's efficient view, or the module itself."""
+        if id(module) not in self._views:
+            self._views[id(module)] = self._convert(module, path)
+        return self._views[id(module)]
 
     def _convert(self, module: nn.Module, path: str) -> nn.Module:
-        if isinstance(module, EfficientDenseBlock):
+        if isinstance(module, DenseBlockExecution):
             self._note(path, module, "already")
             self._modes.append(module)
             return module
         adapter = find_adapter(module)
         if adapter is not None:
-            return self._build(module, path, adapter)
+            return self._view(module, path, adapter)
         reason = _foreign(module)
         if reason:
             self._note(path, module, "refused", reason)
@@ -122,42 +107,33 @@ class Conversion:
 
     def _descend(self, module: nn.Module, path: str) -> nn.Module:
         """Converts the children; the `features` Sequential itself, too, around converted ones."""
-        changed = {}
+        children: dict[str, nn.Module | None] = {}
         for name, child in module._modules.items():
-            if child is not None:
-                replacement = self._visit(child, f"{path}.{name}" if path else name)
-                if replacement is not child:
-                    changed[name] = replacement
-        if changed and torchvision_tree.is_features(module):
-            children = {**module._modules, **changed}
+            inner = f"{path}.{name}" if path else name
+            children[name] = None if child is None else self._visit(child, inner)
+        changed = any(children[name] is not child for name, child in module._modules.items())
+        if not (changed and torchvision_tree.is_features(module)):
+            return module
 
-            def build(source: nn.Module, memory: str) -> nn.Module:
-                inner = nn.Sequential()
-                for name, child in children.items():
-                    inner.add_module(name, child)
-                inner.training = source.training
-                return torchvision_tree.build_features(inner)
+        def view(features: nn.Module, memory: str) -> Efficient:
+            return torchvision_tree.view_features(features, children)
 
-            adapter = Adapter(build, torchvision_tree.probe_features, required=False)
-            replacement = self._build(module, path, adapter)
-            if replacement is not module:
-                return replacement
-        self._swaps += [(module, name, replacement) for name, replacement in changed.items()]
-        return module
+        adapter = Adapter(view, torchvision_tree.probe_features, required=False)
+        return self._view(module, path, adapter)
 
-    def _build(self, module: nn.Module, path: str, adapter: Adapter) -> nn.Module:
+    def _view(self, module: nn.Module, path: str, adapter: Adapter) -> nn.Module:
         try:
             check_kinds(module)
             if "forward" in module.__dict__:
                 raise Unsupported("its forward was replaced")
-            replacement = adapter.build(module, self._memory)
-            remark = check_replacement(module, replacement, adapter.probe)
+            view = adapter.view(module, self._memory)
+            remark = check_view(module, view, adapter.probe)
         except Unsupported as reason:
             self._note(path, module, "refused" if adapter.required else "left", str(reason))
             return module
         self._note(path, module, "converted", remark)
-        self._replaced.append((module, replacement))
-        return replacement
+        self._found.append((module, view))
+        return view
 
 
 def _foreign(module: nn.Module) -> str:
@@ -178,28 +154,13 @@ def _looks_dense(module: nn.Module) -> bool:
     return any(_DENSE_CHILD.search(name) for name, _ in module.named_modules())
 
 
-def _take_over(source: nn.Module, replacement: nn.Module) -> None:
-    """Hooks (the very dictionaries, so that their handles still remove them), training flag and
-    attributes of the source, and what is needed to bring it back."""
-    own = replacement.__dict__
-    for name, value in source.__dict__.items():
-        if name in _STRUCTURE:
-            continue
-        if "_hooks" in name:
-            value.update(own.get(name, {}))
-        elif name in own and name not in _FLAGS:
-            continue
-        own[name] = value
-    attributes = {k: v for k, v in source.__dict__.items() if k not in _STRUCTURE}
-    own[_SOURCE] = _Source(type(source), attributes)
-
-
 def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True) -> nn.Module:
     """Makes every dense block of a model run in the least memory; in place, same results.
 
-    Parameters, buffers, their names, order and identity, hooks and training flags stay; optimisers
-    made before go on working. Converting again only sets the memory mode. The report is logged to
-    "densenet_efficient.convert" at level INFO.
+    Every module stays the same object with the same children, parameters, buffers, hooks and flags;
+    only its class becomes one derived from the class it had. Optimisers made before go on working.
+    Converting again only sets the memory mode. The report is logged to "densenet_efficient.convert"
+    at level INFO.
 
     Args:
         model: torchvision's DenseNet, or any module that contains its blocks, or blocks that an
@@ -209,7 +170,7 @@ def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True)
         strict: False converts what can be converted and leaves the rest as it is.
 
     Returns:
-        The model (where the model itself is a block: its replacement).
+        The model.
 
     Raises:
         ConversionError: nothing to convert, or a dense block that cannot be converted (quantised,
@@ -226,9 +187,9 @@ def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True)
             f"nothing to convert in {type(model).__name__}: {report}; expected torchvision's "
             "dense blocks or a class with a registered adapter"
         )
-    converted = conversion.apply()
+    conversion.apply()
     logger.info("%s", report)
-    return converted
+    return model
 
 
 def inspect_conversion(model: nn.Module, memory: str = "recompute") -> Report:
@@ -237,28 +198,9 @@ def inspect_conversion(model: nn.Module, memory: str = "recompute") -> Report:
 
 
 def unconvert(model: nn.Module) -> nn.Module:
-    """Puts the modules back that `convert` replaced, around their present children; in place,
-    returning the model. Modules that were built efficient stay."""
-    restored: dict[int, nn.Module] = {}
-
-    def restore(module: nn.Module) -> nn.Module:
-        if id(module) not in restored:
-            restored[id(module)] = module
-            for name, child in module._modules.items():
-                if child is not None:
-                    module._modules[name] = restore(child)
-            source = module.__dict__.get(_SOURCE)
-            if source is not None:
-                restored[id(module)] = _make_again(module, source)
-        return restored[id(module)]
-
-    return restore(model)
-
-
-def _make_again(module: nn.Module, source: _Source) -> nn.Module:
-    original = source.cls.__new__(source.cls)
-    original.__dict__.update(source.attributes)
-    for name in _STRUCTURE:
-        original.__dict__[name] = module.__dict__[name]
-    original.__dict__["training"] = module.training
-    return original
+    """Makes every module that `convert` made efficient what it was, around its present children; in
+    place, returning the model. Modules that were built efficient stay."""
+    for module in list(model.modules()):
+        if is_made(module):
+            unmake(module)
+    return model

@@ -14,8 +14,12 @@ import re
 
 from torch import Tensor, nn
 
-from ..nn.dense_block import EfficientDenseBlock, standard_parts
-from ..nn.features import EfficientFeatures, EfficientTransition
+from ..nn.classes import efficient_view
+from ..nn.dense_block import DenseBlockExecution
+from ..nn.execution import Efficient
+from ..nn.features import EfficientFeatures
+from ..nn.layers import standard_parts
+from ..nn.transition import EfficientTransition, is_pool_by_two
 from .adapters import (
     Adapter,
     Unsupported,
@@ -56,7 +60,7 @@ def _check_reference_layer(name: str, layer: nn.Module) -> None:
     _check_layer(name, layer)
 
 
-def _build_transition(transition: nn.Module, memory: str) -> nn.Module:
+def _view_transition(transition: nn.Module, memory: str) -> Efficient:
     assert isinstance(transition, nn.Sequential)
     found = list(transition._modules)
     if found != ["norm", "relu", "conv", "pool"]:
@@ -65,22 +69,11 @@ def _build_transition(transition: nn.Module, memory: str) -> nn.Module:
     check_batch_norm("norm", norm)
     check_relu("relu", relu)
     check_convolution("conv", conv)
-    if not (
-        plain_type(pool) is nn.AvgPool2d
-        and (pool.kernel_size, pool.stride, pool.padding) in _HALVING
-        and not pool.ceil_mode
-        and pool.divisor_override is None
-    ):
+    if not is_pool_by_two(pool):
         raise Unsupported(f"pool is {pool}; only an average over 2 x 2 pixels is supported")
-    return EfficientTransition.from_module(transition)
-
-
-_HALVING = [
-    (kernel, stride, padding)
-    for kernel in (2, (2, 2))
-    for stride in (2, (2, 2))
-    for padding in (0, (0, 0))
-]
+    view = efficient_view(transition, EfficientTransition)
+    view._adopt()
+    return view
 
 
 def _probe_transition(transition: nn.Module) -> Tensor:
@@ -103,14 +96,17 @@ def is_features(module: nn.Module) -> bool:
     return bool(body) and all(_STAGE.fullmatch(name) for name in body)
 
 
-def build_features(features: nn.Sequential) -> nn.Module:
+def view_features(features: nn.Module, children: dict[str, nn.Module | None]) -> Efficient:
     """The executor over children that are already efficient where they can be."""
-    children = features._modules
-    if not any(isinstance(child, EfficientDenseBlock) for child in children.values()):
+    if not any(isinstance(child, DenseBlockExecution) for child in children.values()):
         raise Unsupported("none of its blocks is converted")
-    if plain_type(children["conv0"]) is not nn.Conv2d:
-        raise Unsupported(f"conv0 is {type(children['conv0']).__name__}; expected Conv2d")
-    return EfficientFeatures.from_module(features)
+    conv0 = children["conv0"]
+    if conv0 is None or plain_type(conv0) is not nn.Conv2d:
+        raise Unsupported(f"conv0 is {type(conv0).__name__}; expected Conv2d")
+    view = efficient_view(features, EfficientFeatures)
+    view.__dict__["_modules"] = children
+    view._adopt()
+    return view
 
 
 def probe_features(features: nn.Module) -> Tensor:
@@ -124,7 +120,7 @@ def probe_features(features: nn.Module) -> Tensor:
 
 def register() -> None:
     """Registers every adapter of this file."""
-    transition = Adapter(_build_transition, _probe_transition, required=False)
+    transition = Adapter(_view_transition, _probe_transition, required=False)
     blocks = {
         "torchvision.models.densenet": ("_DenseBlock", "_Transition", _check_torchvision_layer),
         "densenet_efficient.reference.modules": (

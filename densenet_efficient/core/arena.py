@@ -1,17 +1,18 @@
 """Scratch memory shared by all blocks of all models: a declarative table, one slab per stream.
 
-A stage's working memory is a table of :class:`Buffer` rows. :func:`lease` lays a table out in one
-slab for the length of a forward or backward call and takes it back afterwards, so a model needs the
-scratch of its largest block only. Nothing lives in a slab between two calls: two models may be
-interleaved, two forwards may precede a backward, a backward may never come. Slabs belong to a
-device and a stream; a second thread on the same stream gets a slab of its own. While a CUDA graph
-is captured, scratch comes from the framework's allocator instead, whose graph-private pool keeps
-it alive as long as the graph.
+A call's working memory is a table of `Buffer` rows. `lease` lays a table out in one slab for the
+length of a forward or backward call and takes it back afterwards, so a model needs the scratch of
+its largest block only. Nothing lives in a slab between two calls: two models may be interleaved,
+two forwards may precede a backward, a backward may never come. Slabs belong to a device and a
+stream; a second thread on the same stream gets a slab of its own. While a CUDA graph is captured,
+scratch comes from PyTorch's allocator instead, whose graph-private pool keeps it alive as long as
+the graph; so it does outside ordinary eager execution, since only ordinary tensors enter the pool.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from . import eager
 
 ALIGNMENT = 256
 """Every buffer starts at a multiple of this many bytes of its slab."""
@@ -31,7 +34,7 @@ class Buffer:
     name: what the buffer holds. shape, dtype: of the tensor. lifetime: ``"output"`` (handed to the
     caller and kept for backward), ``"kept"`` (from forward to backward), ``"scratch"`` (one call,
     shared by all blocks), ``"gradient"`` (of parameters, the step's result) or ``"transient"``
-    (until the next stage has run, from the framework's allocator).
+    (until the next operator has run, from PyTorch's allocator).
     """
 
     name: str
@@ -58,6 +61,18 @@ _lock = threading.Lock()
 _free: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
+def _after_fork() -> None:
+    """A child process starts with a lock that nobody holds, and without the parent's slabs, whose
+    pages it would only copy."""
+    global _lock
+    _lock = threading.Lock()
+    _free.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def lease(table: Iterable[Buffer], device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Uninitialised tensors for the rows of ``table``, by name, until the context ends."""
@@ -72,13 +87,15 @@ def lease(table: Iterable[Buffer], device: torch.device) -> Iterator[dict[str, T
             offset += _aligned(row.bytes)
         yield views
     finally:
-        if key is not None:
+        if key is not None and eager.is_ordinary(slab):
             with _lock:
                 _free.setdefault(key, []).append(slab)
 
 
 def _key(device: torch.device) -> tuple[torch.device, int] | None:
-    """Whose slab this is; None where slabs must not outlive the call (graph capture)."""
+    """Whose slab this is; None where slabs must not outlive the call."""
+    if eager.unusual_mode() is not None:
+        return None
     if device.type != "cuda":
         return device, 0
     if torch.cuda.is_current_stream_capturing():
@@ -112,7 +129,7 @@ def reserved_bytes(device: torch.device | str | None = None) -> int:
 
 
 def release(device: torch.device | str | None = None) -> None:
-    """Give idle slabs back to the framework's allocator; the next step allocates them anew."""
+    """Gives idle slabs back to PyTorch's allocator; the next step allocates them anew."""
     wanted = None if device is None else torch.device(device)
     with _lock:
         for owner, stream in list(_free):

@@ -1,7 +1,7 @@
 """Channels-last memory: a pixel is a row of channels, and rows are evenly spaced.
 
-Stages take rows that stand further apart than they are long: a channel slice of a feature buffer,
-or rows padded so that each begins where the hardware likes it.
+Operators take rows that are further apart than they are long: a channel slice of a feature buffer,
+or rows padded so that each is sector-aligned.
 """
 
 from __future__ import annotations
@@ -35,16 +35,29 @@ def strides(image: Sequence[int], length: int) -> tuple[int, ...]:
     return tuple(reversed(steps))
 
 
-def empty(image: Sequence[int], channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised [*image, channels], its rows :func:`row_length` apart."""
-    steps = strides(image, row_length(channels, dtype, device))
-    return torch.empty_strided((*image, channels), steps, dtype=dtype, device=device)
+def empty(
+    image: Sequence[int],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    length: int | None = None,
+) -> Tensor:
+    """Uninitialised ``[N, channels, *spatial]`` for image ``(N, *spatial)``, channels last in
+    memory, its rows ``length`` elements apart (`row_length` by default). Not a view of anything, so
+    that PyTorch lets whoever receives it write to it."""
+    if length is None:
+        length = row_length(channels, dtype, device)
+    first, *others, last = strides(image, length)
+    shape = (image[0], channels, *image[1:])
+    return torch.empty_strided(shape, (first, last, *others), dtype=dtype, device=device)
 
 
 def channels_last(x: Tensor) -> Tensor:
     """[N, C, *spatial] -> [N, *spatial, C]: x's own memory where its rows are evenly spaced and
     channels are neighbours, a copy otherwise."""
     rows = x.movedim(1, -1)
+    if rows.is_neg():  # the kernels read memory, which holds the values with the other sign
+        rows = rows.resolve_neg()
     return rows if row_stride(rows) is not None else rows.contiguous()
 
 

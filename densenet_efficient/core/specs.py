@@ -1,20 +1,22 @@
-"""What one call of a stage is, apart from its differentiable tensors, and the memory it takes.
+"""What one call of a block, transition or stem is, apart from its differentiable tensors, and the
+memory it takes.
 
-A call names its norms' modes, its convolutions' geometry and the implementation of the stages; the
-tables say what a block keeps and what scratch it shares, for the execution and for the memory call.
+A specification names the norms' modes, the convolutions' geometry and the implementation of the
+operators; the tables say what a block keeps and what scratch it shares, for the execution and for
+the memory plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..ops.convolution import ConvOptions
-from ..ops.fallback import accumulation_dtype
+from ..ops.dtypes import accumulation_dtype
+from ..ops.interface import Operators
 from . import layout
 from .arena import Buffer
 
@@ -23,7 +25,7 @@ PARAMETERS_PER_LAYER = 8
 
 
 @dataclass(frozen=True)
-class NormCall:
+class NormSpec:
     """One batch norm of a call.
 
     eps: added to the variance. running: [2, C] mean and variance to use, or None for the batch's.
@@ -34,20 +36,20 @@ class NormCall:
 
 
 @dataclass(frozen=True)
-class LayerCall:
+class LayerSpec:
     """One dense layer of a call.
 
     in_channels C_l, growth k, bottleneck K (0: a plain layer, norm1 and conv1 only).
     conv1, conv2: None for the kernels' own geometry (1x1; 3x3 with padding 1), else the options of
-    the general path. A plain layer's only convolution is conv1, with None meaning 3x3.
+    PyTorch's convolution. A plain layer's only convolution is conv1, with None meaning 3x3.
     drop_rate: probability of dropping a new value, 0 outside training.
     """
 
     in_channels: int
     growth: int
     bottleneck: int
-    norm1: NormCall
-    norm2: NormCall | None
+    norm1: NormSpec
+    norm2: NormSpec | None
     conv1: ConvOptions | None = None
     conv2: ConvOptions | None = None
     drop_rate: float = 0.0
@@ -55,15 +57,15 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
-class BlockCall:
+class BlockSpec:
     """Everything about one call of a block that is not a differentiable tensor.
 
-    stages: `ops.compiled` or `ops.fallback`. memory:
-    ``"store"`` or ``"recompute"``. seed: of the dropout masks, which backward draws again.
+    operators: what runs it. memory: ``"store"`` or ``"recompute"``. seed: of the dropout masks,
+    which backward draws again.
     """
 
-    layers: tuple[LayerCall, ...]
-    stages: ModuleType
+    layers: tuple[LayerSpec, ...]
+    operators: Operators
     memory: str
     seed: int = 0
 
@@ -83,36 +85,49 @@ class BlockCall:
         return any(layer.norm1.running is None for layer in self.layers)
 
 
+@dataclass(frozen=True)
+class PoolSpec:
+    """One call of a transition or a stem.
+
+    norm: as in a block. operators: what runs it. want_stats: whether to take the statistics of the
+    result.
+    """
+
+    norm: NormSpec
+    operators: Operators
+    want_stats: bool
+
+
 def scratch_table(
-    call: BlockCall, image: Sequence[int], dtype: torch.dtype, backward: bool
+    spec: BlockSpec, image: Sequence[int], dtype: torch.dtype, backward: bool
 ) -> list[Buffer]:
     """Shared scratch of one forward or backward call.
 
     image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
     """
-    widest = max(layer.bottleneck for layer in call.layers)
+    widest = max(layer.bottleneck for layer in spec.layers)
     table = []
-    if widest and call.memory == "recompute":
+    if widest and spec.memory == "recompute":
         table.append(Buffer("bottleneck", (*image, widest), dtype, "scratch"))
     if widest and backward:
         table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))
-    if any(layer.drop_rate > 0 for layer in call.layers):
-        growth = max(layer.growth for layer in call.layers)
+    if any(layer.drop_rate > 0 for layer in spec.layers):
+        growth = max(layer.growth for layer in spec.layers)
         table.append(Buffer("dropout mask", (*image, growth), dtype, "scratch"))
     return table
 
 
 def kept_table(
-    call: BlockCall, image: Sequence[int], dtype: torch.dtype, device: torch.device
+    spec: BlockSpec, image: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> list[Buffer]:
     """What a block keeps from forward to backward."""
-    row = layout.row_length(call.out_channels, dtype, device)
+    row = layout.row_length(spec.out_channels, dtype, device)
     table = [Buffer("features", (*image, row), dtype, "output")]
     acc = accumulation_dtype(dtype)
-    table.append(Buffer("statistics", (2, call.out_channels), acc, "kept"))
-    for index, layer in enumerate(call.layers):
-        if layer.bottleneck:
-            table.append(Buffer(f"statistics of b{index}", (2, layer.bottleneck), acc, "kept"))
-            if call.memory == "store":
+    columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
+    table.append(Buffer("statistics", (2, columns), acc, "kept"))
+    if spec.memory == "store":
+        for index, layer in enumerate(spec.layers):
+            if layer.bottleneck:
                 table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))
     return table

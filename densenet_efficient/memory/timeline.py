@@ -1,41 +1,50 @@
-"""A step's allocations and releases in order: what stands at its fullest moment."""
+"""A step's allocations and releases in order, and the peak live bytes."""
 
 from __future__ import annotations
 
 from ..core.arena import Buffer
 
 
-class Ledger:
+class Timeline:
     """Live buffers by name, the rows of the table, and the largest sum so far (bytes)."""
 
     def __init__(self) -> None:
         self.rows: list[Buffer] = []
-        self.live: dict[str, int] = {}
         self.peak = 0
         self.peak_at = "the beginning"
         self.at_peak: dict[str, int] = {}
+        self._live: dict[str, int] = {}
 
-    def allocate(self, row: Buffer, where: str) -> None:
-        """A buffer of its own; where: the place in the step, for the report."""
+    def allocate(self, row: Buffer, where: str) -> str:
+        """A buffer of its own; where: the place in the step, for the report. Returns its name."""
         self.rows.append(row)
-        self.live[row.name] = row.bytes
+        self._live[row.name] = row.bytes
         self.mark(where)
+        return row.name
 
     def grow(self, name: str, size: int, where: str) -> None:
         """A buffer that is shared and only grows."""
-        self.live[name] = max(self.live.get(name, 0), size)
+        self._live[name] = max(self.bytes_of(name), size)
         self.mark(where)
 
+    def add(self, name: str, size: int) -> None:
+        """Bytes that come to a collection of buffers; seen by the next mark."""
+        self._live[name] = self.bytes_of(name) + size
+
+    def bytes_of(self, name: str) -> int:
+        """Live bytes of that name."""
+        return self._live.get(name, 0)
+
     def mark(self, where: str, extra: int = 0) -> None:
-        """Note the sum, with ``extra`` bytes that live inside one operator."""
-        total = sum(self.live.values()) + extra
+        """Notes the sum, with ``extra`` bytes that live inside one operator."""
+        total = sum(self._live.values()) + extra
         if total > self.peak:
             self.peak, self.peak_at = total, where
-            self.at_peak = dict(self.live)
+            self.at_peak = dict(self._live)
             if extra:
                 self.at_peak["inside the operator"] = extra
 
     def free(self, *names: str) -> None:
-        """Names that stand no longer; unknown ones are ignored."""
+        """Names that are live no longer; unknown ones are ignored."""
         for name in names:
-            self.live.pop(name, None)
+            self._live.pop(name, None)

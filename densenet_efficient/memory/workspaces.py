@@ -1,7 +1,7 @@
 """Temporary memory inside the operators, for the memory plan.
 
 The compiled operators allocate exactly what their tilings say (``csrc/cpu/tiling.h``,
-``csrc/cuda/tiling``); the general path holds a chunk's normalised copy, the convolution's operands
+``csrc/cuda/tiling``); the fallback holds a chunk's normalised copy, the convolution's operands
 and its results.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Iterable
 
 import torch
 
-from ..core.specs import BlockCall, LayerCall
+from ..core.specs import BlockSpec, LayerSpec
 from ..ops import compiled, fallback
 from ..ops.dispatch import choose
-from ..ops.fallback import accumulation_dtype
+from ..ops.dtypes import accumulation_dtype
 
-_GENERAL_COPIES = 4
-"""Chunk-sized tensors the general path holds at a time: normalised, ReLU, operand, result."""
+_FALLBACK_COPIES = 4
+"""Chunk-sized tensors the fallback holds at a time: normalised, ReLU, operand, result."""
 
 
 def operator(
@@ -36,9 +36,8 @@ def operator(
     accumulate: as in ``norm_relu_conv3x3_backward``. On CUDA, for rows aligned to 16 bytes and 3x3
     weights that are contiguous, as those of the modules are; others need less.
     """
-    path = choose(device, dtype)
-    if path.stages is not compiled:
-        return _general(shape, dtype)
+    if choose(device, dtype).operators is not compiled:
+        return _fallback(shape, dtype)
     if device.type != "cuda":
         return _cpu(name, shape, channels, dtype, torch.get_num_threads())
     gpu = torch.cuda.get_device_properties(device)
@@ -47,10 +46,10 @@ def operator(
     return _cuda(name, shape, channels, dtype, multiprocessors, shared_bytes, accumulate)
 
 
-def _general(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def _fallback(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     image = math.prod(shape[1:]) * accumulation_dtype(dtype).itemsize
     chunk = min(shape[0] * image, max(image, fallback.CHUNK_BYTES))
-    return _GENERAL_COPIES * chunk
+    return _FALLBACK_COPIES * chunk
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,8 +83,8 @@ def _cuda(
     )
 
 
-def _layer_calls(
-    layer: LayerCall, image: tuple[int, ...], backward: bool, recompute: bool
+def _operators(
+    layer: LayerSpec, image: tuple[int, ...], backward: bool, recompute: bool
 ) -> Iterable[tuple[str, tuple[int, ...], int]]:
     """(operator, shape of x, output channels) of one layer's call."""
     way = "backward" if backward else "forward"
@@ -101,25 +100,25 @@ def _layer_calls(
 
 
 def block(
-    call: BlockCall,
+    spec: BlockSpec,
     image: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     backward: bool,
 ) -> int:
-    """The most bytes that one layer of a block holds beside its tables: the largest operator's
+    """The most bytes that one layer of a block holds next to its tables: the largest operator's
     workspace and, in low precision, the layer's weights in the activations' dtype."""
     worst = 0
-    recompute = call.memory == "recompute"
-    for layer in call.layers:
+    recompute = spec.memory == "recompute"
+    for layer in spec.layers:
         weights = layer.bottleneck * layer.in_channels + 9 * layer.bottleneck * layer.growth
         if not layer.bottleneck:
             weights = 9 * layer.in_channels * layer.growth
         cast = 0 if dtype == torch.float32 else weights * dtype.itemsize
-        general_path = layer.conv1 is not None or layer.conv2 is not None
-        for name, shape, channels in _layer_calls(layer, image, backward, recompute):
-            if general_path or (len(image) != 3 and "3x3" in name):
-                size = _general((*image, shape[-1]), dtype)
+        uses_fallback = layer.conv1 is not None or layer.conv2 is not None
+        for name, shape, channels in _operators(layer, image, backward, recompute):
+            if uses_fallback or (len(image) != 3 and "3x3" in name):
+                size = _fallback((*image, shape[-1]), dtype)
             else:
                 plain = not layer.bottleneck
                 size = operator(name, shape, channels, dtype, device, accumulate=plain)

@@ -13,7 +13,9 @@ from torch import nn
 
 from ..nn.architecture import CONFIGURATIONS, DenseNetBase, cifar_block_config
 from ..nn.dense_block import EfficientDenseBlock
-from ..nn.features import EfficientFeatures, EfficientTransition
+from ..nn.features import EfficientFeatures
+from ..nn.options import check_memory
+from ..nn.transition import EfficientTransition
 from .pretrained import fetch_weights, load_weights
 
 __all__ = [
@@ -71,9 +73,7 @@ class EfficientDenseNet(DenseNetBase):
         init_mode: Literal["fan_in", "fan_out"] = "fan_in",
         memory: str = "recompute",
     ) -> None:
-        if memory not in ("recompute", "store"):
-            raise ValueError(f"memory must be 'recompute' or 'store', got {memory!r}")
-        self._memory = memory
+        self._memory = check_memory(memory)
         super().__init__(
             growth_rate,
             block_config,

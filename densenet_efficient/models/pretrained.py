@@ -25,25 +25,36 @@ def modernise_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     return {_OLD_KEY.sub(r"\1\2", key): value for key, value in state.items()}
 
 
-def strip_prefix(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes off the prefix (`module.`, `densenet121.`, ...) in front of the expected keys, if all
-    keys that end in an expected one share it; keys outside the prefix are kept as they are."""
+def match_prefix(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Exchanges what is in front of the network's keys in a file (`module.`, `densenet121.`,
+    `module.backbone.`, nothing) for what is in front of them in the model. Keys outside of the
+    network lose the wrapper's prefix alone. Unless either holds exactly one network, the keys stay
+    as they are."""
     anchor = "features.conv0.weight"
-    prefixes = [key[: -len(anchor)] for key in state if key.endswith(anchor)]
-    if anchor not in expected or len(prefixes) != 1 or not prefixes[0]:
+    found = [key[: -len(anchor)] for key in state if key.endswith(anchor)]
+    wanted = [key[: -len(anchor)] for key in expected if key.endswith(anchor)]
+    if len(found) != 1 or len(wanted) != 1 or found == wanted:
         return dict(state)
-    prefix = prefixes[0]
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    (theirs,), (ours,) = found, wanted
+    wrapper = theirs.removesuffix(ours) if theirs.endswith(ours) else ""
+
+    def renamed(key: str) -> str:
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+        return key.removeprefix(wrapper)
+
+    return {renamed(key): value for key, value in state.items()}
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> nn.Module:
     """Loads a foreign state dict into a DenseNet with torchvision's keys and returns the model.
 
-    Accepts the old `norm.1` keys, one common prefix, files that keep the state dict under
-    `state_dict` or `model`, and files without `num_batches_tracked`.
+    Accepts the old `norm.1` keys, a prefix in the file or a wrapper around the model's network
+    (CheXNet's `module.densenet121.`), files that keep the state dict under `state_dict` or `model`,
+    and files without `num_batches_tracked`.
 
     Args:
-        model: ours, or torchvision's.
+        model: ours, torchvision's, or one that holds one of them.
         state: what torch.load gave.
         strict: every parameter must be there with its shape, and nothing else. Otherwise a
             classifier of another size, and keys that are missing or not known, are left out.
@@ -57,7 +68,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = T
             state = inner
             break
     own = model.state_dict()
-    loaded = strip_prefix(modernise_keys(state), own)
+    loaded = match_prefix(modernise_keys(state), own)
     wrong = [
         f"{key}: expected shape {list(own[key].shape)}, got "
         + (str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__)

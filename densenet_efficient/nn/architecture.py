@@ -7,8 +7,6 @@ al., "Densely Connected Convolutional Networks", arXiv 1608.06993: section 3 and
 
 from __future__ import annotations
 
-import math
-import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -16,6 +14,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .options import check_block_config, check_compression, check_count, check_drop_rate
 
 # name: growth_rate, block_config, num_init_features (table 1; 161 and 264_k48 are the wide ones)
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -40,60 +40,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """value as an int of at least `minimum`; ValueError naming the option otherwise."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"{name} must be an integer of at least {minimum}, got {value!r}"
-        ) from None
-    if count < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    return count
-
-
-def check_number(name: str, value: Any, expected: str, low: float, high: float) -> float:
-    """value as a finite float in [low, high]; ValueError naming the option otherwise."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return number
-
-
-def check_drop_rate(value: Any) -> float:
-    """A dropout probability in [0, 1]."""
-    return check_number("drop_rate", value, "a probability between 0 and 1", 0.0, 1.0)
-
-
-def check_compression(value: Any) -> float:
-    """The share of channels a transition keeps, theta of section 3: in (0, 1]."""
-    expected = "above 0 and at most 1"
-    return check_number("compression", value, expected, math.nextafter(0.0, 1.0), 1.0)
-
-
-def check_block_config(value: Any) -> tuple[int, ...]:
-    """The number of layers of every block: a non-empty sequence of positive integers."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) == 0:
-        raise ValueError(
-            f"block_config must be a non-empty sequence with the number of layers of every block, "
-            f"got {value!r}"
-        )
-    return tuple(check_count(f"block_config[{i}]", layers) for i, layers in enumerate(value))
-
-
 def cifar_block_config(depth: int, bottleneck: bool = True) -> tuple[int, int, int]:
     """The three blocks of the CIFAR network of a given depth: (depth - 4) / 6 layers each, or
     (depth - 4) / 3 without bottlenecks (section 3). ValueError where that is not a whole number."""
     depth = check_count("depth", depth)
     convolutions = 6 if bottleneck else 3
-    layers, rest = divmod(depth - 4, convolutions)
-    if rest or layers < 1:
+    layers, remainder = divmod(depth - 4, convolutions)
+    if remainder or layers < 1:
         kind = "with" if bottleneck else "without"
         lower = max(layers, 1) * convolutions + 4
         raise ValueError(
@@ -200,7 +153,7 @@ class DenseNetBase(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> the last feature map, behind norm5 and its ReLU,
+        """[N, in_channels, H, W] -> the last feature map, after norm5 and its ReLU,
         [N, num_features, H', W']. ValueError where H or W is below `min_input_size`."""
         if x.dim() != 4:
             raise ValueError(

@@ -2,54 +2,137 @@
 
 It holds ordinary layers and real BatchNorm modules as parameter holders, under the names and in the
 order other libraries use, so state dicts, optimisers, hooks on parameters and surgery on a model go
-on working; only the execution is ours. Where a call needs something the
-stages cannot see (a hook on an inner module, a replaced child), the original forward runs instead,
-and :meth:`path` says so.
+on working; only the execution is ours. Where a call needs something that the operators cannot see
+(a hook on an inner module, a replaced child), the original forward runs, and `path` says so.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
-from ..core import ownership
-from ..core.functions import DenseBlockFunction
-from ..core.specs import BlockCall, LayerCall
-from ..ops import dispatch
-from ..ops.dispatch import Path
-from .layers import (
-    LayerParts,
-    check_input,
-    layer_call,
-    layer_parameters,
-    obstacle,
-    standard_parts,
-    working_dtype,
-)
-from .norms import (
-    BatchNorm,
-    attach_stats,
-    check_count,
-    known_stats,
-    update_running_statistics,
-    uses_batch_statistics,
-)
+from ..core import gradients
+from ..core.functions import DenseBlockFunction, Result
+from ..core.specs import BlockSpec, LayerSpec
+from ..ops.dispatch import Dispatch
+from . import execution, handover
+from .execution import ORIGINAL, OVERFLOW, Efficient
+from .layers import LayerParts, layer_parameters, layer_spec, standard_parts
+from .norms import BatchNorm, check_count, update_running_statistics, uses_batch_statistics
+from .options import check_memory
+from .plain import PlainDenseBlock
 
-MEMORY_MODES = ("recompute", "store")
+Layers = Callable[[nn.Module], Mapping[str, nn.Module]]
+Parts = Callable[[nn.Module], LayerParts]
 
 
-def _check_memory(memory: str) -> str:
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be 'recompute' or 'store', got {memory!r}")
-    return memory
+class DenseBlockExecution(Efficient):
+    """The execution of a dense block, whatever holds its layers.
+
+    A class of this kind derives from `DenseBlockExecution` and from the class of the block, and its
+    instances are prepared by `_adopt`.
+    """
+
+    def _adopt(self, parts: Parts, memory: str, layers: Layers | None = None) -> None:  # type: ignore[override]
+        """Takes the present layers over.
+
+        parts: layer -> its modules. memory: see `EfficientDenseBlock`. layers: block -> its layers
+        by name, in order; the children by default. Both are picklable functions, called again at
+        every call.
+        """
+        super()._adopt(parts=parts, memory=check_memory(memory), layers=layers)
+
+    @property
+    def memory(self) -> str:
+        """What is kept for the backward pass, one of `options.MEMORY_MODES`; may be set."""
+        return self._efficient.memory
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        self._efficient.memory = check_memory(value)
+
+    def dense_layers(self) -> Mapping[str, nn.Module]:
+        """The layers by name, in order."""
+        layers = self._efficient.layers
+        return self._modules if layers is None else layers(self)  # type: ignore[return-value]
+
+    def parts(self) -> list[LayerParts]:
+        """The parts of every layer, in order."""
+        return [self._efficient.parts(layer) for layer in self.dense_layers().values()]  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        """The memory mode."""
+        return f"memory={self.memory!r}"
+
+    def path(self, x: Tensor | list[Tensor]) -> Dispatch:
+        """How this block would run on x, and why."""
+        return self._decision(_joined(x))[0]
+
+    def _decision(self, x: Any) -> tuple[Dispatch, list[LayerParts], tuple[LayerSpec, ...]]:
+        reason = execution.input_problem(x) or self._change()
+        if reason is not None:
+            return Dispatch(ORIGINAL, reason), [], ()
+        parts = self.parts()
+        dtype = execution.working_dtype(x)
+        specs: list[LayerSpec] = []
+        channels = parts[0].norm1.num_features
+        for (name, layer), part in zip(self.dense_layers().items(), parts, strict=True):
+            spec, problem = layer_spec(part, name, channels, dtype, layer.training)
+            if spec is None:
+                return Dispatch(ORIGINAL, problem or ""), parts, ()
+            specs.append(spec)
+            channels += spec.growth
+        dims = len(parts[0].conv1.kernel_size)
+        return execution.choose(x, dims, "dense block", any_dims=True), parts, tuple(specs)
+
+    def forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
+        """[N, C, *spatial] (or a list of tensors to concatenate) -> all features."""
+        if torch.compiler.is_exporting():
+            return self.original_class.forward(self, init_features)
+        return self._efficient_forward(init_features)
+
+    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
+    def _efficient_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
+        contiguous = handover.asked_for()
+        x = _joined(init_features)
+        chosen, parts, specs = self._decision(x)
+        if chosen.kind == ORIGINAL:
+            return self._run_original(chosen, init_features)
+        execution.record(self, "", chosen)
+        first = parts[0]
+        name = f"{next(iter(self.dense_layers()))}.conv1"
+        channels, dims = first.norm1.num_features, len(first.conv1.kernel_size)
+        parameters = [p for part in parts for p in layer_parameters(part)]
+        assert parameters[2] is not None
+        execution.check_input(x, dims, channels, parameters[2], name)
+        count = x.numel() // x.shape[1]
+        if any(uses_batch_statistics(n) for part in parts for n in part.norms()):
+            check_count(count, tuple(x.shape))
+        stats = handover.known_stats(x)
+        dtype = execution.working_dtype(x)
+        if contiguous is None:
+            contiguous = handover.prefers_contiguous(x)
+            x = handover.match_layout(x) if contiguous else x
+        if x.dtype != dtype:
+            x, stats = x.to(dtype), None
+        if torch.is_grad_enabled():
+            gradients.sole_counts()
+        seed = 0
+        if any(layer.drop_rate > 0 for layer in specs):
+            seed = int(torch.randint(1 << 48, (), device="cpu"))
+        spec = BlockSpec(specs, chosen.operators, self.memory, seed)
+        result = Result()
+        y = DenseBlockFunction.apply(spec, x, stats, result, *parameters)
+        if result.has_overflowed():
+            return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
+        _update(parts, spec, result, count)
+        return handover.hand_over(y, result.stats, contiguous)
 
 
-class EfficientDenseBlock(reference.DenseBlock):
+class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore[misc]
     """A dense block in one feature buffer: torchvision's ``_DenseBlock``, children and keys.
 
     Args:
@@ -60,13 +143,16 @@ class EfficientDenseBlock(reference.DenseBlock):
         bottleneck, eps, momentum, dilation, dims: options of the layers by keyword.
 
     Input ``[N, num_input_features, *spatial]`` (or a list of tensors to concatenate), any memory
-    format; output ``[N, num_input_features + num_layers * growth_rate, *spatial]``, channels last.
-    float64, float32, bfloat16, float16, and autocast.
+    format; output ``[N, num_input_features + num_layers * growth_rate, *spatial]``, contiguous for
+    a contiguous input (a copy), channels last otherwise. float64, float32, bfloat16, float16, and
+    autocast.
 
     Raises:
         ValueError: bad options; wrong rank, channels or device; one value per channel in training.
         TypeError: a dtype that is not floating or differs from the weights'.
     """
+
+    original_class = PlainDenseBlock
 
     def __init__(
         self,
@@ -80,9 +166,9 @@ class EfficientDenseBlock(reference.DenseBlock):
         memory: str = "recompute",
         **options: Any,
     ) -> None:
-        _check_memory(memory)
-        super().__init__(
-            num_layers, num_input_features, bn_size, growth_rate, drop_rate, False, **options
+        check_memory(memory)
+        PlainDenseBlock.__init__(
+            self, num_layers, num_input_features, bn_size, growth_rate, drop_rate, **options
         )
         self._adopt(standard_parts, memory)
 
@@ -90,7 +176,7 @@ class EfficientDenseBlock(reference.DenseBlock):
     def from_layers(
         cls,
         layers: Mapping[str, nn.Module],
-        parts: Callable[[nn.Module], LayerParts] = standard_parts,
+        parts: Parts = standard_parts,
         memory: str = "recompute",
     ) -> EfficientDenseBlock:
         """A block around existing layers, which keep their names, parameters and buffers.
@@ -100,109 +186,32 @@ class EfficientDenseBlock(reference.DenseBlock):
         """
         if not layers:
             raise ValueError("layers must hold at least one dense layer, got none")
+        check_memory(memory)
         block = cls.__new__(cls)
         nn.ModuleDict.__init__(block, dict(layers))
-        block._adopt(parts, _check_memory(memory))
+        block._adopt(parts, memory)
         block.training = next(iter(layers.values())).training  # not of the layers' own norms
         return block
 
-    def _adopt(self, parts: Callable[[nn.Module], LayerParts], memory: str) -> None:
-        self._parts = parts
-        self.memory = memory
-        self._expected = {
-            f"{name}.{child}" if child else name: type(module)
-            for name, layer in self.items()
-            for child, module in layer.named_modules()
-        }
-        self._warned: str | None = None
 
-    def parts(self) -> list[LayerParts]:
-        """The parts of every layer, in order."""
-        return [self._parts(layer) for layer in self.values()]
-
-    def _inner_modules(self) -> Iterable[tuple[str, nn.Module]]:
-        for name, layer in self._modules.items():
-            yield name, layer
-            for child, module in layer._modules.items():
-                yield f"{name}.{child}", module  # type: ignore[misc]
-
-    def path(self, x: Tensor) -> Path:
-        """How this block would run on x, and why."""
-        parts = self.parts()
-        return self._calls(x, parts, x.dtype)[0]
-
-    def _calls(
-        self, x: Tensor, parts: list[LayerParts], dtype: torch.dtype
-    ) -> tuple[Path, tuple[LayerCall, ...]]:
-        reason = obstacle(self._inner_modules(), self._expected)
-        path = dispatch.choose(x.device, dtype)
-        layers: list[LayerCall] = []
-        channels = parts[0].norm1.num_features
-        for name, part in zip(self._modules, parts, strict=True):
-            call, problem = layer_call(part, name, channels, dtype, self._modules[name].training)
-            reason = reason or problem
-            if call is None:
-                break
-            layers.append(call)
-            channels += call.growth
-        if reason is not None:
-            path = Path("original", reason)
-        return path, tuple(layers)
-
-    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
-    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
-        """See the class."""
-        x = x if isinstance(x, Tensor) else torch.cat(list(x), 1)
-        parts = self.parts()
-        first = parts[0]
-        check_input(x, len(first.conv1.kernel_size), first.norm1.num_features)
-        dtype = working_dtype(x, first.conv1.weight, f"{next(iter(self))}.conv1")
-        count = x.numel() // x.shape[1]
-        if any(uses_batch_statistics(n) for part in parts for n in part.norms()):
-            check_count(count, tuple(x.shape))
-        path, layers = self._calls(x, parts, dtype)
-        if path.kind == "original":
-            return self._original(x, path.reason)
-        stats = known_stats(x)
-        if x.dtype != dtype:
-            x, stats = x.to(dtype), None
-        if torch.is_grad_enabled():
-            ownership.sole_counts()
-        seed = 0
-        if any(layer.drop_rate > 0 for layer in layers):
-            seed = int(torch.randint(1 << 48, ()))
-        call = BlockCall(layers, path.stages, self.memory, seed)
-        parameters = [p for part in parts for p in layer_parameters(part)]
-        y, y_stats, *inner = DenseBlockFunction.apply(call, x, stats, *parameters)
-        _update(parts, call, y_stats, inner, count)
-        return attach_stats(y, y_stats) if call.batch_stats else y
-
-    def _original(self, x: Tensor, reason: str) -> Tensor:
-        if reason != self._warned:
-            self._warned = reason
-            warnings.warn(f"dense block runs its original forward: {reason}", stacklevel=3)
-        return super().forward(x)
-
-    def extra_repr(self) -> str:
-        """The memory mode."""
-        return f"memory={self.memory!r}"
+def _joined(x: Any) -> Any:
+    """A list of tensors as one tensor; anything else as it is."""
+    if isinstance(x, (list, tuple)) and x and all(isinstance(part, Tensor) for part in x):
+        return torch.cat(list(x), 1)
+    return x
 
 
-def _update(
-    parts: list[LayerParts], call: BlockCall, stats: Tensor, inner: list[Tensor], count: int
-) -> None:
+def _update(parts: list[LayerParts], spec: BlockSpec, result: Result, count: int) -> None:
     """Every norm's running statistics, once all of the block has run."""
     norms: list[BatchNorm] = []
     values: list[Tensor] = []
-    bottlenecks = iter(inner)
-    for part, layer in zip(parts, call.layers, strict=True):
+    for part, layer, b_stats in zip(parts, spec.layers, result.bottleneck_stats, strict=True):
         if layer.norm1.running is None:
+            assert result.stats is not None
             norms.append(part.norm1)
-            values.append(stats[:, : layer.in_channels])
-        if part.norm2 is not None and layer.norm2 is not None:
-            b_stats = next(bottlenecks)
-            if layer.norm2.running is None:
-                norms.append(part.norm2)
-                values.append(b_stats)
+            values.append(result.stats[:, : layer.in_channels])
+        if part.norm2 is not None and layer.norm2 and layer.norm2.running is None:
+            norms.append(part.norm2)
+            values.append(b_stats)
     if norms:
         update_running_statistics(norms, values, count)

@@ -1,202 +1,165 @@
-"""Around the dense blocks: the transition, and the executor of a whole feature extractor.
-
-Like `nn.dense_block`, these hold ordinary children under the names and in the
-order other libraries use; only the execution is ours, and :meth:`path` says how a call would run.
-"""
+"""The executor of a whole feature extractor."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
-from ..core.functions import PoolCall, StemFunction, TransitionFunction
-from ..ops import dispatch
-from ..ops.dispatch import Path
-from .layers import CONVOLUTIONS, Convolution, check_input, is_hooked, obstacle, working_dtype
+from ..core.functions import Result, StemFunction
+from ..core.specs import PoolSpec
+from ..ops.dispatch import Dispatch
+from . import execution, handover, watch
+from .execution import ORIGINAL, OVERFLOW, Efficient
+from .layers import CONVOLUTIONS
 from .norms import (
     BATCH_NORMS,
-    BatchNorm,
-    attach_stats,
     batch_norm,
     check_count,
-    known_stats,
-    norm_call,
+    norm_problem,
+    norm_spec,
     update_running_statistics,
     uses_batch_statistics,
 )
+from .transition import once
 
-
-def _is_pool_by_two(pool: nn.Module) -> bool:
-    if type(pool) not in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
-        return False
-    sizes = {_once(v) for v in (pool.kernel_size, pool.stride)}
-    return (
-        sizes == {2}
-        and _once(pool.padding) == 0
-        and not pool.ceil_mode
-        and getattr(pool, "divisor_override", None) is None
-    )
-
-
-def _once(value: Any) -> Any:
-    """The one number of an option given as a number or as equal numbers per axis."""
-    if isinstance(value, (tuple, list)):
-        return value[0] if len(set(value)) == 1 else tuple(value)
-    return value
-
-
-class EfficientTransition(reference.Transition):
-    """Norm, ReLU, 1x1 convolution and average pooling by 2, executed as one stage that pools first.
-
-    torchvision's ``_Transition``: children norm, relu, conv, pool. Pooling and a pointwise
-    convolution commute, so the product runs on a quarter of the pixels. Only the input is kept for
-    backward. Input ``[N, C, *spatial]``, output ``[N, K, *(spatial // 2)]``, channels last. Errors
-    as in :class:`EfficientDenseBlock`.
-    """
-
-    @classmethod
-    def from_module(cls, transition: nn.Sequential) -> EfficientTransition:
-        """A transition around the four existing children of ``transition``."""
-        new = cls.__new__(cls)
-        nn.Sequential.__init__(new)
-        for name, child in transition._modules.items():
-            new.add_module(name, child)
-        new.training = transition.training
-        return new
-
-    def path(self, x: Tensor) -> Path:
-        """How this transition would run on x, and why."""
-        reason = obstacle(self._modules.items(), {})
-        norm, conv = self.norm, self.conv
-        if list(self._modules) != ["norm", "relu", "conv", "pool"]:
-            reason = f"children are {', '.join(self._modules)}"
-        elif type(norm) not in BATCH_NORMS:
-            reason = f"norm is a {type(norm).__name__}"
-        elif type(self.relu) is not nn.ReLU:
-            reason = f"relu is a {type(self.relu).__name__}"
-        elif type(conv) not in CONVOLUTIONS or conv.bias is not None or conv.groups != 1:
-            reason = "conv is not a plain convolution without bias"
-        elif set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
-            reason = "conv is not pointwise"
-        elif not _is_pool_by_two(self.pool):
-            reason = "pool is not an average over 2 pixels in every direction"
-        if reason is not None:
-            return Path("original", reason)
-        dims = len(conv.kernel_size)
-        path = dispatch.choose(x.device, x.dtype)
-        if path.kind == "kernels" and dims != 2:
-            return Path("general", f"transition kernels are two-dimensional, input has {dims}")
-        return path
-
-    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        path = self.path(x)
-        if path.kind == "original":
-            return super().forward(x)
-        norm, conv = self.norm, self.conv
-        check_input(x, len(conv.kernel_size), norm.num_features)
-        dtype = working_dtype(x, conv.weight, "conv")
-        if min(x.shape[2:]) < 2:
-            raise ValueError(
-                f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
-            )
-        count = x.numel() // x.shape[1]
-        if uses_batch_statistics(norm):
-            check_count(count, tuple(x.shape))
-        stats = known_stats(x)
-        if x.dtype != dtype:
-            x, stats = x.to(dtype), None
-            path = self.path(x)
-        call = PoolCall(norm_call(norm, dtype), path.stages, uses_batch_statistics(norm))
-        y, y_stats, used = TransitionFunction.apply(
-            call, x, stats, norm.weight, norm.bias, conv.weight
-        )
-        if call.norm.running is None:
-            update_running_statistics([norm], [used], count)
-        return attach_stats(y, y_stats) if call.want_stats else y
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_STEM = 4  # convolution, norm, ReLU, pooling
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
-    if type(pool) not in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d):
+    if type(pool) not in _POOLS:
         return False
-    options = [_once(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+    options = [once(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
     return options == [3, 2, 1, 1] and not pool.ceil_mode and not pool.return_indices
 
 
-class EfficientFeatures(nn.Sequential):
-    """Runs a feature extractor's children in order, fusing the stem and handing statistics on.
+class FeaturesExecution(Efficient):
+    """The execution of a feature extractor whose forward runs its children in order: each is called
+    as it is, and the stem is looked at anew in every call, so there is no structure to remember."""
 
-    conv0 stays the framework's; norm0, ReLU and max-pooling behind it become one stage that keeps
-    only conv0's output. Dense blocks and transitions pass their channel statistics along, so that
-    no norm between them takes a pass over its input. Children, names, order and keys are those of
-    the Sequential it replaces, and may still be called one by one.
-    """
+    def _adopt(self) -> None:  # type: ignore[override]
+        self._efficient = execution.State(structure=())
 
-    @classmethod
-    def from_module(cls, features: nn.Sequential) -> EfficientFeatures:
-        """An executor around the existing children of ``features``."""
-        new = cls()
-        for name, child in features._modules.items():
-            new.add_module(name, child)
-        new.training = features.training
-        return new
-
-    def stem_path(self, x: Tensor) -> Path:
-        """How the norm, ReLU and pooling behind the stem's convolution would run, and why."""
-        children = list(self._modules.items())[:4]
-        kinds = [type(child) for _, child in children]
-        if len(kinds) < 4 or kinds[0] not in CONVOLUTIONS or kinds[1] not in BATCH_NORMS:
-            return Path("original", "does not begin with a convolution and a batch norm")
-        if kinds[2] is not nn.ReLU or not _is_stem_pool(children[3][1]):
-            return Path("original", "the norm is not followed by ReLU and max-pooling (3, 2, 1)")
-        reason = obstacle(children, {})
+    def stem_path(self, x: Tensor) -> Dispatch:
+        """How the norm, ReLU and pooling after the stem's convolution would run, and why."""
+        reason = execution.input_problem(x) or watch.patch() or self._stem_problem()
         if reason is not None:
-            return Path("original", reason)
-        dims = len(children[0][1].kernel_size)  # type: ignore[arg-type]
-        path = dispatch.choose(x.device, x.dtype)
-        if path.kind == "kernels" and dims != 2:
-            return Path("general", f"stem kernels are two-dimensional, input has {dims}")
-        return path
+            return Dispatch(ORIGINAL, reason)
+        conv = next(iter(self._modules.values()))
+        return execution.choose(x, len(conv.kernel_size), "stem")  # type: ignore[union-attr,arg-type]
+
+    def _stem_problem(self) -> str | None:
+        children = list(self._modules.items())[:_STEM]
+        kinds = [type(child) for _, child in children]
+        if len(kinds) < _STEM or kinds[0] not in CONVOLUTIONS or kinds[1] not in BATCH_NORMS:
+            return "it does not begin with a convolution and a batch norm"
+        if kinds[2] is not nn.ReLU or not _is_stem_pool(children[3][1]):  # type: ignore[arg-type]
+            return "the norm is not followed by ReLU and max-pooling (3, 2, 1)"
+        for name, child in children:
+            reason = watch.own_change(child)  # type: ignore[arg-type]
+            if reason is not None:
+                return f"{name} {reason}"
+        problem = norm_problem(children[1][1])  # type: ignore[arg-type]
+        return None if problem is None else f"{children[1][0]} {problem}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x ``[N, C_in, *spatial]`` -> the last child's output."""
+        if torch.compiler.is_exporting():
+            return self.original_class.forward(self, input)
+        return self._efficient_forward(input)
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[N, C_in, *spatial]`` -> the last child's output."""
+    def _efficient_forward(self, x: Tensor) -> Tensor:
+        if execution.input_problem(x) is not None:
+            return self.original_class.forward(self, x)
+        contiguous = self._answers_contiguous(x)
         children = list(self._modules.values())
-        if self.stem_path(x).kind != "original":
-            x = self._stem(x, *children[:3])  # type: ignore[arg-type]
-            children = children[4:]
-        for child in children:
-            if type(child) in BATCH_NORMS and not is_hooked(child):
-                x = batch_norm(child, x)  # type: ignore[arg-type]
-            else:
-                x = child(x)
+        stem = self.stem_path(x)
+        if stem.kind != ORIGINAL:
+            x = self._stem(x, stem, contiguous)
+            children = children[_STEM:]
+        else:
+            execution.record(self, "stem", stem)
+        for child, consumer in zip(children, [*children[1:], None], strict=False):
+            x = self._call(child, consumer, x, contiguous)  # type: ignore[arg-type]
         return x
 
-    def _stem(self, x: Tensor, conv: Convolution, norm: BatchNorm, _relu: nn.Module) -> Tensor:
-        dims = len(conv.kernel_size)
-        check_input(x, dims, conv.in_channels)
-        x = _channels_last_convolution(conv, x)
-        count = x.numel() // x.shape[1]
-        if uses_batch_statistics(norm):
+    @staticmethod
+    def _call(child: nn.Module, consumer: nn.Module | None, x: Tensor, contiguous: bool) -> Tensor:
+        """child(x), in contiguous memory where somebody else may ask for it."""
+        if type(child) in BATCH_NORMS and watch.own_change(child) is None and not watch.patch():
+            y = batch_norm(child, x)  # type: ignore[arg-type]
+            return y.contiguous() if contiguous else y
+        if not isinstance(child, Efficient):
+            return child(x)
+        to_ours = (
+            (isinstance(consumer, Efficient) or type(consumer) in BATCH_NORMS)
+            and not child._forward_hooks
+            and not consumer._forward_pre_hooks  # type: ignore[union-attr]
+        )
+        with handover.asking_for(contiguous and not to_ours):
+            return child(x)
+
+    def _answers_contiguous(self, x: Tensor) -> bool:
+        """Whether the original children would answer x with contiguous memory: it is contiguous,
+        and no channels-last weight of the first convolution decides otherwise."""
+        weight = getattr(next(iter(self._modules.values())), "_parameters", {}).get("weight")
+        return handover.prefers_contiguous(x) and (
+            weight is None or weight.is_contiguous() or weight.dim() < 4
+        )
+
+    def _stem(self, x: Tensor, chosen: Dispatch, contiguous: bool) -> Tensor:
+        conv, norm, relu, pool = cast(list[Any], list(self._modules.values())[:_STEM])
+        gamma, beta, weight = norm.weight, norm.bias, conv.weight
+        execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
+        x = _convolution(conv, handover.match_layout(x) if contiguous else x, weight)
+        count, want = x.numel() // x.shape[1], uses_batch_statistics(norm)
+        if want:
             check_count(count, tuple(x.shape))
-        path = self.stem_path(x)
-        want = uses_batch_statistics(norm)
-        call = PoolCall(norm_call(norm, x.dtype), path.stages, want)
-        y, y_stats, used = StemFunction.apply(call, x, norm.weight, norm.bias)
-        if call.norm.running is None:
-            update_running_statistics([norm], [used], count)
-        return attach_stats(y, y_stats) if want else y
+        spec = PoolSpec(norm_spec(norm, x.dtype), chosen.operators, want)
+        result = Result()
+        y = StemFunction.apply(spec, x, result, gamma, beta)
+        if result.has_overflowed():
+            execution.record(self, "stem", Dispatch(ORIGINAL, OVERFLOW))
+            return pool(relu(norm(x)))
+        execution.record(self, "stem", chosen)
+        if want:
+            assert result.used is not None
+            update_running_statistics([norm], [result.used], count)
+        return handover.hand_over(y, result.stats, contiguous=False)
 
 
-def _channels_last_convolution(conv: Convolution, x: Tensor) -> Tensor:
+class EfficientFeatures(FeaturesExecution, nn.Sequential):
+    """Runs a feature extractor's children in order, fusing the stem and handing statistics on.
+
+    conv0 stays PyTorch's; norm0, ReLU and max-pooling after it become one operator that keeps only
+    conv0's output. Dense blocks and transitions pass their channel statistics along, so that no
+    norm between them takes a pass over its input. Children, names, order and keys are those of an
+    ordinary Sequential, and may still be called one by one.
+    """
+
+    original_class = nn.Sequential
+
+    def __init__(self, children: OrderedDict[str, nn.Module]) -> None:
+        nn.Sequential.__init__(self, children)
+        self._adopt()
+
+
+def _convolution(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
     """conv(x) in channels-last memory. The weight's format decides, so no copy of x is kept."""
     if conv.padding_mode != "zeros" or len(conv.kernel_size) != 2:
         return conv(x)
-    weight = conv.weight.contiguous(memory_format=torch.channels_last)
+    if weight.is_contiguous():  # its gradient is to be contiguous, too
+        weight = handover.match_layout(weight)
     return nn.functional.conv2d(
-        x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        x,
+        weight.contiguous(memory_format=torch.channels_last),
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
     )

@@ -1,17 +1,15 @@
-"""One dense layer's modules, and whether and how the stages can run them."""
+"""One dense layer's modules, and whether and how the operators can run them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..core.specs import LayerCall, NormCall
-from ..ops import dispatch
+from ..core.specs import LayerSpec, NormSpec
 from ..ops.convolution import ConvOptions
-from .norms import BATCH_NORMS, BatchNorm, norm_call
+from .norms import BatchNorm, norm_problem, norm_spec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -48,54 +46,10 @@ def standard_parts(layer: nn.Module) -> LayerParts:
     )
 
 
-def is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def obstacle(modules: Iterable[tuple[str, nn.Module]], expected: Mapping[str, type]) -> str | None:
-    """Why the original forward must run: a hook, a replaced child, a trace; None if nothing is."""
-    if torch.jit.is_tracing():
-        return "torch.jit is tracing"
-    for name, module in modules:
-        if type(module) is not expected.get(name, type(module)):
-            return f"{name} was replaced by a {type(module).__name__}"
-        if is_hooked(module):
-            return f"{name} carries a hook or a forward of its own"
-    return None
-
-
-def working_dtype(x: Tensor, weight: Tensor, name: str) -> torch.dtype:
-    """The dtype the stages run in: autocast's, or the one x and the weight share."""
-    if x.dtype not in dispatch.FLOATING:
-        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"input must be on {weight.device} like {name}.weight, got {x.device}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    if x.dtype != weight.dtype:
-        raise TypeError(f"input must be {weight.dtype} like {name}.weight, got {x.dtype}")
-    return x.dtype
-
-
-def check_input(x: Tensor, dims: int, channels: int) -> None:
-    if x.dim() != dims + 2:
-        shape = ["N", "C", "D", "H", "W"][:2] + ["D", "H", "W"][3 - dims :]
-        raise ValueError(
-            f"input must have {dims + 2} dimensions [{', '.join(shape)}], got shape {list(x.shape)}"
-        )
-    if x.shape[1] != channels:
-        raise ValueError(f"input must have {channels} channels, got shape {list(x.shape)}")
-
-
 def _geometry(conv: Convolution, name: str, kernel: int) -> tuple[ConvOptions | None, str | None]:
-    """How the stages run ``conv``: (None, None) as the kernels' own ``kernel``-sized convolution,
-    (options, None) on the general path, (None, reason) not at all."""
+    """How the operators run ``conv``: (None, None) as the kernels' own convolution of size
+    ``kernel``, (options, None) through PyTorch's, (None, reason) not at all. Reads no parameter,
+    but asks whether there is a bias."""
     dims = len(conv.kernel_size)
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return None, f"{name} pads by {conv.padding_mode!r} {conv.padding!r}"
@@ -111,15 +65,14 @@ def _geometry(conv: Convolution, name: str, kernel: int) -> tuple[ConvOptions | 
     return ConvOptions(tuple(conv.padding), tuple(conv.dilation), conv.groups), None
 
 
-def layer_call(
+def layer_spec(
     part: LayerParts, name: str, channels: int, dtype: torch.dtype, training: bool
-) -> tuple[LayerCall | None, str | None]:
-    """The layer's part of a call, or why the stages cannot run it."""
-    norms: list[NormCall | None] = [None, None]
-    for index, norm in enumerate(part.norms()):
-        if type(norm) not in BATCH_NORMS:
-            return None, f"{name}'s norm{index + 1} is a {type(norm).__name__}"
-        norms[index] = norm_call(norm, dtype)
+) -> tuple[LayerSpec | None, str | None]:
+    """The layer's part of a call, or why the operators cannot run it."""
+    for index, norm in enumerate(part.norms(), start=1):
+        problem = norm_problem(norm)
+        if problem:
+            return None, f"{name}'s norm{index} {problem}"
     if part.norm1.num_features != channels:
         return None, f"{name} expects {part.norm1.num_features} channels, not {channels}"
     convs = [part.conv1] if part.conv2 is None else [part.conv1, part.conv2]
@@ -131,13 +84,13 @@ def layer_call(
         geometry[index], problem = _geometry(conv, f"{name}'s conv{index + 1}", kernel)
         if problem:
             return None, problem
-    assert norms[0] is not None
-    return LayerCall(
+    norm2: NormSpec | None = None if part.norm2 is None else norm_spec(part.norm2, dtype)
+    return LayerSpec(
         in_channels=channels,
         growth=convs[-1].out_channels,
         bottleneck=part.conv1.out_channels if part.conv2 is not None else 0,
-        norm1=norms[0],
-        norm2=norms[1],
+        norm1=norm_spec(part.norm1, dtype),
+        norm2=norm2,
         conv1=geometry[0],
         conv2=geometry[1],
         drop_rate=part.drop_rate if training else 0.0,
@@ -146,7 +99,7 @@ def layer_call(
 
 
 def layer_parameters(part: LayerParts) -> list[Tensor | None]:
-    """The layer's parameters in the order of ``calls.PARAMETERS_PER_LAYER``."""
+    """The layer's parameters in the order of `specs.PARAMETERS_PER_LAYER`, each read once."""
     first = [part.norm1.weight, part.norm1.bias, part.conv1.weight, part.conv1.bias]
     if part.norm2 is None or part.conv2 is None:
         return [*first, None, None, None, None]

@@ -1,4 +1,8 @@
-"""Batch-norm modules around the stages: what a call needs of them, and their running statistics."""
+"""Batch-norm modules around the operators: what a call needs of them, and their running statistics.
+
+The rules are those of ``torch.nn.BatchNorm*d.forward``, read at every call: which statistics
+normalise, whether the running ones are updated, and by how much.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.specs import NormCall
-from ..ops.fallback import accumulation_dtype
+from ..core.specs import NormSpec
+from ..ops.dtypes import accumulation_dtype
+from .handover import known_stats
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
-_STATS = "_densenet_efficient_stats"
+
+def norm_problem(norm: nn.Module) -> str | None:
+    """Why the operators cannot stand for this norm, in words; None where they can."""
+    if type(norm) not in BATCH_NORMS:
+        return f"is a {type(norm).__name__}"
+    if (norm.running_mean is None) != (norm.running_var is None):
+        return "has only one of running_mean and running_var"
+    return None
 
 
 def uses_batch_statistics(norm: BatchNorm) -> bool:
     """Whether a call normalises by the batch: training mode, or no running statistics at all."""
-    return norm.training or norm.running_mean is None or norm.running_var is None
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def norm_call(norm: BatchNorm, dtype: torch.dtype) -> NormCall:
+def _tracks(norm: BatchNorm) -> bool:
+    """Whether a call updates the running statistics."""
+    return norm.training and norm.track_running_stats and norm.running_mean is not None
+
+
+def norm_spec(norm: BatchNorm, dtype: torch.dtype) -> NormSpec:
     """The norm's part in one call with activations of ``dtype``."""
     if uses_batch_statistics(norm):
-        return NormCall(norm.eps)
+        return NormSpec(norm.eps)
     # A copy: later updates of the module must not reach a backward that is still to come.
     assert norm.running_mean is not None and norm.running_var is not None
     running = torch.stack((norm.running_mean.detach(), norm.running_var.detach()))
-    return NormCall(norm.eps, running.to(accumulation_dtype(dtype)))
-
-
-def attach_stats(y: Tensor, stats: Tensor) -> Tensor:
-    """Let y ``[N, C, *spatial]`` carry its channel statistics ``[2, C]`` to the next stage."""
-    if not y.is_inference():
-        setattr(y, _STATS, (stats, y._version))
-    return y
-
-
-def known_stats(x: Tensor) -> Tensor | None:
-    """The statistics x was handed over with, unless x was written to since."""
-    entry = None if x.is_inference() else getattr(x, _STATS, None)
-    return entry[0] if entry is not None and entry[1] == x._version else None
+    return NormSpec(norm.eps, running.to(accumulation_dtype(dtype)))
 
 
 def is_recomputation() -> bool:
@@ -58,45 +62,54 @@ def update_running_statistics(
 
     stats: mean and biased variance ``[2, C]`` for each norm, over ``count`` values; the running
     variance takes the unbiased one. ``momentum=None`` is the cumulative average. Norms in eval mode
-    or without running statistics are left alone, and so is everything in a recomputation.
+    or without running statistics are left alone, and so is everything in a recomputation. The
+    moments are mixed in the accumulation dtype before they are stored: the variance of a float16
+    batch need not fit float16.
     """
     if count == 0 or is_recomputation():
         return
-    # (momentum, dtype) -> running means, batch means, running variances, batch variances
-    groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], ...]] = {}
     tracked = [pair for pair in zip(norms, stats, strict=True) if _tracks(pair[0])]
+    # momentum -> running means and variances, batch means and variances, all in one dtype
+    groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], ...]] = {}
+    narrow: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         counters = [n.num_batches_tracked for n, _ in tracked if n.num_batches_tracked is not None]
         if counters:
             torch._foreach_add_(counters, 1)
         for norm, values in tracked:
-            assert norm.running_mean is not None and norm.running_var is not None
-            momentum = norm.momentum
-            if momentum is None:
-                assert norm.num_batches_tracked is not None
-                momentum = 1.0 / float(norm.num_batches_tracked)
-            dtype = norm.running_mean.dtype
-            mean, variance = values if values.dtype == dtype else values.to(dtype)
-            means, batch_means, variances, batch_variances = groups.setdefault(
-                (momentum, dtype), ([], [], [], [])
-            )
-            means.append(norm.running_mean)
-            batch_means.append(mean)
-            variances.append(norm.running_var)
-            batch_variances.append(variance)
-        for (momentum, _), (means, batch_means, variances, batch_variances) in groups.items():
+            running = [norm.running_mean, norm.running_var]
+            if norm.running_mean.dtype != values.dtype:  # type: ignore[union-attr]
+                wide = [moment.to(values.dtype) for moment in running]  # type: ignore[union-attr]
+                narrow += zip(running, wide, strict=True)  # type: ignore[arg-type]
+                running = wide
+            if norm.momentum is None:
+                _average_cumulatively(norm, running, values, count)  # type: ignore[arg-type]
+                continue
+            group = groups.setdefault((norm.momentum, values.dtype), ([], [], [], []))
+            for moments, moment in zip(group, (*running, *values), strict=True):
+                moments.append(moment)
+        for (momentum, _), (means, variances, batch_means, batch_variances) in groups.items():
             torch._foreach_mul_(means + variances, 1.0 - momentum)
             torch._foreach_add_(means, batch_means, alpha=momentum)
-            unbiased = count / (count - 1)
-            torch._foreach_add_(variances, batch_variances, alpha=momentum * unbiased)
+            torch._foreach_add_(variances, batch_variances, alpha=momentum * count / (count - 1))
+        for stored, moment in narrow:
+            stored.copy_(moment)
 
 
-def _tracks(norm: BatchNorm) -> bool:
-    return norm.training and norm.running_mean is not None and norm.running_var is not None
+def _average_cumulatively(
+    norm: BatchNorm, running: Sequence[Tensor], values: Tensor, count: int
+) -> None:
+    """The running moments become the average over all batches; without a counter they stay. The
+    weight is a tensor, so that the host does not wait for the device."""
+    if norm.num_batches_tracked is None:
+        return
+    weight = norm.num_batches_tracked.to(values.dtype).reciprocal()
+    running[0].lerp_(values[0], weight)
+    running[1].lerp_(values[1] * (count / (count - 1)), weight)
 
 
 def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
-    """The framework's batch norm with our rule for running statistics. x ``[N, C, *spatial]``."""
+    """PyTorch's batch norm with our rule for running statistics. x ``[N, C, *spatial]``."""
     if not uses_batch_statistics(norm):
         return norm(x)
     count = x.numel() // x.shape[1]
@@ -106,9 +119,9 @@ def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
         stats = known_stats(x)
         if stats is None:
             with torch.no_grad():
-                wide = x.detach().to(accumulation_dtype(x.dtype))
+                values = x.detach().to(accumulation_dtype(x.dtype))
                 dims = [d for d in range(x.dim()) if d != 1]
-                var, mean = torch.var_mean(wide, dim=dims, correction=0)
+                var, mean = torch.var_mean(values, dim=dims, correction=0)
                 stats = torch.stack((mean, var))
         update_running_statistics([norm], [stats], count)
     return y

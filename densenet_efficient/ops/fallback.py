@@ -1,6 +1,6 @@
 """The general path: every stage through the framework's own operators, on any device and dtype.
 
-The functions have the names, arguments and results of `ops.compiled`, and serve
+An implementation of `interface.Operators`. It serves
 whatever the compiled kernels do not: 1-D and 3-D images, other kernel sizes, dilation, groups,
 bias, devices without kernels, a missing library. Memory stays in the same class: images are
 processed in chunks, so that the normalised copy a framework convolution needs is bounded by
@@ -18,17 +18,13 @@ from torch import Tensor
 
 from .convolution import ConvOptions
 from .dither import dithered
+from .dtypes import accumulation_dtype
 
 CHUNK_BYTES = 64 << 20
 """Upper bound of one chunk's normalised copy (one image may exceed it)."""
 
 
 _CONV3X3 = ConvOptions((1, 1), (1, 1))
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, sums and parameter gradients beside activations of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -44,6 +40,14 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 def _normalise(x: Tensor, norm: Tensor) -> Tensor:
     """a x + s in the accumulation dtype; the sign decides the ReLU mask."""
     return torch.addcmul(norm[1], x.to(norm.dtype), norm[0])
+
+
+def _operand(x: Tensor) -> Tensor:
+    """x [N, *spatial, C] as PyTorch's convolutions take it. Two-dimensional images may be channels
+    last; in one and three dimensions PyTorch computes garbage from some of such strides (in
+    bfloat16, images of one pixel in a direction), which contiguous memory never has."""
+    first = _channels_first(x)
+    return first if x.dim() == 4 else first.contiguous()
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ def _norm_sums(dz: Tensor, x: Tensor, norm: Tensor) -> Tensor:
 
 
 def channel_stats(x: Tensor, stats: Tensor) -> None:
-    """See `ops.compiled.channel_stats`; x may have any rank [..., C]."""
+    """See `interface.Operators.channel_stats`; x may have any rank [..., C]."""
     if x.numel() == 0:
         stats.zero_()
         return
@@ -79,7 +83,7 @@ def channel_stats(x: Tensor, stats: Tensor) -> None:
 def norm_fold(
     stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, norm: Tensor
 ) -> None:
-    """See `ops.compiled.norm_fold`."""
+    """See `interface.Operators.norm_fold`."""
     mean, var = stats
     rstd = torch.rsqrt(var + eps)
     scale = rstd if gamma is None else gamma * rstd
@@ -93,7 +97,7 @@ def norm_fold(
 def norm_correction(
     dnorm: Tensor, norm: Tensor, count: int, accumulate: bool, correction: Tensor
 ) -> None:
-    """See `ops.compiled.norm_correction`."""
+    """See `interface.Operators.norm_correction`."""
     share = norm[0] * (1.0 / count if count else 0.0)
     p, q = share * dnorm[1], share * norm[3] * dnorm[0]
     if accumulate:
@@ -111,7 +115,7 @@ def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
 
 
 def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> None:
-    """See `ops.compiled.norm_correction_apply`; dx and x may be [..., C]."""
+    """See `interface.Operators.norm_correction_apply`; dx and x may be [..., C]."""
     for rows in _chunks(x):
         first = rows.start * x[0].numel()
         dx[rows] = dithered(_corrected(dx[rows], x[rows], correction), dx.dtype, first)
@@ -128,7 +132,7 @@ def norm_relu_conv_forward(
     """y [N, *spatial, K] = conv(relu(a x + s)) for any geometry that keeps the image size."""
     for images in _chunks(x):
         z = _normalise(x[images], norm).relu_().to(x.dtype)
-        y[images].copy_(options.forward(_channels_first(z), weight, bias).movedim(1, -1))
+        y[images].copy_(options.forward(_operand(z), weight, bias).movedim(1, -1))
 
 
 def norm_relu_conv_backward(
@@ -159,7 +163,7 @@ def norm_relu_conv_backward(
         normalised = _normalise(x[images], norm)
         z = normalised.relu().to(x.dtype)
         dz, dw = options.backward(
-            _channels_first(part.to(x.dtype)), _channels_first(z), weight, dweight is not None
+            _operand(part.to(x.dtype)), _operand(z), weight, dweight is not None
         )
         if dweight is not None and dw is not None:
             dweight += dw
@@ -174,7 +178,7 @@ def norm_relu_conv_backward(
 def norm_relu_conv1x1_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
-    """See `ops.compiled.norm_relu_conv1x1_forward`."""
+    """See `interface.Operators.norm_relu_conv1x1_forward`."""
     for rows in _chunks(x):
         z = _normalise(x[rows], norm).relu_().to(x.dtype)
         torch.mm(z, weight.t(), out=y[rows])
@@ -193,7 +197,7 @@ def norm_relu_conv1x1_backward(
     dweight: Tensor | None,
     dnorm: Tensor,
 ) -> None:
-    """See `ops.compiled.norm_relu_conv1x1_backward`."""
+    """See `interface.Operators.norm_relu_conv1x1_backward`."""
     dnorm.zero_()
     if dweight is not None:
         dweight.zero_()
@@ -210,7 +214,7 @@ def norm_relu_conv1x1_backward(
 def norm_relu_conv3x3_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
-    """See `ops.compiled.norm_relu_conv3x3_forward`."""
+    """See `interface.Operators.norm_relu_conv3x3_forward`."""
     norm_relu_conv_forward(x, norm, weight, None, _CONV3X3, y)
     if stats is not None:
         channel_stats(y, stats)
@@ -228,7 +232,7 @@ def norm_relu_conv3x3_backward(
     dweight: Tensor | None,
     dnorm: Tensor,
 ) -> None:
-    """See `ops.compiled.norm_relu_conv3x3_backward`."""
+    """See `interface.Operators.norm_relu_conv3x3_backward`."""
     norm_relu_conv_backward(
         dy, y, correction, x, norm, weight, _CONV3X3, accumulate, dx, dweight, None, dnorm
     )
@@ -257,7 +261,7 @@ def _spread(dpooled: Tensor, spatial: torch.Size) -> Tensor:
 def transition_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
-    """See `ops.compiled.transition_forward`; any number of dimensions."""
+    """See `interface.Operators.transition_forward`; any number of dimensions."""
     for images in _chunks(x):
         pooled = _average(_normalise(x[images], norm).relu_()).to(x.dtype)
         y[images].copy_(torch.matmul(pooled, weight.t()))
@@ -275,7 +279,7 @@ def transition_backward(
     dweight: Tensor | None,
     dnorm: Tensor,
 ) -> None:
-    """See `ops.compiled.transition_backward`; any number of dimensions."""
+    """See `interface.Operators.transition_backward`; any number of dimensions."""
     dnorm.zero_()
     if dweight is not None:
         dweight.zero_()
@@ -302,7 +306,7 @@ _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
-    """See `ops.compiled.stem_forward`; any number of dimensions."""
+    """See `interface.Operators.stem_forward`; any number of dimensions."""
     for images in _chunks(x):
         z = _channels_first(_normalise(x[images], norm).relu_())
         y[images].copy_(_MAX_POOL[x.dim() - 2](z, 3, 2, 1).movedim(1, -1))
@@ -313,7 +317,7 @@ def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> No
 def stem_backward(
     dy: Tensor, x: Tensor, norm: Tensor, count: int, dx: Tensor, dnorm: Tensor
 ) -> None:
-    """See `ops.compiled.stem_backward`; any number of dimensions."""
+    """See `interface.Operators.stem_backward`; any number of dimensions."""
     pool = _MAX_POOL[x.dim() - 2]
     dnorm.zero_()
     for images in _chunks(x):

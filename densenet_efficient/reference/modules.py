@@ -8,7 +8,7 @@ step).
 
 from __future__ import annotations
 
-import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn.architecture import DenseNetBase, check_count, check_drop_rate, check_number
-
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+from ..nn.architecture import DenseNetBase
+from ..nn.options import check_count, check_drop_rate
+from ..nn.plain import dense_layer_children, transition_children
 
 
 class DenseLayer(nn.Module):
@@ -35,44 +34,23 @@ class DenseLayer(nn.Module):
         memory_efficient: bool = False,
         *,
         bottleneck: bool = True,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        dilation: int = 1,
-        dims: int = 2,
+        **options: Any,
     ) -> None:
-        check_count("num_input_features", num_input_features)
-        check_count("growth_rate", growth_rate)
-        check_count("bn_size", bn_size)
-        check_count("dilation", dilation)
-        check_number("eps", eps, "finite and above 0", math.nextafter(0.0, 1.0), math.inf)
-        if momentum is not None:
-            check_number("momentum", momentum, "between 0 and 1, or None", 0.0, 1.0)
-        if dims not in _CONVOLUTIONS:
-            raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
         super().__init__()
-        convolution, norm = _CONVOLUTIONS[dims], _NORMS[dims]
-        spatial: dict[str, Any] = {
-            "kernel_size": 3,
-            "padding": dilation,
-            "dilation": dilation,
-            "bias": False,
-        }
-        self.norm1 = norm(num_input_features, eps=eps, momentum=momentum)
-        self.relu1 = nn.ReLU(inplace=True)
-        if bottleneck:
-            width = bn_size * growth_rate
-            self.conv1 = convolution(num_input_features, width, kernel_size=1, bias=False)
-            self.norm2 = norm(width, eps=eps, momentum=momentum)
-            self.relu2 = nn.ReLU(inplace=True)
-            self.conv2 = convolution(width, growth_rate, **spatial)
-        else:
-            self.conv1 = convolution(num_input_features, growth_rate, **spatial)
         self.bottleneck = bottleneck
         self.drop_rate = check_drop_rate(drop_rate)
         self.memory_efficient = memory_efficient
+        children = dense_layer_children(
+            num_input_features, growth_rate, bn_size, bottleneck=bottleneck, **options
+        )
+        for name, child in children.items():
+            self.add_module(name, child)
 
     def _first_convolution(self, *features: Tensor) -> Tensor:
-        return self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
+        y = torch.cat(features, 1)
+        for name in ("norm1", "relu1", "conv1"):
+            y = self.get_submodule(name)(y)
+        return y
 
     def forward(self, features: Tensor | list[Tensor]) -> Tensor:
         """[N, C, *spatial], or the list of all earlier outputs -> [N, growth_rate, *spatial]."""
@@ -82,7 +60,8 @@ class DenseLayer(nn.Module):
         else:
             y = self._first_convolution(*inputs)
         if self.bottleneck:
-            y = self.conv2(self.relu2(self.norm2(y)))
+            for name in ("norm2", "relu2", "conv2"):
+                y = self.get_submodule(name)(y)
         if self.drop_rate > 0:
             y = F.dropout(y, p=self.drop_rate, training=self.training)
         return y
@@ -126,13 +105,7 @@ class Transition(nn.Sequential):
     """norm-relu-conv(1x1)-pool(2x2 average) between two blocks."""
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
-        check_count("num_input_features", num_input_features)
-        check_count("num_output_features", num_output_features)
-        super().__init__()
-        self.norm = nn.BatchNorm2d(num_input_features)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
-        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+        super().__init__(OrderedDict(transition_children(num_input_features, num_output_features)))
 
 
 class DenseNet(DenseNetBase):

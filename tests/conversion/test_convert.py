@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from densenet_efficient import reference
+from densenet_efficient import EfficientFeatures, EfficientTransition, reference
 from densenet_efficient.bench.accuracy import relative_error, training_step
 from densenet_efficient.conversion import convert, inspect_conversion, unconvert
 from densenet_efficient.nn.dense_block import EfficientDenseBlock
-from densenet_efficient.nn.features import EfficientFeatures, EfficientTransition
 from tests.support.networks import OPTIONS, network, snapshot
 from tests.support.peer import DenseBlock, DenseLayer, Transition, torchvision
 
@@ -45,9 +43,9 @@ def test_converted_torchvision_gives_the_same_step(memory: str, memory_efficient
         if isinstance(module, DenseLayer):
             module.memory_efficient = False  # it would update norm1's statistics twice
     assert convert(model, memory=memory) is model
-    assert type(model.features) is EfficientFeatures
-    assert type(model.features.denseblock2) is EfficientDenseBlock
-    assert type(model.features.transition1) is EfficientTransition
+    assert isinstance(model.features, EfficientFeatures)
+    assert isinstance(model.features.denseblock2, EfficientDenseBlock)
+    assert isinstance(model.features.transition1, EfficientTransition)
     assert model.features.denseblock1.memory == memory
     assert_same_step(model, expected)
 
@@ -57,7 +55,7 @@ def test_converted_reference_gives_the_same_step() -> None:
         model = reference.DenseNet(**OPTIONS, bottleneck=bottleneck, small_inputs=True).double()
         expected = copy.deepcopy(model)
         convert(model)
-        assert type(model.features) is EfficientFeatures
+        assert isinstance(model.features, EfficientFeatures)
         assert_same_step(model, expected)
 
 
@@ -129,7 +127,7 @@ def test_converted_models_copy_and_pickle(copier: Callable[[nn.Module], nn.Modul
     expected = training_step(model, x, target)
     for name, value in training_step(twin, x, target).items():
         assert torch.equal(value, expected[name]), name
-    assert type(twin.features.denseblock1) is EfficientDenseBlock
+    assert isinstance(twin.features.denseblock1, EfficientDenseBlock)
     assert twin.features.conv0.weight is not model.features.conv0.weight
 
 
@@ -179,11 +177,13 @@ def test_synchronised_norms_convert_and_are_converted() -> None:
     assert "original forward: denselayer1's norm1 is a SyncBatchNorm" in str(report)
 
 
-def test_conversion_does_not_keep_the_originals_alive() -> None:
+def test_every_module_stays_the_same_object_of_its_class() -> None:
     model = network()
-    block = weakref.ref(model.features.denseblock1)
+    modules = list(model.modules())
+    classes = [type(module) for module in modules]
     convert(model)
-    assert block() is None
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(isinstance(m, cls) for m, cls in zip(modules, classes, strict=True))
 
 
 def test_blocks_outside_a_densenet_are_converted() -> None:
@@ -203,7 +203,7 @@ def test_blocks_outside_a_densenet_are_converted() -> None:
     model = Encoder().double()
     expected = copy.deepcopy(model)
     convert(model)
-    assert type(model.first) is EfficientDenseBlock and model.parts[0] is model.first
+    assert isinstance(model.first, EfficientDenseBlock) and model.parts[0] is model.first
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     assert relative_error(model(x), expected(x)) < 1e-12
 
@@ -211,7 +211,7 @@ def test_blocks_outside_a_densenet_are_converted() -> None:
 def test_a_bare_block_is_returned_as_its_replacement() -> None:
     block = DenseBlock(2, 8, 4, 4, 0.0)
     converted = convert(block)
-    assert type(converted) is EfficientDenseBlock
+    assert isinstance(converted, EfficientDenseBlock)
     x = torch.randn(2, 8, 6, 6)
     torch.testing.assert_close(converted.eval()(x), block.eval()(x))
 
@@ -221,7 +221,7 @@ def test_renamed_or_cut_features_convert_block_by_block() -> None:
     body = nn.Sequential(*children[:-1])
     convert(body)
     assert type(body) is nn.Sequential
-    assert type(body[4]) is EfficientDenseBlock and type(body[5]) is EfficientTransition
+    assert isinstance(body[4], EfficientDenseBlock) and isinstance(body[5], EfficientTransition)
 
 
 def test_a_transition_of_another_kind_is_left_and_reported() -> None:
@@ -233,7 +233,7 @@ def test_a_transition_of_another_kind_is_left_and_reported() -> None:
     expected = copy.deepcopy(model).double()
     convert(model)
     assert type(model.features.transition1) is Transition
-    assert type(model.features) is EfficientFeatures
+    assert isinstance(model.features, EfficientFeatures)
     assert_same_step(model.double(), expected)
 
 
@@ -242,13 +242,13 @@ def test_on_the_meta_device_structure_is_converted_unchecked() -> None:
         model = network()
     report = inspect_conversion(model)
     assert all("unchecked" in entry.reason for entry in report.select("converted"))
-    assert type(convert(model).features.denseblock1) is EfficientDenseBlock
+    assert isinstance(convert(model).features.denseblock1, EfficientDenseBlock)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pure_low_precision_models_pass_their_self_check(dtype: torch.dtype) -> None:
     model = convert(network().to(dtype))
-    assert type(model.features) is EfficientFeatures
+    assert isinstance(model.features, EfficientFeatures)
 
 
 def test_random_state_and_statistics_are_left_alone() -> None:

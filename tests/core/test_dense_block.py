@@ -8,7 +8,7 @@ import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import dispatch, mixed
-from densenet_efficient.ops.dispatch import Path
+from densenet_efficient.ops.dispatch import Dispatch
 from tests.support.block_pair import MEMORY, assert_same, pair, step
 
 
@@ -105,7 +105,7 @@ def test_dropout(memory, channelwise):
     """Exact against autograd with the same masks, which depend on torch's seed alone."""
     _, ours = pair(memory, drop_rate=0.4)
     if channelwise:
-        ours._parts = _channelwise_parts
+        ours._efficient.parts = _channelwise_parts
     x = torch.randn(3, 10, 4, 4, dtype=torch.float64)
     torch.manual_seed(5)
     first = step(ours, x)
@@ -133,7 +133,7 @@ def test_dropout(memory, channelwise):
 
     fresh = pair(memory, drop_rate=0.4)[1]
     if channelwise:
-        fresh._parts = _channelwise_parts
+        fresh._efficient.parts = _channelwise_parts
     torch.manual_seed(5)
     assert_same(step(block, x, call=with_masks), step(fresh, x))
     eval_block, eval_ours = pair(memory, drop_rate=0.4)
@@ -156,7 +156,7 @@ def test_dropout_rates_at_the_ends(rate):
 def on_a_gpu(monkeypatch):
     """The path that float32 and float64 take on a GPU: compiled operators around the general
     convolutions."""
-    path = Path("general", "as on a GPU", mixed)
+    path = Dispatch("fallback", "as on a GPU", mixed)
     monkeypatch.setattr(dispatch, "choose", lambda device, dtype: path)
 
 
@@ -165,7 +165,7 @@ def on_a_gpu(monkeypatch):
 def test_a_block_in_float64_as_on_a_gpu(dims):
     block, ours = pair(dims=dims)
     x = torch.randn(2, 10, *(3, 4, 5)[:dims], dtype=torch.float64)
-    assert ours.path(x).stages is mixed
+    assert ours.path(x).operators is mixed
     assert_same(step(block, x), step(ours, x))
 
 
@@ -176,5 +176,5 @@ def test_a_network_in_float64_as_on_a_gpu():
     plain = reference.DenseNet(6, (2, 2), 8, num_classes=3).double()
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 48, 40, dtype=torch.float64)
-    assert model.features.stem_path(x).stages is mixed
+    assert model.features.stem_path(x).operators is mixed
     assert_same(step(plain, x), step(model, x))

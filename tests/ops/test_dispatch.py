@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from densenet_efficient.ops import compiled, dispatch, fallback, library, mixed
+from densenet_efficient.ops.dtypes import FLOATING
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -15,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture
 def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if the library held kernels for a GPU that is there."""
-    monkeypatch.setattr(library, "cuda_gap", lambda device: None)
+    monkeypatch.setattr(library, "cuda_unavailable_reason", lambda device: None)
     dispatch._choose.cache_clear()
     yield
     dispatch._choose.cache_clear()
@@ -24,9 +25,9 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("with_kernels")
 def test_dtypes_on_a_gpu() -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        assert dispatch.choose(CUDA, dtype).stages is compiled
+        assert dispatch.choose(CUDA, dtype).operators is compiled
     path = dispatch.choose(CUDA, torch.float64)
-    assert (path.kind, path.stages) == ("general", mixed)
+    assert (path.kind, path.operators) == ("fallback", mixed)
     assert path.reason == "CUDA convolution kernels do not take float64"
 
 
@@ -34,30 +35,30 @@ def test_dtypes_on_a_gpu() -> None:
 def test_float32_on_a_gpu_follows_the_convolutions_setting() -> None:
     """Both of torch's ways to say it, at any time."""
     path = dispatch.choose(CUDA, torch.float32)
-    assert (path.kind, path.stages) == ("kernels", compiled)
+    assert (path.kind, path.operators) == ("kernels", compiled)
     assert path.reason == "compiled cuda kernels, float32 multiplied in TF32"
     torch.backends.cudnn.allow_tf32 = False
     try:
         path = dispatch.choose(CUDA, torch.float32)
     finally:
         torch.backends.cudnn.allow_tf32 = True
-    assert (path.kind, path.stages) == ("general", mixed)
+    assert (path.kind, path.operators) == ("fallback", mixed)
     assert "torch.backends.cudnn.conv.fp32_precision does not allow" in path.reason
 
 
 @pytest.mark.usefixtures("with_kernels", "no_tf32")
 def test_float32_on_a_gpu_without_tf32() -> None:
-    assert dispatch.choose(CUDA, torch.float32).stages is mixed
-    assert dispatch.choose(CUDA, torch.bfloat16).stages is compiled
+    assert dispatch.choose(CUDA, torch.float32).operators is mixed
+    assert dispatch.choose(CUDA, torch.bfloat16).operators is compiled
 
 
 @pytest.mark.usefixtures("no_tf32")
 def test_the_cpu_does_not_care() -> None:
-    for dtype in dispatch.FLOATING:
-        assert dispatch.choose(CPU, dtype).stages is compiled
+    for dtype in FLOATING:
+        assert dispatch.choose(CPU, dtype).operators is compiled
 
 
-def test_a_device_without_kernels() -> None:
+def test_a_devicewithout_kernels() -> None:
     path = dispatch.choose(torch.device("meta"), torch.float32)
-    assert (path.kind, path.stages) == ("general", fallback)
+    assert (path.kind, path.operators) == ("fallback", fallback)
     assert path.reason == "no kernels are compiled for device type 'meta'"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from densenet_efficient.ops import library
+from densenet_efficient.ops.info import info
 from densenet_efficient.ops.library import MissingLibraryError
 from densenet_efficient.version import __version__
 
@@ -22,7 +23,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The state of a process that has not loaded the library yet."""
     monkeypatch.setattr(library, "_loaded", False)
     monkeypatch.setattr(library, "_failure", None)
-    caches = (library.build_info, library._cuda_gap, library._warn_once)
+    caches = (library.build_info, library._device_reason, library._warn_once)
     for cache in caches:
         cache.cache_clear()
     yield monkeypatch
@@ -44,7 +45,7 @@ def test_library_loads_and_defines_every_operator() -> None:
     library.load()
     assert library.is_available() and library.unavailable_reason() is None
     assert torch.ops.densenet_efficient.channel_stats.default is not None
-    assert library._without_kernels("CPU") is None
+    assert library.without_kernels("CPU") is None
 
 
 def test_threads_load_once(unloaded: pytest.MonkeyPatch) -> None:
@@ -66,11 +67,11 @@ def test_threads_load_once(unloaded: pytest.MonkeyPatch) -> None:
 
 def test_missing_library_says_how_to_build(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
     unloaded.setattr(library, "LIBRARY", tmp_path / "libdensenet_efficient.so")
-    with pytest.raises(MissingLibraryError, match=r"does not exist.*run pip install \."):
+    with pytest.raises(MissingLibraryError, match=r"does not exist.*run pip install -e \."):
         library.load()
-    with pytest.warns(RuntimeWarning, match=r"general path.*does not exist"):
+    with pytest.warns(RuntimeWarning, match=r"fallback.*does not exist"):
         assert not library.is_available()
-    assert "general path:" in str(library.info())
+    assert "fallback:" in str(info())
 
 
 def test_missing_module_is_named(unloaded: pytest.MonkeyPatch) -> None:
@@ -79,7 +80,7 @@ def test_missing_module_is_named(unloaded: pytest.MonkeyPatch) -> None:
     unloaded.delattr("densenet_efficient._module", raising=False)
     with pytest.raises(MissingLibraryError, match=r"_module is not built for Python 3"):
         library.load()
-    assert library.info().build == {} and library.info().backends == ()
+    assert info().build == {} and info().backends == ()
 
 
 def test_library_of_another_version_is_refused(unloaded: pytest.MonkeyPatch) -> None:
@@ -143,13 +144,14 @@ try:
     ops.channel_stats(torch.ones(4, 2), torch.empty(2, 2))
 except library.MissingLibraryError as error:
     print(error)
-print(library.info())
+from densenet_efficient.ops.info import info
+print(info())
 """
     done = run_python(code, DENSENET_EFFICIENT_DISABLE="1")
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert "switched off by DENSENET_EFFICIENT_DISABLE=1" in first
-    assert any("cpu: general path:" in line for line in rest)
+    assert any("cpu: fallback:" in line for line in rest)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_cuda_gap_names_the_gpu_and_the_cure(unloaded: pytest.MonkeyPatch) -> No
     unloaded.setattr(library, "build_info", lambda: built)
     unloaded.setattr(torch.cuda, "is_available", lambda: True)
     unloaded.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
-    gap = library.cuda_gap(torch.device("cuda", 0))
+    gap = library.cuda_unavailable_reason(torch.device("cuda", 0))
     assert gap is not None
     assert "compiled for sm_90a, and this GPU is 8.6: rebuild with TORCH_CUDA_ARCH_LIST=8.6" in gap
 
@@ -197,27 +199,30 @@ def test_cuda_gap_names_a_driver_that_is_too_old(unloaded: pytest.MonkeyPatch) -
     unloaded.setattr(torch.cuda, "is_available", lambda: True)
     unloaded.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     unloaded.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    gap = library.cuda_gap(torch.device("cuda", 0))
+    gap = library.cuda_unavailable_reason(torch.device("cuda", 0))
     assert gap is not None
     assert "compiled with CUDA 13.0, and this GPU's driver supports CUDA 12.8: update" in gap
-    library._cuda_gap.cache_clear()
+    library._device_reason.cache_clear()
     unloaded.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13020, raising=False)
-    gap = library.cuda_gap(torch.device("cuda", 0))
+    gap = library.cuda_unavailable_reason(torch.device("cuda", 0))
     assert gap is None or "driver" not in gap
 
 
 def test_cuda_gap_without_cuda_kernels(unloaded: pytest.MonkeyPatch) -> None:
     built = {**library.build_info(), "cuda_archs": "", "cuda": "left out (no nvcc)"}
     unloaded.setattr(library, "build_info", lambda: built)
-    assert library.cuda_gap(torch.device("cuda")) == "CUDA kernels were left out (no nvcc)"
+    assert (
+        library.cuda_unavailable_reason(torch.device("cuda"))
+        == "CUDA kernels were left out (no nvcc)"
+    )
 
 
 def test_info_prints_versions_backends_and_paths() -> None:
-    info = library.info()
-    text = str(info)
-    assert info.library == str(library.LIBRARY) and info.problem is None
-    assert info.backends[0] == "cpu" and info.build["torch"] in text
-    for part in (__version__, torch.__version__, info.build["compiler"], "cpu: compiled kernels"):
+    found = info()
+    text = str(found)
+    assert found.library == str(library.LIBRARY) and found.problem is None
+    assert found.backends[0] == "cpu" and found.build["torch"] in text
+    for part in (__version__, torch.__version__, found.build["compiler"], "cpu: compiled kernels"):
         assert part in text
     # Lists are wrapped; a path is never broken.
     assert all(len(line) <= 100 or str(library.LIBRARY) in line for line in text.splitlines())

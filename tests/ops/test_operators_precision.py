@@ -102,7 +102,7 @@ def test_error_against_float64_is_not_larger_than_the_frameworks(
     assert error_ratio([ours], [peer], [exact]).together <= 1.2
 
 
-@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "general"])
+@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "fallback"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_correction_below_the_last_digit_is_not_lost(
     stages: ModuleType, dtype: torch.dtype
@@ -126,7 +126,7 @@ def test_a_correction_below_the_last_digit_is_not_lost(
         assert (taken.mean(0) - correction[1].double() / step).abs().max() < bound
 
 
-@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "general"])
+@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "fallback"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_correction_of_nothing_changes_nothing(stages: ModuleType, dtype: torch.dtype) -> None:
     special = [0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, -65504.0, 1.0]

@@ -1,8 +1,8 @@
-"""May a backward pass write into the gradient it was given?
+"""The block's gradient buffer, and whether it may be the incoming gradient itself.
 
-The block's shared gradient buffer starts as the gradient of its output. Where nobody else can see
-that tensor, the block accumulates into it in place and saves a copy of the largest buffer of the
-backward pass; everywhere else it copies. Somebody who holds the gradient (a hook that keeps it,
+The buffer starts as the gradient of the block's output. Where nobody else can see that tensor, the
+block accumulates into it in place and saves a copy of the largest buffer of the backward pass;
+everywhere else it copies. Somebody who holds the gradient (a hook that keeps it,
 ``retain_grad``, a caller of ``autograd.grad``, another branch of the graph) shows up in one of
 three reference counts: of the Python object, of the tensor, of its storage. What the counts are
 when nobody does is not assumed but measured once, on a graph of two nodes, through the same calls.
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import layout
 
 
 def _counts(gradients: list[Tensor]) -> tuple[int, int, int]:
@@ -54,15 +56,15 @@ class _Source(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return torch.ones(gradients[0].shape)
+        return torch.ones(gradients[0].shape, device="cpu")
 
 
 @functools.cache
 def sole_counts() -> tuple[int, int, int]:
     """The counts of a gradient nobody else holds; call it once before the first backward."""
     with torch.enable_grad():
-        x = torch.zeros(2, requires_grad=True)
-        _Source.apply(_Probe.apply(x)).backward(torch.ones(2))
+        x = torch.zeros(2, device="cpu", requires_grad=True)
+        _Source.apply(_Probe.apply(x)).backward(torch.ones(2, device="cpu"))
     assert _Probe.measured is not None
     return _Probe.measured
 
@@ -75,3 +77,20 @@ def is_sole_owner(gradients: list[Tensor]) -> bool:
     in fact exclusive, never yes for one that is shared.
     """
     return all(now <= sole for now, sole in zip(_counts(gradients), sole_counts(), strict=True))
+
+
+def gradient_buffer(held: list[Tensor]) -> Tensor:
+    """E ``[N, *spatial, C]`` from the incoming gradient ``[N, C, *spatial]``: the only element of
+    ``held``, taken over in place where its layout and its ownership allow, copied otherwise."""
+    if _is_buffer(held[0].movedim(1, -1)) and is_sole_owner(held):
+        return held[0].movedim(1, -1)
+    n, channels, *spatial = held[0].shape
+    e = layout.empty((n, *spatial), channels, held[0].dtype, held[0].device).movedim(1, -1)
+    return e.copy_(held[0].movedim(1, -1))
+
+
+def _is_buffer(x: Tensor) -> bool:
+    """Whether x [N, *spatial, C] lies in memory as a new buffer of ours would."""
+    return layout.row_stride(x) == layout.row_length(x.shape[-1], x.dtype, x.device) and not (
+        x.is_neg() or torch._C._is_cow_tensor(x)  # type: ignore[attr-defined]
+    )

@@ -1,0 +1,188 @@
+"""One dense layer of a block's call: its parameters, and its convolutions in either direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import fallback
+from ..ops.convolution import ConvOptions
+from ..ops.dtypes import accumulation_dtype
+from ..ops.interface import Operators
+from .layout import flat
+from .specs import PARAMETERS_PER_LAYER, BlockSpec, LayerSpec, NormSpec
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """The gradient dy that reaches a convolution's output y, not yet corrected for the statistics
+    of y unless y and correction are None."""
+
+    dy: Tensor
+    y: Tensor | None = None
+    correction: Tensor | None = None
+
+    def apply_correction(self, operators: Operators) -> Incoming:
+        """The same, corrected in place."""
+        if self.y is not None and self.correction is not None:
+            operators.norm_correction_apply(flat(self.dy), flat(self.y), self.correction)
+        return Incoming(self.dy)
+
+
+class DenseLayerCall:
+    """One layer of a call: its parameters in the kernels' dtypes, made when the layer is reached so
+    that one layer's casts exist at a time, and its two convolutions in either direction."""
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        index: int,
+        parameters: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        wanted: Sequence[bool] = (),
+    ) -> None:
+        self.spec: LayerSpec = spec.layers[index]
+        self.operators = spec.operators
+        self.acc = accumulation_dtype(dtype)
+        own = slice(index * PARAMETERS_PER_LAYER, (index + 1) * PARAMETERS_PER_LAYER)
+        self.parameters, self.wanted = parameters[own], wanted[own]
+        gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = self.parameters
+        self.norm1 = _cast(gamma1, self.acc), _cast(beta1, self.acc)
+        self.norm2 = _cast(gamma2, self.acc), _cast(beta2, self.acc)
+        self.weight1, self.bias1 = _cast(weight1, dtype), _cast(bias1, dtype)
+        self.weight2, self.bias2 = _cast(weight2, dtype), _cast(bias2, dtype)
+        self.gradients: list[Tensor | None] = [None] * PARAMETERS_PER_LAYER
+
+    def fold1(self, stats: Tensor) -> Tensor:
+        """norm1 [4, C_l] from the statistics of F."""
+        return self._fold(self.spec.norm1, stats[:, : self.spec.in_channels], *self.norm1)
+
+    def fold2(self, stats: Tensor) -> Tensor:
+        """norm2 [4, K] from the statistics of b."""
+        assert self.spec.norm2 is not None
+        return self._fold(self.spec.norm2, stats, *self.norm2)
+
+    def _fold(
+        self, spec: NormSpec, stats: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> Tensor:
+        norm = stats.new_empty((4, stats.shape[1]))
+        source = stats if spec.running is None else spec.running
+        self.operators.norm_fold(source, gamma, beta, spec.eps, norm)
+        return norm
+
+    def conv1_forward(self, x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
+        """b from F[:C_l]; for a plain layer the new features."""
+        assert self.weight1 is not None
+        if self.spec.conv1 is None and self.spec.bottleneck:
+            weight = self.weight1.view(self.weight1.shape[:2])
+            self.operators.norm_relu_conv1x1_forward(flat(x), norm, weight, flat(y), stats)
+        else:
+            self._conv_forward(x, norm, self.weight1, self.bias1, self.spec.conv1, y, stats)
+
+    def conv2_forward(self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
+        """The new features from b."""
+        assert self.weight2 is not None
+        self._conv_forward(b, norm, self.weight2, self.bias2, self.spec.conv2, y, stats)
+
+    def _conv_forward(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: ConvOptions | None,
+        y: Tensor,
+        stats: Tensor | None,
+    ) -> None:
+        if options is None:
+            self.operators.norm_relu_conv3x3_forward(x, norm, weight, y, stats)
+            return
+        fallback.norm_relu_conv_forward(x, norm, weight, bias, options, y)
+        if stats is not None:
+            self.operators.channel_stats(flat(y), stats)
+
+    def conv1_backward(self, outer: Incoming, x: Tensor, norm: Tensor, dx: Tensor) -> Tensor:
+        """dx += a dz; the gradients of norm1 and conv1. Returns dnorm1."""
+        if self.spec.conv1 is not None or not self.spec.bottleneck:
+            assert self.weight1 is not None
+            weight, bias = self.weight1, self.bias1
+            return self._conv_backward(
+                0, outer, x, norm, weight, bias, self.spec.conv1, accumulate=True, dx=dx
+            )
+        assert self.weight1 is not None and outer.y is not None and outer.correction is not None
+        shape = self.weight1.shape[:2]
+        dnorm = norm.new_empty((2, norm.shape[1]))
+        dweight = self._empty(2, self.weight1)
+        self.operators.norm_relu_conv1x1_backward(
+            flat(outer.dy), flat(outer.y), outer.correction, flat(x), norm,
+            self.weight1.view(shape), flat(dx), None if dweight is None else dweight.view(shape),
+            dnorm,
+        )  # fmt: skip
+        self._keep(0, dnorm, dweight, None)
+        return dnorm
+
+    def conv2_backward(self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor) -> Tensor:
+        """dz2; the gradients of norm2 and conv2. Returns dnorm2."""
+        assert self.weight2 is not None
+        weight, bias = self.weight2, self.bias2
+        return self._conv_backward(
+            4, outer, b, norm, weight, bias, self.spec.conv2, accumulate=False, dx=dz
+        )
+
+    def _conv_backward(
+        self,
+        first: int,
+        outer: Incoming,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: ConvOptions | None,
+        *,
+        accumulate: bool,
+        dx: Tensor,
+    ) -> Tensor:
+        dnorm = norm.new_empty((2, norm.shape[1]))
+        dweight = self._empty(first + 2, weight)
+        dbias = None if bias is None else self._empty(first + 3, bias)
+        if options is None:
+            self.operators.norm_relu_conv3x3_backward(
+                outer.dy, outer.y, outer.correction, x, norm, weight, accumulate, dx, dweight, dnorm
+            )
+        else:
+            fallback.norm_relu_conv_backward(
+                outer.dy, outer.y, outer.correction, x, norm, weight, options, accumulate, dx,
+                dweight, dbias, dnorm,
+            )  # fmt: skip
+        self._keep(first, dnorm, dweight, dbias)
+        return dnorm
+
+    def _empty(self, offset: int, parameter: Tensor) -> Tensor | None:
+        if not self.wanted[offset]:
+            return None
+        return torch.empty(parameter.shape, dtype=self.acc, device=parameter.device)
+
+    def _keep(
+        self, first: int, dnorm: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    ) -> None:
+        self.gradients[first : first + 4] = dnorm[0], dnorm[1], dweight, dbias
+
+    def parameter_gradients(self) -> list[Tensor | None]:
+        """In the order and the dtypes of the parameters; None where none is wanted."""
+        return [
+            None if parameter is None or not need else _cast(gradient, parameter.dtype)
+            for parameter, need, gradient in zip(
+                self.parameters, self.wanted, self.gradients, strict=True
+            )
+        ]
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()

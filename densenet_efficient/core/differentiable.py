@@ -1,0 +1,100 @@
+"""The block, the transition and the stem once more, through PyTorch's differentiable operators.
+
+The backward passes of `functions` give first derivatives to ordinary eager tensors. Everything
+else that PyTorch asks of a backward pass (a graph of the gradients for double backward, batched
+gradients under `torch.func.vmap`, a tensor subclass) is answered by differentiating these, at the
+memory and speed of the plain modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.convolution import ConvOptions
+from .dropout import draw_mask, mask_shape
+from .specs import PARAMETERS_PER_LAYER, BlockSpec, NormSpec, PoolSpec
+
+_AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+
+
+def _norm_relu(x: Tensor, spec: NormSpec, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    mean, var = (None, None) if spec.running is None else spec.running
+    batch = spec.running is None
+    return F.relu(F.batch_norm(x, mean, var, gamma, beta, batch, 0.0, spec.eps))
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions | None
+) -> Tensor:
+    if options is None:
+        dims = x.dim() - 2
+        padding = tuple(size // 2 for size in weight.shape[2:])
+        options = ConvOptions(padding, (1,) * dims)
+    bias = None if bias is None else bias.to(x.dtype)
+    return options.forward(x, weight.to(x.dtype), bias)
+
+
+def dense_block(spec: BlockSpec, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
+    """x ``[N, C_0, *spatial]`` -> ``[N, C_total, *spatial]``, with the call's dropout masks."""
+    features = x
+    for index, layer in enumerate(spec.layers):
+        start = index * PARAMETERS_PER_LAYER
+        gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = parameters[
+            start : start + PARAMETERS_PER_LAYER
+        ]
+        assert weight1 is not None
+        new = _norm_relu(features, layer.norm1, gamma1, beta1)
+        new = _convolution(new, weight1, bias1, layer.conv1)
+        if layer.norm2 is not None and weight2 is not None:
+            new = _norm_relu(new, layer.norm2, gamma2, beta2)
+            new = _convolution(new, weight2, bias2, layer.conv2)
+        if layer.drop_rate > 0:
+            rows = (new.shape[0], *new.shape[2:], new.shape[1])
+            shape = mask_shape(spec, index, rows)
+            mask = torch.empty(shape, dtype=new.dtype, device=new.device)
+            new = new * draw_mask(spec, index, mask).movedim(-1, 1)
+        features = torch.cat((features, new), 1)
+    return features
+
+
+def transition(
+    spec: PoolSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor
+) -> Tensor:
+    """x ``[N, C, *spatial]`` -> ``[N, K, *(spatial // 2)]``."""
+    y = _convolution(_norm_relu(x, spec.norm, gamma, beta), weight, None, None)
+    return _AVG_POOL[x.dim() - 3](y, 2, 2)
+
+
+def stem(spec: PoolSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """x ``[N, C, *spatial]`` -> ``[N, C, *ceil(spatial / 2)]``."""
+    return _MAX_POOL[x.dim() - 3](_norm_relu(x, spec.norm, gamma, beta), 3, 2, 1)
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor
+) -> list[Tensor | None]:
+    """Of ``function(*inputs)`` with respect to those inputs that require them, for the output's
+    gradient dy. Where gradients are being recorded, they are themselves differentiable."""
+    create_graph = torch.is_grad_enabled()
+
+    def own(x: Tensor | None) -> Tensor | None:
+        """An input of this function alone: one may depend on another, as a block's input, read off
+        its output, depends on the parameters."""
+        if x is None:
+            return None
+        return x.view_as(x) if create_graph else x.detach().requires_grad_(x.requires_grad)
+
+    with torch.enable_grad():
+        inputs = [own(x) for x in inputs]
+        with torch.autocast(dy.device.type, enabled=False):
+            y = function(*inputs)
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        found = iter(
+            torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True)
+        )
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]

@@ -1,0 +1,111 @@
+"""The algorithms of the transition and the stem: one operator forward and one backward each, and
+the statistics of the norm in front of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.dtypes import accumulation_dtype
+from . import layout
+from .specs import PoolSpec
+
+
+def norm_statistics(spec: PoolSpec, x: Tensor, known: Tensor | None) -> Tensor:
+    """[2, C] for the norm of x [N, *spatial, C]: constant, known, or taken here."""
+    if spec.norm.running is not None:
+        return spec.norm.running
+    if known is not None:
+        return known
+    stats = torch.empty((2, x.shape[-1]), dtype=accumulation_dtype(x.dtype), device=x.device)
+    spec.operators.channel_stats(layout.flat(x), stats)
+    return stats
+
+
+def _fold(spec: PoolSpec, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    norm = stats.new_empty((4, stats.shape[1]))
+    gamma, beta = (None if t is None else t.detach().to(stats.dtype) for t in (gamma, beta))
+    spec.operators.norm_fold(stats, gamma, beta, spec.norm.eps, norm)
+    return norm
+
+
+def _count(spec: PoolSpec, x: Tensor) -> int:
+    """Rows the statistics were taken over; 0 for constant ones."""
+    return x.numel() // x.shape[-1] if spec.norm.running is None else 0
+
+
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype).reshape(weight.shape[:2])
+
+
+def transition_forward(
+    spec: PoolSpec,
+    x: Tensor,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """x [N, *spatial, C], stats [2, C] of x, weight [K, C, 1, ...] -> y [N, K, *(spatial // 2)] and
+    its stats [2, K], where they are wanted."""
+    image = (x.shape[0], *(size // 2 for size in x.shape[1:-1]))
+    y = layout.empty(image, weight.shape[0], x.dtype, x.device)
+    y_stats = stats.new_zeros((2, weight.shape[0])) if spec.want_stats else None
+    norm = _fold(spec, stats, gamma, beta)
+    matrix = _matrix(weight, x.dtype)
+    spec.operators.transition_forward(x, norm, matrix, y.movedim(1, -1), y_stats)
+    return y, y_stats
+
+
+def transition_backward(
+    spec: PoolSpec,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    want_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx [N, C, *spatial] in the layout of a new buffer, dnorm [2, C], dweight as weight."""
+    norm = _fold(spec, stats, gamma, beta)
+    dx = layout.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device)
+    dnorm = norm.new_empty((2, x.shape[-1]))
+    matrix = _matrix(weight, x.dtype)
+    dweight = norm.new_empty(matrix.shape) if want_dweight else None
+    rows = layout.channels_last(dy)
+    spec.operators.transition_backward(
+        rows, x, norm, matrix, _count(spec, x), dx.movedim(1, -1), dweight, dnorm
+    )
+    return dx, dnorm, None if dweight is None else dweight.view(weight.shape)
+
+
+def stem_forward(
+    spec: PoolSpec, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x [N, *spatial, C], stats [2, C] of x -> y [N, C, *ceil(spatial / 2)] and its stats [2, C],
+    where they are wanted."""
+    image = (x.shape[0], *(-(-size // 2) for size in x.shape[1:-1]))
+    y = layout.empty(image, x.shape[-1], x.dtype, x.device)
+    y_stats = stats.new_zeros((2, x.shape[-1])) if spec.want_stats else None
+    norm = _fold(spec, stats, gamma, beta)
+    spec.operators.stem_forward(x, norm, y.movedim(1, -1), y_stats)
+    return y, y_stats
+
+
+def stem_backward(
+    spec: PoolSpec,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dx [N, C, *spatial], dense as PyTorch's convolution wants it, and dnorm [2, C]."""
+    norm = _fold(spec, stats, gamma, beta)
+    dx = layout.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device, length=x.shape[-1])
+    dnorm = norm.new_empty((2, x.shape[-1]))
+    spec.operators.stem_backward(
+        layout.channels_last(dy), x, norm, _count(spec, x), dx.movedim(1, -1), dnorm
+    )
+    return dx, dnorm

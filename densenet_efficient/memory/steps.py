@@ -1,0 +1,229 @@
+"""What each part of a feature extractor allocates and frees in one step, forward and backward.
+
+A part's forward allocates what its output and its backward need, and names the output that the next
+part consumes and nobody keeps. Its backward allocates the gradient it sends on and frees the one
+that arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core import arena, layout
+from ..core.arena import Buffer
+from ..core.specs import BlockSpec, kept_table, scratch_table
+from ..nn.dense_block import DenseBlockExecution
+from ..nn.features import FeaturesExecution
+from ..nn.layers import layer_spec
+from ..nn.norms import BATCH_NORMS
+from ..nn.transition import TransitionExecution
+from ..ops.dispatch import choose
+from . import workspaces
+from .timeline import Timeline
+
+PARAMETER_GRADIENTS = "parameter gradients"
+SCRATCH = "scratch"
+
+
+@dataclass
+class Part:
+    """One part, with its input and output images (N, *spatial) and channels."""
+
+    name: str
+    module: nn.Module
+    image: tuple[int, ...]
+    channels: int
+    out_image: tuple[int, ...]
+    out_channels: int
+    dtype: torch.dtype
+    device: torch.device
+
+    kept = False  # whether its output is kept for the backward pass of the next part
+    pads_gradient = False  # whether the gradient it sends has padded rows, as a block wants it
+    operator = ""  # of which the workspace counts
+
+    def forward(self, timeline: Timeline, training: bool) -> str | None:
+        """Returns the name of the output where it dies with the next part."""
+        where = f"the forward of {self.name}"
+        kept = training and self.kept
+        row = self._output_row()
+        shape = (*self.out_image, row)
+        lifetime = "kept" if kept else "transient"
+        output = Buffer(f"{self.name} output", shape, self.dtype, lifetime)
+        timeline.allocate(output, where)
+        timeline.mark(where, self._workspace("forward"))
+        return None if kept else output.name
+
+    def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
+        """arriving: name of the gradient of its output. follows: the next part in forward order.
+        Returns the name of the gradient it sends."""
+        where = f"the backward of {self.name}"
+        row = layout.row_length(self.channels, self.dtype, self.device)
+        shape = (*self.image, row if self.pads_gradient else self.channels)
+        name = f"gradient before {self.name}"
+        timeline.allocate(Buffer(name, shape, self.dtype, "transient"), where)
+        timeline.mark(where, self._workspace("backward"))
+        timeline.free(arriving)
+        return name
+
+    def _output_row(self) -> int:
+        return self.out_channels
+
+    def _workspace(self, way: str) -> int:
+        """Bytes inside the operator; those inside PyTorch's own are not known."""
+        if not self.operator:
+            return 0
+        shape = (*self.image, self.channels)
+        return workspaces.operator(
+            f"{self.operator}_{way}", shape, self.out_channels, self.dtype, self.device
+        )
+
+
+class Convolution(Part):
+    """The first convolution, whose input needs no gradient."""
+
+    def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
+        """See `Part.backward`."""
+        timeline.mark(f"the backward of {self.name}")
+        return arriving
+
+
+class Norm(Part):
+    """A batch norm by itself."""
+
+
+class Stem(Part):
+    """Norm, ReLU and max-pooling; the convolution's output is what it keeps."""
+
+    operator = "stem"
+
+    def _output_row(self) -> int:
+        return layout.row_length(self.out_channels, self.dtype, self.device)
+
+
+class Transition(Part):
+    """A transition, which keeps nothing but its input, the block's feature buffer."""
+
+    operator = "transition"
+    pads_gradient = True
+
+    def _output_row(self) -> int:
+        return layout.row_length(self.out_channels, self.dtype, self.device)
+
+
+class Block(Part):
+    """A dense block."""
+
+    def forward(self, timeline: Timeline, training: bool) -> str | None:
+        """See `Part.forward`."""
+        spec, where = self._spec(), f"the forward of {self.name}"
+        for row in self._rows(spec):
+            lifetime = row.lifetime if training else "transient"
+            timeline.allocate(Buffer(row.name, row.shape, row.dtype, lifetime), where)
+        self._mark(timeline, spec, where, backward=False)
+        if training:
+            return None
+        output, *others = (row.name for row in self._rows(spec))
+        timeline.free(*others)
+        return output
+
+    def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
+        """The arriving gradient is the block's gradient buffer, whose first channels go on. One of
+        PyTorch's is copied where rows are padded."""
+        spec, where = self._spec(), f"the backward of {self.name}"
+        length = layout.row_length(spec.out_channels, self.dtype, self.device)
+        if length != spec.out_channels and not (follows and follows.pads_gradient):
+            shape = (*self.image, length)
+            buffer = Buffer(f"gradient buffer of {self.name}", shape, self.dtype, "transient")
+            timeline.allocate(buffer, where)
+            timeline.free(arriving)
+            arriving = buffer.name
+        self._mark(timeline, spec, where, backward=True)
+        timeline.free(*(row.name for row in self._rows(spec)))
+        return arriving
+
+    def _rows(self, spec: BlockSpec) -> Iterator[Buffer]:
+        for row in kept_table(spec, self.image, self.dtype, self.device):
+            yield Buffer(f"{self.name} {row.name}", row.shape, row.dtype, row.lifetime)
+
+    def _mark(self, timeline: Timeline, spec: BlockSpec, where: str, *, backward: bool) -> None:
+        scratch = scratch_table(spec, self.image, self.dtype, backward)
+        timeline.grow(SCRATCH, arena.slab_bytes(scratch), where)
+        inside = workspaces.block(spec, self.image, self.dtype, self.device, backward)
+        timeline.mark(where, inside)
+
+    def _spec(self) -> BlockSpec:
+        assert isinstance(self.module, DenseBlockExecution)
+        block, layers = self.module, []
+        channels = block.parts()[0].norm1.num_features
+        for (name, module), part in zip(block.dense_layers().items(), block.parts(), strict=True):
+            layer, reason = layer_spec(part, name, channels, self.dtype, module.training)
+            if layer is None:
+                raise TypeError(f"model's {name} has no plan: {reason}")
+            layers.append(layer)
+            channels += layer.growth
+        operators = choose(self.device, self.dtype).operators
+        return BlockSpec(tuple(layers), operators, block.memory)
+
+
+def parts_of(
+    features: FeaturesExecution,
+    image: tuple[int, ...],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Part]:
+    """The feature extractor's parts with their volumes; the stem's norm to pooling is one.
+    TypeError for a child that has no plan."""
+    parts: list[Part] = []
+
+    def add(
+        kind: type[Part], name: str, module: Any, out_image: tuple[int, ...], out_channels: int
+    ) -> None:
+        nonlocal image, channels
+        parts.append(kind(name, module, image, channels, out_image, out_channels, dtype, device))
+        image, channels = out_image, out_channels
+
+    (name, conv), *children = features._modules.items()
+    if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise TypeError(f"model must begin with a convolution, got {type(conv).__name__}")
+    add(Convolution, name, conv, _image_after(conv, image), conv.out_channels)
+    if type(children[0][1]) in BATCH_NORMS:
+        add(Stem, "stem", children[0][1], (image[0], *(-(-s // 2) for s in image[1:])), channels)
+        children = children[3:]
+    for name, child in children:
+        if isinstance(child, DenseBlockExecution):
+            new = sum((p.conv2 or p.conv1).out_channels for p in child.parts())
+            add(Block, name, child, image, channels + new)
+        elif isinstance(child, TransitionExecution):
+            halved = (image[0], *(s // 2 for s in image[1:]))
+            if min(halved) < 1:
+                raise ValueError(f"input_shape is too small: no pixel is left at {name}")
+            add(Transition, name, child, halved, child.conv.out_channels)  # type: ignore[union-attr,arg-type]
+        elif type(child) in BATCH_NORMS:
+            add(Norm, name, child, image, channels)
+        elif isinstance(child, nn.Identity):
+            continue
+        else:
+            raise TypeError(
+                f"model's features must be efficient blocks and transitions, got {name}: "
+                f"{type(child).__name__}; call densenet_efficient.convert(model) first"
+            )
+    # A block copies its input into its own buffer; only the stem keeps the convolution's output.
+    parts[0].kept = len(parts) > 1 and not isinstance(parts[1], Block)
+    return parts
+
+
+def _image_after(conv: Any, image: tuple[int, ...]) -> tuple[int, ...]:
+    meta = torch.empty((1, 1, *image[1:]), device="meta")
+    kernel = torch.empty((1, 1, *conv.kernel_size), device="meta")
+    out = torch.convolution(
+        meta, kernel, None, conv.stride, conv.padding, conv.dilation, False,
+        [0] * len(conv.kernel_size), 1,
+    )  # fmt: skip
+    return (image[0], *out.shape[2:])

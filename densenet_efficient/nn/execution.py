@@ -1,0 +1,157 @@
+"""What the dense block, the transition and the feature extractor have in common: the decision how
+one call runs, made in one place from what is true at that call.
+
+What the operators are not known to do right (another mode of execution, another kind of tensor, a
+hook, a replaced module) runs the original forward, the reason at hand.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core import eager
+from ..ops import dispatch
+from ..ops.dispatch import Dispatch
+from ..ops.dtypes import FLOATING
+from . import watch
+
+ORIGINAL = "original"
+# On the CPU PyTorch sums in float64 and may stay finite where float32 does not.
+OVERFLOW = "the statistics of this batch are not finite in float32"
+
+
+class _Recorder(threading.local):
+    entries: list[tuple[nn.Module, str, Dispatch]] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[nn.Module, str, Dispatch]]]:
+    """Collects (module, part of it, dispatch) of every call of this thread, in order."""
+    before, _recorder.entries = _recorder.entries, []
+    try:
+        yield _recorder.entries
+    finally:
+        _recorder.entries = before
+
+
+def record(module: nn.Module, part: str, chosen: Dispatch) -> None:
+    """Notes how a call runs, where somebody is `recording`."""
+    if _recorder.entries is not None:
+        _recorder.entries.append((module, part, chosen))
+
+
+@dataclass
+class State:
+    """What an efficient module knows beyond what its children are.
+
+    structure: the children that the execution was made for. warned: the last reason for an original
+    forward that was told. memory, parts, layers: of a dense block, see `nn.dense_block`.
+    """
+
+    structure: watch.Structure
+    warned: str | None = None
+    memory: str = ""
+    parts: Callable[[nn.Module], Any] | None = None
+    layers: Callable[[nn.Module], Any] | None = None
+
+
+class Efficient(nn.Module):
+    """A module whose children are ordinary modules and whose execution is ours.
+
+    Its class derives from the one whose forward is the original (`original_class`), so that
+    `isinstance` goes on working, and adds one attribute, `_efficient`: names of other libraries'
+    blocks are theirs.
+    """
+
+    original_class: ClassVar[type[nn.Module]]
+    _efficient: State
+
+    def _adopt(self, **state: Any) -> None:
+        """Takes the present children as those that the execution is made for."""
+        self._efficient = State(watch.structure_of(self.named_children()), **state)
+
+    def _change(self) -> str | None:
+        """What is not as the execution expects it, inside this module."""
+        watch.know(self.original_class)
+        return watch.patch() or watch.change(self._modules, self._efficient.structure)
+
+    def _run_original(self, chosen: Dispatch, *args: Any) -> Any:
+        """The original forward; a reason that lies in the model warns when it is new. ValueError
+        where input and parameters do not meet on the meta device, which PyTorch would let pass."""
+        record(self, "", chosen)
+        first = next(self.parameters(), None)
+        x = args[0]
+        if type(x) is Tensor and first is not None and x.is_meta != first.is_meta:
+            raise ValueError(f"input must be on {first.device} like the parameters, got {x.device}")
+        if chosen.reason != self._efficient.warned and input_problem(args[0]) is None:
+            self._efficient.warned = chosen.reason
+            warnings.warn(
+                f"{type(self).__name__} runs its original forward: {chosen.reason}", stacklevel=4
+            )
+        return self.original_class.forward(self, *args)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script does not take {type(self).__name__}: script the plain model, after "
+            "densenet_efficient.unconvert(model), or one of densenet_efficient.reference"
+        )
+
+
+def input_problem(x: Any) -> str | None:
+    """Why the original forward must answer x, in words: another mode than eager execution, another
+    kind of input. None where the operators can."""
+    mode = eager.unusual_mode()
+    if mode is not None:
+        return mode
+    if not isinstance(x, Tensor):
+        return f"the input is a {type(x).__name__}"
+    if not eager.is_ordinary(x):
+        return f"the input is a {type(x).__name__} of layout {x.layout} on {x.device}"
+    if x.numel() == 0:
+        return "the input is empty"
+    return None
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype the operators run in: autocast's, or x's own."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def choose(x: Tensor, dims: int, what: str, *, any_dims: bool = False) -> Dispatch:
+    """Which operators run a module of ``dims`` image dimensions on x: ``what`` has kernels for
+    two-dimensional images only, unless any_dims."""
+    chosen = dispatch.choose(x.device, working_dtype(x))
+    if chosen.kind == "kernels" and dims != 2 and not any_dims:
+        return Dispatch("fallback", f"{what} kernels are two-dimensional, the input has {dims}")
+    return chosen
+
+
+def check_input(x: Tensor, dims: int, channels: int, weight: Tensor, name: str) -> None:
+    """ValueError for a wrong rank, number of channels or device; TypeError for a dtype that is not
+    floating or differs from the weight's outside autocast."""
+    if x.dim() != dims + 2:
+        shape = ["N", "C", "D", "H", "W"][:2] + ["D", "H", "W"][3 - dims :]
+        raise ValueError(
+            f"input must have {dims + 2} dimensions [{', '.join(shape)}], got shape {list(x.shape)}"
+        )
+    if x.shape[1] != channels:
+        raise ValueError(f"input must have {channels} channels, got shape {list(x.shape)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"input must be on {weight.device} like {name}.weight, got {x.device}")
+    if working_dtype(x) == x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"input must be {weight.dtype} like {name}.weight, got {x.dtype}")

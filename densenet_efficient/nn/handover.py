@@ -1,0 +1,83 @@
+"""How an output leaves a module of ours: a tensor like any other, which only the next module of
+ours knows more about.
+
+A block keeps its feature buffer for the backward pass, and hands it to the caller as well. The
+caller may write to what it got, through whatever path; so it gets a copy-on-write clone, which
+shares the buffer's memory until somebody writes to either. The clone carries the channel statistics
+of its values, valid as long as it shares that memory. A caller whose input was contiguous gets a
+contiguous output, as from the original modules, at the price of a copy; between two modules of
+ours the output stays channels last.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..core.functions import MatchLayoutFunction
+
+_data_address = torch._C._data_address  # type: ignore[attr-defined]
+_is_cow_tensor = torch._C._is_cow_tensor  # type: ignore[attr-defined]
+_STATS = "_densenet_efficient_stats"
+
+
+class _Caller(threading.local):
+    contiguous: bool | None = None
+
+
+_caller = _Caller()
+
+
+@contextmanager
+def asking_for(contiguous: bool) -> Iterator[None]:
+    """While one module is called by one of ours: whether its output is to be contiguous or channels
+    last. Without this the module decides by its input."""
+    before, _caller.contiguous = _caller.contiguous, contiguous
+    try:
+        yield
+    finally:
+        _caller.contiguous = before
+
+
+def asked_for() -> bool | None:
+    """What a calling module of ours wants, or None where somebody else calls; asked once a call, so
+    that what the asking module calls itself is somebody else's call."""
+    value, _caller.contiguous = _caller.contiguous, None
+    return value
+
+
+def prefers_contiguous(x: Tensor) -> bool:
+    """Whether the original modules would answer x with contiguous memory."""
+    return x.is_contiguous() and not _is_channels_last(x)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+
+
+def match_layout(x: Tensor) -> Tensor:
+    """x, whose gradient will come back in contiguous memory."""
+    return MatchLayoutFunction.apply(x) if x.requires_grad else x
+
+
+def hand_over(y: Tensor, stats: Tensor | None, contiguous: bool) -> Tensor:
+    """y ``[N, C, *spatial]``, which the caller must not write to, as a tensor that it may write to,
+    with the statistics ``[2, C]`` of its values."""
+    given = torch._lazy_clone(y.contiguous() if contiguous else y)
+    if stats is not None:
+        setattr(given, _STATS, (stats, _data_address(given)))
+    return given
+
+
+def known_stats(x: Tensor) -> Tensor | None:
+    """The statistics that x was handed over with, unless somebody has written to x since."""
+    entry = getattr(x, _STATS, None)
+    if entry is None or not _is_cow_tensor(x):
+        return None
+    stats, address = entry
+    return stats if _data_address(x) == address else None

@@ -1,0 +1,69 @@
+"""Options and their checks: each is a value and its range, stated once.
+
+Every check returns the value in its own type, or raises ValueError naming the option, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+MEMORY_MODES = ("recompute", "store")
+"""What a dense block keeps for the backward pass: its output, or the bottlenecks, too."""
+
+
+def check_memory(value: Any) -> str:
+    """One of `MEMORY_MODES`."""
+    if value not in MEMORY_MODES:
+        raise ValueError(f"memory must be 'recompute' or 'store', got {value!r}")
+    return value
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """value as an int of at least `minimum`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an integer of at least {minimum}, got {value!r}"
+        ) from None
+    if count < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return count
+
+
+def check_number(name: str, value: Any, expected: str, low: float, high: float) -> float:
+    """value as a finite float in [low, high]; `expected` says so in words."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return number
+
+
+def check_drop_rate(value: Any) -> float:
+    """A dropout probability in [0, 1]."""
+    return check_number("drop_rate", value, "a probability between 0 and 1", 0.0, 1.0)
+
+
+def check_compression(value: Any) -> float:
+    """The share of channels a transition keeps, theta in arXiv 1608.06993: in (0, 1]."""
+    expected = "above 0 and at most 1"
+    return check_number("compression", value, expected, math.nextafter(0.0, 1.0), 1.0)
+
+
+def check_block_config(value: Any) -> tuple[int, ...]:
+    """The number of layers of every block: a non-empty sequence of positive integers."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) == 0:
+        raise ValueError(
+            f"block_config must be a non-empty sequence with the number of layers of every block, "
+            f"got {value!r}"
+        )
+    return tuple(check_count(f"block_config[{i}]", layers) for i, layers in enumerate(value))

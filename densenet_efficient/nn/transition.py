@@ -1,0 +1,137 @@
+"""The drop-in transition between two dense blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.functions import Result, TransitionFunction
+from ..core.specs import PoolSpec
+from ..ops.dispatch import Dispatch
+from . import execution, handover
+from .execution import ORIGINAL, OVERFLOW, Efficient
+from .layers import CONVOLUTIONS
+from .norms import (
+    check_count,
+    norm_problem,
+    norm_spec,
+    update_running_statistics,
+    uses_batch_statistics,
+)
+from .plain import transition_children
+
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+def is_pool_by_two(pool: nn.Module) -> bool:
+    """Whether the module averages over 2 pixels in every direction, dropping odd edges."""
+    if type(pool) not in _POOLS:
+        return False
+    sizes = {once(value) for value in (pool.kernel_size, pool.stride)}
+    return (
+        sizes == {2}
+        and once(pool.padding) == 0
+        and not pool.ceil_mode
+        and getattr(pool, "divisor_override", None) is None
+    )
+
+
+def once(value: Any) -> Any:
+    """The one number of an option given as a number or as equal numbers per axis."""
+    if isinstance(value, (tuple, list)):
+        return value[0] if len(set(value)) == 1 else tuple(value)
+    return value
+
+
+class TransitionExecution(Efficient):
+    """The execution of a transition with children norm, relu, conv and pool, in this order."""
+
+    def path(self, x: Tensor) -> Dispatch:
+        """How this transition would run on x, and why."""
+        reason = execution.input_problem(x) or self._change() or self._problem()
+        if reason is not None:
+            return Dispatch(ORIGINAL, reason)
+        conv: Any = self.conv
+        return execution.choose(x, len(conv.kernel_size), "transition")
+
+    def _problem(self) -> str | None:
+        """Why the operators cannot stand for the children, in words."""
+        if list(self._modules) != ["norm", "relu", "conv", "pool"]:
+            return f"the children are {', '.join(self._modules)}"
+        norm: Any = self.norm
+        conv: Any = self.conv
+        pool: Any = self.pool
+        problem = norm_problem(norm)
+        if problem is not None:
+            return f"norm {problem}"
+        if type(self.relu) is not nn.ReLU:
+            return f"relu is a {type(self.relu).__name__}"
+        if type(conv) not in CONVOLUTIONS or conv.bias is not None or conv.groups != 1:
+            return "conv is not a plain convolution without bias"
+        if set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
+            return "conv is not pointwise"
+        if not is_pool_by_two(pool):
+            return "pool is not an average over 2 pixels in every direction"
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *spatial] -> [N, K, *(spatial // 2)]."""
+        if torch.compiler.is_exporting():
+            return self.original_class.forward(self, input)
+        return self._efficient_forward(input)
+
+    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
+    def _efficient_forward(self, x: Tensor) -> Tensor:
+        contiguous = handover.asked_for()
+        chosen = self.path(x)
+        if chosen.kind == ORIGINAL:
+            return self._run_original(chosen, x)
+        execution.record(self, "", chosen)
+        norm: Any = self.norm
+        conv: Any = self.conv
+        original = x
+        gamma, beta, weight = norm.weight, norm.bias, conv.weight
+        execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
+        if min(x.shape[2:]) < 2:
+            raise ValueError(
+                f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
+            )
+        count, want = x.numel() // x.shape[1], uses_batch_statistics(norm)
+        if want:
+            check_count(count, tuple(x.shape))
+        stats, dtype = handover.known_stats(x), execution.working_dtype(x)
+        if contiguous is None:
+            contiguous = handover.prefers_contiguous(x)
+            x = handover.match_layout(x) if contiguous else x
+        if x.dtype != dtype:
+            x, stats = x.to(dtype), None
+        spec = PoolSpec(norm_spec(norm, dtype), chosen.operators, want)
+        result = Result()
+        y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight)
+        if result.has_overflowed():
+            return self._run_original(Dispatch(ORIGINAL, OVERFLOW), original)
+        if want:
+            assert result.used is not None
+            update_running_statistics([norm], [result.used], count)
+        return handover.hand_over(y, result.stats, contiguous)
+
+
+class EfficientTransition(TransitionExecution, nn.Sequential):
+    """Norm, ReLU, 1x1 convolution and average pooling by 2, executed as one operator that pools
+    first.
+
+    torchvision's ``_Transition``: children norm, relu, conv, pool. Pooling and a pointwise
+    convolution commute, so the product runs on a quarter of the pixels. Only the input is kept for
+    backward. Input ``[N, C, *spatial]``, output ``[N, K, *(spatial // 2)]``; layouts, dtypes and
+    errors as in `EfficientDenseBlock`.
+    """
+
+    original_class = nn.Sequential
+
+    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+        children = transition_children(num_input_features, num_output_features)
+        nn.Sequential.__init__(self, OrderedDict(children))
+        self._adopt()

@@ -1,0 +1,108 @@
+"""Has anything changed inside a module since the kernels were found to compute what it does?
+
+The kernels read parameters; they call no inner module. So whatever a user hangs on one, at any
+depth (a hook, a forward of its own, a module put in its place, a parametrisation, a forward patched
+on its class or in `torch.nn.functional`), must be seen before a call, and the original forward run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Structure = tuple[tuple[str, type, "Structure"], ...]
+"""Children by name, class and their own structure."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")
+_FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
+    (home, name)
+    for home, names in (
+        (F, "batch_norm relu dropout conv1d conv2d conv3d avg_pool2d max_pool2d"),
+        (torch, "batch_norm relu dropout conv1d conv2d conv3d cat"),
+    )
+    for name in names.split()
+)
+_UNPATCHED = tuple(getattr(home, name) for home, name in _FUNCTIONS)
+_methods: dict[type, tuple[Callable[..., Any] | None, ...]] = {}
+
+
+def _methods_of(cls: type) -> tuple[Callable[..., Any] | None, ...]:
+    return tuple(getattr(cls, name, None) for name in _METHODS)
+
+
+_methods |= {
+    getattr(nn, name): _methods_of(getattr(nn, name))
+    for kind in ("Conv{}d", "BatchNorm{}d", "AvgPool{}d", "MaxPool{}d", "ReLU")
+    for name in {kind.format(dims) for dims in (1, 2, 3)}
+}
+
+
+def know(cls: type) -> None:
+    """Takes the methods of a class as they are now for its own."""
+    _methods.setdefault(cls, _methods_of(cls))
+
+
+def structure_of(children: Iterable[tuple[str, nn.Module]]) -> Structure:
+    """What `change` compares with: the tree of modules as it is now."""
+    found = []
+    for name, child in children:
+        know(type(child))
+        found.append((name, type(child), structure_of(child.named_children())))
+    return tuple(found)
+
+
+def patch() -> str | None:
+    """What somebody replaced in PyTorch, or in a class that a watched module has, and the kernels
+    would not call; None where there is nothing."""
+    for (home, name), original in zip(_FUNCTIONS, _UNPATCHED, strict=True):
+        if home.__dict__[name] is not original:
+            return f"{home.__name__}.{name} was replaced"
+    for cls, methods in _methods.items():
+        if methods != _methods_of(cls):
+            return f"a method of {cls.__name__} was replaced"
+    return None
+
+
+def own_change(module: nn.Module) -> str | None:
+    """What one module carries that the kernels would not call, in words that follow its name."""
+    attributes = module.__dict__
+    for name in _HOOKS:
+        if attributes.get(name):
+            return "carries a hook"
+    if "forward" in attributes:
+        return "has a forward of its own"
+    if attributes.get("_compiled_call_impl") is not None:
+        return "was compiled by itself"
+    return None
+
+
+def change(
+    children: dict[str, nn.Module | None], expected: Structure, where: str = ""
+) -> str | None:
+    """What differs from the expected structure, or is carried by a module of it, in words; None
+    where nothing does. Reads no parameter."""
+    if len(children) != len(expected):
+        names = ", ".join(children)
+        return (
+            f"{where or 'the module'} has {len(children)} children ({names}), not {len(expected)}"
+        )
+    for (name, child), (known, cls, inner) in zip(children.items(), expected, strict=True):
+        path = f"{where}.{name}" if where else name
+        if name != known:
+            return f"{path} is where {known} was"
+        if type(child) is not cls:
+            return f"{path} was replaced by a {type(child).__name__}"
+        assert child is not None
+        reason = own_change(child)
+        if reason is not None:
+            return f"{path} {reason}"
+        if inner or child._modules:
+            reason = change(child._modules, inner, path)
+            if reason is not None:
+                return reason
+    return None

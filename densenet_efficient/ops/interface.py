@@ -1,0 +1,121 @@
+"""The operators, as every implementation offers them: names, arguments, shapes and meanings.
+
+Every operator writes into tensors that its caller owns and returns nothing. Rows ``[M, C]`` and
+images ``[N, H, W, C]`` are channels last and may be channel slices of a larger buffer. ``norm`` is
+the table ``[4, C]`` of scale, shift, mean and rstd, ``correction`` the table ``[4, C]`` of a, p, q
+and mean, ``stats`` is ``[2, C]``, mean and biased variance, and ``dnorm`` ``[2, C]``, dgamma and
+dbeta. Tables have the accumulation dtype. `reference` specifies the values, ``csrc/ops.cpp`` holds
+the schemas of the compiled operators.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+NAMES = (
+    "channel_stats",
+    "norm_fold",
+    "norm_correction",
+    "norm_correction_apply",
+    "norm_relu_conv1x1_forward",
+    "norm_relu_conv1x1_backward",
+    "norm_relu_conv3x3_forward",
+    "norm_relu_conv3x3_backward",
+    "transition_forward",
+    "transition_backward",
+    "stem_forward",
+    "stem_backward",
+)
+
+
+class Operators(Protocol):
+    """One implementation of all operators: a module, or an object.
+
+    Errors of the compiled operators: ``RuntimeError`` naming the tensor, what was expected and what
+    came, before anything is written; ``MissingLibraryError`` where the library is missing.
+    """
+
+    def channel_stats(self, x: Tensor, stats: Tensor) -> None:
+        """Mean and biased variance of each channel of ``x [M, C]`` into ``stats [2, C]``."""
+
+    def norm_fold(
+        self, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, norm: Tensor
+    ) -> None:
+        """Scale, shift, mean and rstd into ``norm [4, C]`` from ``stats [2, C]``."""
+
+    def norm_correction(
+        self, dnorm: Tensor, norm: Tensor, count: int, accumulate: bool, correction: Tensor
+    ) -> None:
+        """``a, p, q, mean`` into ``correction [4, C]`` for statistics of ``count`` rows (0 for
+        constant ones), or p and q added to its first C columns."""
+
+    def norm_correction_apply(self, dx: Tensor, x: Tensor, correction: Tensor) -> None:
+        """``dx [M, C] = a dx - p - (x - mean) q``, in place; 16-bit values are rounded to either
+        neighbour so that sums are kept (dithering)."""
+
+    def norm_relu_conv1x1_forward(
+        self, x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+    ) -> None:
+        """``y [M, K] = relu(a x + s) W^T`` of ``x [M, C]``, and the stats of y as stored."""
+
+    def norm_relu_conv1x1_backward(
+        self,
+        dz_y: Tensor,
+        y: Tensor,
+        correction: Tensor,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        dweight: Tensor | None,
+        dnorm: Tensor,
+    ) -> None:
+        """``dx += a dz``, the weight gradient and the norm's two sums."""
+
+    def norm_relu_conv3x3_forward(
+        self, x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+    ) -> None:
+        """``y [N, H, W, K] = conv3x3(relu(a x + s))``, and the stats of y as stored."""
+
+    def norm_relu_conv3x3_backward(
+        self,
+        dy: Tensor,
+        y: Tensor | None,
+        correction: Tensor | None,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        accumulate: bool,
+        dx: Tensor,
+        dweight: Tensor | None,
+        dnorm: Tensor,
+    ) -> None:
+        """``dx = dz`` or ``dx += a dz``, the weight gradient and the norm's two sums."""
+
+    def transition_forward(
+        self, x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+    ) -> None:
+        """``y [N, H/2, W/2, K] = avg_pool2x2(relu(a x + s)) W^T``, and the stats of y."""
+
+    def transition_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        count: int,
+        dx: Tensor,
+        dweight: Tensor | None,
+        dnorm: Tensor,
+    ) -> None:
+        """``dx [N, H, W, C]`` through pooling, ReLU and norm, written whole; dweight and dnorm."""
+
+    def stem_forward(self, x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
+        """``y = max_pool(relu(a x + s))`` (kernel 3, stride 2, padding 1), and the stats of y."""
+
+    def stem_backward(
+        self, dy: Tensor, x: Tensor, norm: Tensor, count: int, dx: Tensor, dnorm: Tensor
+    ) -> None:
+        """``dx [N, H, W, C]`` through pooling, ReLU and norm, written whole; dnorm."""
