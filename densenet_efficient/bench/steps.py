@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..core import arena
 from ..memory.process import ALLOCATOR_SETTINGS, allocator_peak_bytes, measure_step
 from ..models.networks import NetworkSpec
+from ..ops.dtypes import AUTOCAST
 
 __all__ = [
     "DTYPES",
@@ -41,7 +42,7 @@ __all__ = [
     "time_in_turns",
 ]
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, **AUTOCAST}
 PEERS = {
     "eager": "torchvision's own (the plain reference where torchvision has no such network)",
     "checkpoint": "the same with memory_efficient=True",

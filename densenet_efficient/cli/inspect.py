@@ -11,7 +11,8 @@ from torch import nn
 
 from ..bench.steps import DTYPES, Case
 from ..memory.planner import max_batch, plan
-from ..models.networks import MEMORY_MODES, check_image_size
+from ..models.networks import check_image_size
+from ..nn.options import MEMORY_MODES
 from ..ops.info import info
 from ..report.explanation import explain
 from ..report.plan_table import plan_text

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..models.networks import CIFAR, MEMORY_MODES
+from ..models.networks import CIFAR
+from ..nn.options import MEMORY_MODES
 from ..train.checkpoint import CheckpointError, read_checkpoint
 from ..train.data import DATASETS, Data, load_data
 from ..train.recipes import SCHEDULES, Recipe, recipe_for

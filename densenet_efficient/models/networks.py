@@ -15,13 +15,13 @@ from torch import nn
 
 from .. import reference
 from ..nn.architecture import CONFIGURATIONS, cifar_block_config
+from ..nn.options import MEMORY_MODES
 from ..torchvision_compat import import_torchvision
 
-__all__ = ["EXECUTIONS", "MEMORY_MODES", "NETWORKS", "NetworkSpec", "check_image_size"]
+__all__ = ["EXECUTIONS", "NETWORKS", "NetworkSpec", "check_image_size"]
 
 CIFAR = "densenet_cifar"
 NETWORKS = (*CONFIGURATIONS, CIFAR)
-MEMORY_MODES = ("recompute", "store")
 EXECUTIONS = {
     "recompute": "ours; bottlenecks are computed again in backward",
     "store": "ours; bottlenecks are kept for backward",

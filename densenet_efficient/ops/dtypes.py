@@ -7,6 +7,9 @@ import torch
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Activation dtypes of every operator."""
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes of automatic mixed precision, by the names that options have for them."""
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, sums and parameter gradients for activations of ``dtype``: float64

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..models.networks import NetworkSpec
+from ..ops.dtypes import AUTOCAST
 from .device import check_device
 from .recipes import Recipe
 
 __all__ = ["AMP", "TrainingOptions"]
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = AUTOCAST
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from densenet_efficient.ops import library
+from densenet_efficient.ops import build_info, library
 from densenet_efficient.ops.info import info
 from densenet_efficient.ops.library import MissingLibraryError
 from densenet_efficient.version import __version__
@@ -72,6 +72,27 @@ def test_missing_library_says_how_to_build(unloaded: pytest.MonkeyPatch, tmp_pat
     with pytest.warns(RuntimeWarning, match=r"fallback.*does not exist"):
         assert not library.is_available()
     assert "fallback:" in str(info())
+
+
+def test_sources_that_are_not_built_name_the_installation_they_hide(
+    unloaded: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`pip install .`, then a session in the clone: the unbuilt sources come first on the path."""
+    installed = tmp_path / "site" / "densenet_efficient"
+    installed.mkdir(parents=True)
+    (installed / build_info.LIBRARY.name).touch()
+    record = tmp_path / "site" / "densenet_efficient-0.1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Name: densenet-efficient\nVersion: 0.1.0\n")
+    unloaded.syspath_prepend(str(tmp_path / "site"))
+    sources = tmp_path / "clone" / "densenet_efficient" / build_info.LIBRARY.name
+    unloaded.setattr(build_info, "LIBRARY", sources)
+    unloaded.setattr(library, "LIBRARY", sources)
+    with pytest.raises(
+        MissingLibraryError, match=f"hide the package that is.*{installed}.*Run from"
+    ):
+        library.load()
+    assert str(installed) in str(info())
 
 
 def test_missing_module_is_named(unloaded: pytest.MonkeyPatch) -> None:
