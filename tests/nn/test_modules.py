@@ -128,21 +128,6 @@ def test_bad_options(options, text):
         de.EfficientDenseBlock(**{**good, **options})
 
 
-def test_path_is_the_one_that_a_call_takes_under_autocast():
-    """Dense block, transition and stem, whose path() once answered for the input's own dtype."""
-    model = EfficientDenseNet(4, (2, 2), 8, 2, num_classes=3)
-    x = torch.randn(2, 8, 8, 8)
-    features = model.features
-    with torch.autocast("cpu", torch.bfloat16):
-        for chosen in (
-            features.denseblock1.path(x),
-            features.transition1.path(torch.randn(2, 16, 8, 8)),
-            features.stem_path(torch.randn(2, 3, 32, 32)),
-        ):
-            assert chosen.kind == "kernels" and "bfloat16" in chosen.reason
-    assert "float32" in features.denseblock1.path(x).reason
-
-
 def test_hooks_and_replaced_children_run_the_original_forward():
     block, ours = pair()
     x = torch.randn(2, 10, 4, 4, dtype=torch.float64)
