@@ -1,8 +1,8 @@
 """Import torchvision, also where its compiled operators do not fit the installed torch.
 
 We need only torchvision's Python parts: data sets, transforms and its DenseNet as a peer. Its wheel
-is built for one torch, and beside another build of the same release (the registry's CUDA wheel
-beside a CPU-only torch) the compiled operators do not load; `import torchvision` then fails while
+is built for one torch, and next to another build of the same release (the registry's CUDA wheel
+next to a CPU-only torch) the compiled operators do not load; `import torchvision` then fails while
 it describes `nms` and `qnms`, which nothing here uses. Declaring those two schemas first is enough.
 """
 

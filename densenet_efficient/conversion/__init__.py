@@ -2,7 +2,7 @@
 below.
 
 A block of one's own, whose children are its layers and which appends each layer's new channels
-behind all earlier ones, is taught by naming the parts of a layer:
+after all earlier ones, is taught by naming the parts of a layer:
 
     def parts(layer):
         return LayerParts(layer.bn1, layer.squeeze, layer.bn2, layer.grow, layer.p)

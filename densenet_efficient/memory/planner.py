@@ -89,7 +89,7 @@ def plan(
         training: False predicts a call under ``no_grad``.
 
     Returns a :class:`Plan`; ``str()`` of it is the table. The optimiser's state and the parameters
-    stand before the step and are not counted, parameter gradients are.
+    are live before the step and are not counted, parameter gradients are.
 
     Raises:
         TypeError: the model's features are not efficient blocks; dtype is not floating.
@@ -203,7 +203,7 @@ def max_batch(
 
     Args:
         input_shape: of one image, ``(C, *spatial)``.
-        budget: bytes over what stands before the step (parameters, optimiser state, the input).
+        budget: bytes above the pre-step baseline (parameters, optimiser state, the input).
 
     Raises: as :func:`plan`; ValueError for a budget that is not a positive finite number.
     """

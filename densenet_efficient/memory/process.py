@@ -1,9 +1,9 @@
-"""What memory a step takes: the peak of the process, or of the CUDA allocator, over what stood
-before.
+"""What memory a step takes: the peak of the process, or of the CUDA allocator, above the
+pre-step baseline.
 
 On Linux the kernel keeps the process' high-water mark (VmHWM) and lets it be reset, so the peak of
-one step is exact to a page; it sees everything, also what libraries allocate behind the framework's
-back. Freed memory must leave the process at once for that, which glibc does for blocks above
+one step is exact to a page; it sees everything, also what libraries allocate past PyTorch's
+allocator. Freed memory must leave the process at once for that, which glibc does for blocks above
 `MALLOC_MMAP_THRESHOLD_`; `ALLOCATOR_SETTINGS` belong into the environment of a process that
 measures, the same for every peer.
 """
@@ -35,9 +35,9 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one step. before: what stood before it. peak: the most that stood during it, over
-    `before`. kept: what stood between forward and backward, over `before`, without scratch that
-    lay idle then."""
+    """Bytes of one step. before: live bytes before it. peak: the most live bytes during it, above
+    `before`. kept: live bytes between forward and backward, above `before`, without scratch that
+    was idle then."""
 
     before: int
     peak: int
@@ -88,7 +88,7 @@ def measure_step(
     """Run one step, `rest(forward())`, and measure it.
 
     Args:
-        forward: returns the loss; what stands after it is `kept`.
+        forward: returns the loss; what is live after it is `kept`.
         rest: backward and the optimiser's step.
         idle: bytes of scratch that nobody uses at the moment.
 

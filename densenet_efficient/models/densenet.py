@@ -38,7 +38,7 @@ class EfficientDenseNet(DenseNetBase):
         block_config: the number of layers of every block.
         num_init_features: channels of the first convolution.
         bn_size: width of a bottleneck, in growth rates.
-        drop_rate: dropout behind every layer's last convolution, 0 to 1.
+        drop_rate: dropout after every layer's last convolution, 0 to 1.
         num_classes: None or 0: no classifier, the pooled features come out.
         memory_efficient: accepted for torchvision's sake; the blocks always are.
         small_inputs: the CIFAR stem, one 3x3 convolution of stride 1, instead of a 7x7 convolution

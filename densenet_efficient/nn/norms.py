@@ -21,7 +21,7 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 def norm_problem(norm: nn.Module) -> str | None:
-    """Why the operators cannot stand for this norm, in words; None where they can."""
+    """Why the operators cannot replace this norm, in words; None where they can."""
     if type(norm) not in BATCH_NORMS:
         return f"is a {type(norm).__name__}"
     if (norm.running_mean is None) != (norm.running_var is None):

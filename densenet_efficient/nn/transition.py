@@ -58,7 +58,7 @@ class TransitionExecution(Efficient):
         return execution.choose(x, len(conv.kernel_size), "transition")
 
     def _problem(self) -> str | None:
-        """Why the operators cannot stand for the children, in words."""
+        """Why the operators cannot replace the children, in words."""
         if list(self._modules) != ["norm", "relu", "conv", "pool"]:
             return f"the children are {', '.join(self._modules)}"
         norm: Any = self.norm

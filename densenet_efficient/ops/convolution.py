@@ -1,4 +1,4 @@
-"""Convolutions that keep the image size, of any geometry, through the framework."""
+"""Convolutions that keep the image size, of any geometry, through PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounding to a 16-bit dtype that keeps sums: the general path's twin of ``csrc/dither.h``."""
+"""Rounding to a 16-bit dtype that keeps sums: ``csrc/dither.h`` for the fallback."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""The general path: every stage through the framework's own operators, on any device and dtype.
+"""The fallback: every operator through PyTorch's own operators, on any device and dtype.
 
-An implementation of `interface.Operators`. It serves
-whatever the compiled kernels do not: 1-D and 3-D images, other kernel sizes, dilation, groups,
-bias, devices without kernels, a missing library. Memory stays in the same class: images are
-processed in chunks, so that the normalised copy a framework convolution needs is bounded by
-``CHUNK_BYTES``. Sums and statistics are taken in the accumulation dtype (float32, float64 beside
-float64).
+An implementation of `interface.Operators`. It serves whatever the compiled kernels do not: 1-D and
+3-D images, other kernel sizes, dilation, groups, bias, devices without kernels, a missing library.
+Memory stays in the same class: images are processed in chunks, so that the normalised copy that
+PyTorch's convolution needs is bounded by ``CHUNK_BYTES``. Sums and statistics are taken in the
+accumulation dtype (float32, float64 for float64).
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ def norm_relu_conv_backward(
     dbias: Tensor | None,
     dnorm: Tensor,
 ) -> None:
-    """Backward of :func:`norm_relu_conv_forward`; the arguments of stage B's backward."""
+    """Backward of :func:`norm_relu_conv_forward`; the arguments of the 3x3 operator's backward."""
     dnorm.zero_()
     for total in (dweight, dbias):
         if total is not None:

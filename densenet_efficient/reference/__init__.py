@@ -1,6 +1,6 @@
-"""Plain PyTorch twins of everything this library computes: the operators (stages), and the layers,
-blocks and models built of ordinary nn.Modules. They are the specification; nothing here needs the
-compiled library, and everything works in float64."""
+"""The plain PyTorch reference of all this library computes: the operators, and the layers, blocks
+and models built of ordinary nn.Modules. They are the specification; nothing here needs the compiled
+library, and everything works in float64."""
 
 from .modules import DenseBlock, DenseLayer, DenseNet, Transition
 from .operators import (

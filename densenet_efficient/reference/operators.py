@@ -1,4 +1,4 @@
-"""The plain PyTorch twin of every operator in csrc/ops.cpp: the specification of the kernels.
+"""The plain PyTorch reference of every operator in csrc/ops.cpp: the specification of the kernels.
 
 Each function has its operator's name and argument order, without the tensors the operator writes;
 those are returned instead (for a tensor that the operator adds to, the contribution is returned).
@@ -11,10 +11,10 @@ Conventions, as in csrc/ops.cpp:
     stats       [2, C]: mean and biased variance over the rows, of the values as stored.
     dnorm       [2, C]: dgamma = sum dz * x_hat and dbeta = sum dz over the rows.
     correction  [4, C]: a, p, q, mean; the gradient through a norm is a * dz - p - (x - mean) * q.
-    dz          the gradient behind the ReLU mask, in front of the norm's scale.
+    dz          the gradient after the ReLU mask, before the norm's scale.
 
 Activations are float64, float32, bfloat16 or float16, weights have the activations' dtype. norm,
-stats, dnorm, correction and weight gradients are float32 (float64 beside float64 activations). The
+stats, dnorm, correction and weight gradients are float32 (float64 for float64 activations). The
 arithmetic is done in that wider dtype; the operands of products and what is stored as an activation
 are rounded to the activations' dtype.
 """
@@ -28,7 +28,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and parameter gradients beside activations of `dtype`."""
+    """The dtype of statistics and parameter gradients for activations of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -66,7 +66,7 @@ def _norm_relu(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _relu_mask(dh: Tensor, z: Tensor) -> Tensor:
-    """dz: dh where the ReLU passed, zero where it cut. A NaN in z passes, as in the framework."""
+    """dz: dh where the ReLU is active, zero where not. A NaN in z passes, as in PyTorch."""
     return torch.where(z <= 0, torch.zeros_like(dh), dh)
 
 
@@ -144,7 +144,7 @@ def norm_relu_conv1x1_backward(
 
 def norm_relu_conv3x3_forward(x: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(y [N, H, W, K], stats of y) with y = conv3x3(relu(a * x + s), weight), stride 1, padding 1:
-    the padding is zero behind the ReLU. x [N, H, W, C], weight [K, C, 3, 3]."""
+    the padding is zero after the ReLU. x [N, H, W, C], weight [K, C, 3, 3]."""
     h = _rounded(_norm_relu(x, norm)[1], x.dtype)
     y = _nhwc(F.conv2d(_nchw(h), _wide(weight), padding=1)).to(x.dtype)
     return y, channel_stats(_rows(y))
