@@ -65,6 +65,11 @@ class State:
     parts: Callable[[nn.Module], Any] | None = None
     layers: Callable[[nn.Module], Any] | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process the classes of the structure are not known yet."""
+        self.__dict__.update(state)
+        watch.know_all(self.structure)
+
 
 class Efficient(nn.Module):
     """A module whose children are ordinary modules and whose execution is ours.
@@ -81,10 +86,14 @@ class Efficient(nn.Module):
         """Takes the present children as those that the execution is made for."""
         self._efficient = State(watch.structure_of(self.named_children()), **state)
 
+    def _patch(self) -> str | None:
+        """What somebody replaced in PyTorch or in a class of ours or of the children."""
+        watch.know(self.original_class)
+        return watch.patch()
+
     def _change(self) -> str | None:
         """What is not as the execution expects it, inside this module."""
-        watch.know(self.original_class)
-        return watch.patch() or watch.change(self._modules, self._efficient.structure)
+        return self._patch() or watch.change(self._modules, self._efficient.structure)
 
     def _run_original(self, chosen: Dispatch, *args: Any) -> Any:
         """The original forward; a reason that lies in the model warns when it is new. ValueError

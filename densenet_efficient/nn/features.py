@@ -45,7 +45,7 @@ class FeaturesExecution(Efficient):
 
     def stem_path(self, x: Tensor) -> Dispatch:
         """How the norm, ReLU and pooling after the stem's convolution would run, and why."""
-        reason = execution.input_problem(x) or watch.patch() or self._stem_problem()
+        reason = execution.input_problem(x) or self._patch() or self._stem_problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
         conv = next(iter(self._modules.values()))
@@ -73,7 +73,7 @@ class FeaturesExecution(Efficient):
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def _efficient_forward(self, x: Tensor) -> Tensor:
-        if execution.input_problem(x) is not None:
+        if execution.input_problem(x) is not None or self._patch() is not None:
             return self.original_class.forward(self, x)
         contiguous = self._answers_contiguous(x)
         children = list(self._modules.values())

@@ -35,8 +35,8 @@ def uses_batch_statistics(norm: BatchNorm) -> bool:
 
 
 def _tracks(norm: BatchNorm) -> bool:
-    """Whether a call updates the running statistics."""
-    return norm.training and norm.track_running_stats and norm.running_mean is not None
+    """Whether a call updates the running statistics and the counter, as far as there are any."""
+    return norm.training and norm.track_running_stats
 
 
 def norm_spec(norm: BatchNorm, dtype: torch.dtype) -> NormSpec:
@@ -77,6 +77,8 @@ def update_running_statistics(
         if counters:
             torch._foreach_add_(counters, 1)
         for norm, values in tracked:
+            if norm.running_mean is None:
+                continue
             running = [norm.running_mean, norm.running_var]
             if norm.running_mean.dtype != values.dtype:  # type: ignore[union-attr]
                 wide = [moment.to(values.dtype) for moment in running]  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ on its class or in `torch.nn.functional`), must be seen before a call, and the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -28,11 +29,15 @@ _FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
     for name in names.split()
 )
 _UNPATCHED = tuple(getattr(home, name) for home, name in _FUNCTIONS)
-_methods: dict[type, tuple[Callable[..., Any] | None, ...]] = {}
+_methods: dict[type, dict[str, Callable[..., Any] | None]] = {}
 
 
-def _methods_of(cls: type) -> tuple[Callable[..., Any] | None, ...]:
-    return tuple(getattr(cls, name, None) for name in _METHODS)
+def _methods_of(cls: type) -> dict[str, Callable[..., Any] | None]:
+    """The methods that PyTorch calls, and those that a class of another library defines, which its
+    forward may call."""
+    own = [] if cls.__module__.startswith("torch.") else vars(cls).items()
+    names = (*_METHODS, *(name for name, value in own if isinstance(value, FunctionType)))
+    return {name: getattr(cls, name, None) for name in names}
 
 
 _methods |= {
@@ -45,6 +50,13 @@ _methods |= {
 def know(cls: type) -> None:
     """Takes the methods of a class as they are now for its own."""
     _methods.setdefault(cls, _methods_of(cls))
+
+
+def know_all(structure: Structure) -> None:
+    """`know` of every class in a structure."""
+    for _, cls, inner in structure:
+        know(cls)
+        know_all(inner)
 
 
 def structure_of(children: Iterable[tuple[str, nn.Module]]) -> Structure:
@@ -63,7 +75,7 @@ def patch() -> str | None:
         if home.__dict__[name] is not original:
             return f"{home.__name__}.{name} was replaced"
     for cls, methods in _methods.items():
-        if methods != _methods_of(cls):
+        if any(getattr(cls, name, None) is not method for name, method in methods.items()):
             return f"a method of {cls.__name__} was replaced"
     return None
 
