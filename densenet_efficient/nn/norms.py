@@ -80,7 +80,7 @@ def update_running_statistics(
             if norm.running_mean is None:
                 continue
             running = [norm.running_mean, norm.running_var]
-            if norm.running_mean.dtype != values.dtype:  # type: ignore[union-attr]
+            if norm.running_mean.dtype != values.dtype:
                 wide = [moment.to(values.dtype) for moment in running]  # type: ignore[union-attr]
                 narrow += zip(running, wide, strict=True)  # type: ignore[arg-type]
                 running = wide
