@@ -44,9 +44,10 @@ def _normalise(x: Tensor, norm: Tensor) -> Tensor:
 def _operand(x: Tensor) -> Tensor:
     """x [N, *spatial, C] as PyTorch's convolutions take it. Two-dimensional images may be channels
     last; in one and three dimensions PyTorch computes garbage from some of such strides (in
-    bfloat16, images of one pixel in a direction), which contiguous memory never has."""
+    bfloat16, images of one pixel in a direction), which contiguous memory never has: with one
+    channel it may still carry the strides of channels last, so they are set by a view."""
     first = _channels_first(x)
-    return first if x.dim() == 4 else first.contiguous()
+    return first if x.dim() == 4 else first.contiguous().view(-1).view(first.shape)
 
 
 def _channels_first(x: Tensor) -> Tensor:

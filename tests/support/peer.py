@@ -7,13 +7,23 @@ import pytest
 
 from densenet_efficient.torchvision_compat import import_torchvision
 
-__all__ = ["DenseBlock", "DenseLayer", "Transition", "Weights", "WeightsEnum", "torchvision"]
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "Transition",
+    "Weights",
+    "WeightsEnum",
+    "create_feature_extractor",
+    "torchvision",
+]
 
 try:
     torchvision = import_torchvision("torchvision")
+    extraction = import_torchvision("torchvision.models.feature_extraction")
 except ImportError as error:
     pytest.skip(f"the peer is missing: {error}", allow_module_level=True)
 
+create_feature_extractor = extraction.create_feature_extractor
 Weights = torchvision.models.Weights
 WeightsEnum = torchvision.models.WeightsEnum
 DenseBlock = torchvision.models.densenet._DenseBlock
