@@ -155,6 +155,8 @@ class DenseNetBase(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> the last feature map, after norm5 and its ReLU,
         [N, num_features, H', W']. ValueError where H or W is below `min_input_size`."""
+        if not isinstance(x, Tensor):  # a tracer's stand-in, which has no shape to look at
+            return F.relu(self.features(x))
         if x.dim() != 4:
             raise ValueError(
                 f"input must be a batch of images [N, C, H, W], got shape {list(x.shape)}"

@@ -91,7 +91,8 @@ class PlainDenseLayer(nn.Module):
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         """[N, C, *spatial], or all earlier outputs -> [N, growth_rate, *spatial]."""
-        y = features if isinstance(features, Tensor) else torch.cat(list(features), 1)
+        several = isinstance(features, (list, tuple))
+        y: Tensor = torch.cat(list(features), 1) if several else features  # type: ignore[assignment]
         for child in self.children():
             y = child(y)
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
@@ -118,8 +119,8 @@ class PlainDenseBlock(nn.ModuleDict):
 
     def forward(self, init_features: Tensor | Sequence[Tensor]) -> Tensor:
         """[N, C, *spatial], or several to concatenate -> all features, concatenated."""
-        one = isinstance(init_features, Tensor)
-        features: list[Tensor] = [init_features] if one else list(init_features)  # type: ignore[list-item]
+        several = isinstance(init_features, (list, tuple))  # torch.fx passes neither of both
+        features: list[Tensor] = list(init_features) if several else [init_features]  # type: ignore[list-item]
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)

@@ -20,7 +20,7 @@ from torch.func import (
     vmap,
 )
 
-from densenet_efficient import unconvert
+from densenet_efficient import EfficientDenseNet, unconvert
 from densenet_efficient.core import arena
 from densenet_efficient.nn.execution import Efficient
 from tests.support.converted_pair import (
@@ -123,6 +123,14 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
         m, {k: 2 * v for k, v in parameters_of(m).items()}, (x,)
     ),
 }
+
+
+def test_symbolic_tracing_of_networks_built_here() -> None:
+    """Their plain forward must not ask a tracer's stand-in what it is."""
+    model = EfficientDenseNet(8, (2, 3), 16, num_classes=5).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
