@@ -273,7 +273,7 @@ def edits(model: nn.Module, where: str, edit: Callable[[Tensor], Any]) -> Iterat
 def test_edits_of_an_output_reach_the_next_module_only(
     where: str, edit: Callable[[Tensor], Any]
 ) -> None:
-    """Results and gradients; PyTorch's own error where its operators saved what was changed."""
+    """Not what the block keeps for its backward pass; see the next test for gradients."""
     plain, ours = converted_pair()
     x = images()
     with edits(plain, f"features.{where}", edit), edits(ours, f"features.{where}", edit):
