@@ -180,7 +180,7 @@ class Build:
         bar = "*" * 80
         print(
             f"{bar}\nWARNING: the CUDA kernels failed to compile (see above). Building for the CPU "
-            "only: CUDA\ntensors will take the general path. DENSENET_EFFICIENT_CUDA=1 makes this "
+            "only: CUDA\ntensors will take the fallback. DENSENET_EFFICIENT_CUDA=1 makes this "
             f"an error.\n{bar}",
             file=sys.stderr,
             flush=True,

@@ -157,7 +157,7 @@ class Launcher {
 #endif  // DE_EMULATE
 
 // dispatch_activation for the tensor-core operators: 16-bit types, and float32, whose products are
-// TF32. Without TF32, and for float64, they take the general path in Python.
+// TF32. Without TF32, and for float64, they take the fallback in Python.
 template <typename F>
 void dispatch_operands(const Arg& lead, F&& f) {
   switch (lead.tensor.scalar_type()) {
