@@ -2,10 +2,11 @@
 
 ``docs/design.md`` derives it. One channels-last feature buffer F ``[N, *spatial, C_total]`` per
 block is the block's output: layer l reads its first ``C_l`` channels and writes its ``k`` new ones
-after them. Batch statistics belong to channels and are taken once, when a channel is written. In
-backward one gradient buffer E of F's shape starts as the gradient of the output, every layer adds
-``a dz`` to its inputs, and the batch-norm terms P and Q, two vectors shared by all consumers of a
-channel, are applied when backward reaches the layer that produced it.
+after them (or, newest first, reads the last ones and writes in front of them). Batch statistics
+belong to channels and are taken once, when a channel is written. In backward one gradient buffer E
+of F's shape starts as the gradient of the output, every layer adds ``a dz`` to its inputs, and the
+batch-norm terms P and Q, two vectors shared by all consumers of a channel, are applied when
+backward reaches the layer that produced it.
 
     forward, layer l                          backward, layer l (from the last to the first)
     norm1 = fold(stats[:C_l])                 dy  = E[slice] - P - (F[slice] - mean) Q
@@ -28,7 +29,7 @@ from torch import Tensor
 from ..ops.dtypes import accumulation_dtype
 from . import arena
 from .dense_layer import DenseLayerCall, Incoming
-from .dropout import scratch_mask
+from .dropout import drop
 from .layout import flat
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, scratch_table
 
@@ -71,10 +72,10 @@ def block_forward(
     kept = Kept(spec, features, torch.zeros((2, columns), dtype=acc, device=x.device))
     stats = kept.stats
 
-    first = features[..., : spec.in_channels]
+    first = features[..., spec.inputs(0)]
     first.copy_(x.movedim(1, -1))
     if spec.batch_stats:
-        first_stats = stats[:, : spec.in_channels]
+        first_stats = stats[:, spec.inputs(0)]
         if known_stats is not None:
             first_stats.copy_(known_stats)
         else:
@@ -83,13 +84,12 @@ def block_forward(
     with arena.lease(scratch_table(spec, image, x.dtype, backward=False), x.device) as scratch:
         for index, layer_spec in enumerate(spec.layers):
             layer = DenseLayerCall(spec, index, parameters, x.dtype)
-            channels, growth = layer_spec.in_channels, layer_spec.growth
-            inputs = features[..., :channels]
-            new = features[..., channels : channels + growth]
-            new_stats = stats[:, channels : channels + growth] if spec.batch_stats else None
+            inputs, slot = features[..., spec.inputs(index)], spec.slot(index)
+            new = features[..., slot]
+            new_stats = stats[:, slot] if spec.batch_stats else None
             dropped = layer_spec.drop_rate > 0
             fused_stats = None if dropped else new_stats
-            norm1 = layer.fold1(stats)
+            norm1 = layer.fold1(stats[:, spec.inputs(index)])
             if layer_spec.bottleneck:
                 if spec.memory == "store":
                     shape = (*image, layer_spec.bottleneck)
@@ -100,12 +100,18 @@ def block_forward(
                 assert layer_spec.norm2 is not None
                 b_stats = kept.bottleneck_stats[index]
                 wanted = b_stats if layer_spec.norm2.running is None else None
-                layer.conv1_forward(inputs, norm1, b, wanted)
+                if layer_spec.bottleneck_drop_rate > 0:
+                    layer.conv1_forward(inputs, norm1, b, None)
+                    drop(spec, index, b, scratch, bottleneck=True)
+                    if wanted is not None:
+                        spec.operators.channel_stats(flat(b), wanted)
+                else:
+                    layer.conv1_forward(inputs, norm1, b, wanted)
                 layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
             else:
                 layer.conv1_forward(inputs, norm1, new, fused_stats)
             if dropped:
-                new.mul_(scratch_mask(spec, index, new, scratch))
+                drop(spec, index, new, scratch)
                 if new_stats is not None:
                     spec.operators.channel_stats(flat(new), new_stats)
     return kept
@@ -138,17 +144,16 @@ def block_backward(
             layer_spec = spec.layers[index]
             start = index * PARAMETERS_PER_LAYER
             layer = DenseLayerCall(spec, index, parameters, features.dtype, wanted)
-            slot = slice(layer_spec.in_channels, layer_spec.in_channels + layer_spec.growth)
+            before, slot = spec.inputs(index), spec.slot(index)
             outer = Incoming(gradient[..., slot])
             if spec.batch_stats:
                 outer = Incoming(gradient[..., slot], features[..., slot], correction[:, slot])
             if layer_spec.drop_rate > 0:
                 outer = outer.apply_correction(operators)
-                outer.dy.mul_(scratch_mask(spec, index, outer.dy, scratch))
+                drop(spec, index, outer.dy, scratch)
 
-            inputs = features[..., : layer_spec.in_channels]
-            d_inputs = gradient[..., : layer_spec.in_channels]
-            norm1 = layer.fold1(stats)
+            inputs, d_inputs = features[..., before], gradient[..., before]
+            norm1 = layer.fold1(stats[:, before])
             if layer_spec.bottleneck:
                 width = layer_spec.bottleneck
                 norm2 = layer.fold2(kept.bottleneck_stats[index])
@@ -157,6 +162,8 @@ def block_backward(
                 else:
                     b = _front(scratch["bottleneck"], width)
                     layer.conv1_forward(inputs, norm1, b, None)
+                    if layer_spec.bottleneck_drop_rate > 0:
+                        drop(spec, index, b, scratch, bottleneck=True)
                 dz2 = _front(scratch["bottleneck gradient"], width)
                 dnorm2 = layer.conv2_backward(outer, b, norm2, dz2)
                 correction2 = torch.empty_like(norm2)
@@ -166,14 +173,18 @@ def block_backward(
                     dnorm2, norm2, 0 if constant else count, False, correction2
                 )
                 outer = Incoming(dz2, b, correction2)
+                if layer_spec.bottleneck_drop_rate > 0:
+                    outer.apply_correction(operators)
+                    drop(spec, index, dz2, scratch, bottleneck=True)
+                    correction2.zero_()[0].fill_(1)
             dnorm1 = layer.conv1_backward(outer, inputs, norm1, d_inputs)
             if layer_spec.norm1.running is None:
-                operators.norm_correction(dnorm1, norm1, count, True, correction)
+                operators.norm_correction(dnorm1, norm1, count, True, correction[:, before])
             gradients[start : start + PARAMETERS_PER_LAYER] = layer.parameter_gradients()
 
-    d_first = gradient[..., : spec.in_channels]
+    first = spec.inputs(0)
+    d_first = gradient[..., first]
     if spec.batch_stats:
-        first = slice(spec.in_channels)
         operators.norm_correction_apply(
             flat(d_first), flat(features[..., first]), correction[:, first]
         )

@@ -57,8 +57,8 @@ class DenseLayerCall:
         self.gradients: list[Tensor | None] = [None] * PARAMETERS_PER_LAYER
 
     def fold1(self, stats: Tensor) -> Tensor:
-        """norm1 [4, C_l] from the statistics of F."""
-        return self._fold(self.spec.norm1, stats[:, : self.spec.in_channels], *self.norm1)
+        """norm1 [4, C_l] from the statistics of the layer's inputs."""
+        return self._fold(self.spec.norm1, stats, *self.norm1)
 
     def fold2(self, stats: Tensor) -> Tensor:
         """norm2 [4, K] from the statistics of b."""

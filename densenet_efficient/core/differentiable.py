@@ -50,16 +50,21 @@ def dense_block(spec: BlockSpec, x: Tensor, parameters: Sequence[Tensor | None])
         assert weight1 is not None
         new = _norm_relu(features, layer.norm1, gamma1, beta1)
         new = _convolution(new, weight1, bias1, layer.conv1)
+        if layer.bottleneck_drop_rate > 0:
+            new = _dropped(spec, index, new, bottleneck=True)
         if layer.norm2 is not None and weight2 is not None:
             new = _norm_relu(new, layer.norm2, gamma2, beta2)
             new = _convolution(new, weight2, bias2, layer.conv2)
         if layer.drop_rate > 0:
-            rows = (new.shape[0], *new.shape[2:], new.shape[1])
-            shape = mask_shape(spec, index, rows)
-            mask = torch.empty(shape, dtype=new.dtype, device=new.device)
-            new = new * draw_mask(spec, index, mask).movedim(-1, 1)
-        features = torch.cat((features, new), 1)
+            new = _dropped(spec, index, new)
+        features = torch.cat((new, features) if spec.newest_first else (features, new), 1)
     return features
+
+
+def _dropped(spec: BlockSpec, index: int, x: Tensor, bottleneck: bool = False) -> Tensor:
+    shape = mask_shape(spec, index, (x.shape[0], *x.shape[2:], x.shape[1]))
+    mask = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return x * draw_mask(spec, index, mask, bottleneck).movedim(-1, 1)
 
 
 def transition(

@@ -1,4 +1,7 @@
-"""Dropout masks that backward draws again from the seed of the call, so that none is kept."""
+"""Dropout masks that backward draws again from the seed of the call, so that none is kept.
+
+A layer drops new features, or values of its bottleneck in front of norm2, or both.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,31 @@ from torch import Tensor
 from .specs import BlockSpec
 
 
-def draw_mask(spec: BlockSpec, index: int, mask: Tensor) -> Tensor:
-    """Fills the mask of a layer, 0 or 1 / (1 - p); the same on every call of one specification."""
-    keep = 1.0 - spec.layers[index].drop_rate
-    generator = torch.Generator(mask.device).manual_seed(spec.seed + index)
-    mask.bernoulli_(keep, generator=generator)
+def draw_mask(spec: BlockSpec, index: int, mask: Tensor, bottleneck: bool = False) -> Tensor:
+    """Fills a mask of a layer, 0 or 1 / (1 - p); the same on every call of one specification."""
+    layer = spec.layers[index]
+    keep = 1.0 - (layer.bottleneck_drop_rate if bottleneck else layer.drop_rate)
+    seed = spec.seed + index + (len(spec.layers) if bottleneck else 0)
+    mask.bernoulli_(keep, generator=torch.Generator(mask.device).manual_seed(seed))
     return mask.div_(keep) if keep > 0 else mask
 
 
 def mask_shape(spec: BlockSpec, index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Of the mask for new features ``[N, *spatial, k]``."""
+    """Of the mask for values ``[N, *spatial, k]``."""
     if spec.layers[index].channelwise_dropout:
         return (shape[0], *(1 for _ in shape[1:-1]), shape[-1])
     return tuple(shape)
 
 
-def scratch_mask(spec: BlockSpec, index: int, new: Tensor, scratch: dict[str, Tensor]) -> Tensor:
-    """The layer's mask for ``new`` [N, *spatial, k], in scratch memory."""
-    shape = mask_shape(spec, index, new.shape)
-    size = torch.Size(shape).numel()
-    return draw_mask(spec, index, scratch["dropout mask"].view(-1)[:size].view(shape))
+def drop(
+    spec: BlockSpec,
+    index: int,
+    values: Tensor,
+    scratch: dict[str, Tensor],
+    bottleneck: bool = False,
+) -> None:
+    """Multiplies values or their gradient ``[N, *spatial, k]`` by the layer's mask, in place; the
+    mask lies in scratch memory."""
+    shape = torch.Size(mask_shape(spec, index, values.shape))
+    mask = scratch["dropout mask"].view(-1)[: shape.numel()].view(shape)
+    values.mul_(draw_mask(spec, index, mask, bottleneck))

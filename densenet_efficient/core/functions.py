@@ -82,7 +82,7 @@ class DenseBlockFunction(torch.autograd.Function):
         y, table, *others = ctx.saved_tensors  # checkpointing allows it once
         bottlenecks, parameters = others[: -len(wanted)], others[-len(wanted) :]
         if not _is_first_order(held[0]):
-            x = y[:, : spec.in_channels]
+            x = y[:, spec.inputs(0)]
             found = differentiable.gradients(
                 lambda x, *parameters: differentiable.dense_block(spec, x, parameters),
                 (x, *parameters),

@@ -42,7 +42,8 @@ class LayerSpec:
     in_channels C_l, growth k, bottleneck K (0: a plain layer, norm1 and conv1 only).
     conv1, conv2: None for the kernels' own geometry (1x1; 3x3 with padding 1), else the options of
     PyTorch's convolution. A plain layer's only convolution is conv1, with None meaning 3x3.
-    drop_rate: probability of dropping a new value, 0 outside training.
+    drop_rate: probability of dropping a new value, 0 outside training. bottleneck_drop_rate: of
+    dropping a value of the bottleneck, in front of norm2.
     """
 
     in_channels: int
@@ -54,6 +55,11 @@ class LayerSpec:
     conv2: ConvOptions | None = None
     drop_rate: float = 0.0
     channelwise_dropout: bool = False
+    bottleneck_drop_rate: float = 0.0
+
+    def drops(self) -> bool:
+        """Whether anything is dropped."""
+        return self.drop_rate > 0 or self.bottleneck_drop_rate > 0
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,30 @@ class BlockSpec:
     """Everything about one call of a block that is not a differentiable tensor.
 
     operators: what runs it. memory: ``"store"`` or ``"recompute"``. seed: of the dropout masks,
-    which backward draws again.
+    which backward draws again. newest_first: a layer's new channels stand in front of all earlier
+    ones instead of after them.
     """
 
     layers: tuple[LayerSpec, ...]
     operators: Operators
     memory: str
     seed: int = 0
+    newest_first: bool = False
+
+    def inputs(self, index: int) -> slice:
+        """The channels of F that a layer reads; `inputs(0)` is the block's input."""
+        channels = self.layers[index].in_channels
+        if self.newest_first:
+            return slice(self.out_channels - channels, self.out_channels)
+        return slice(channels)
+
+    def slot(self, index: int) -> slice:
+        """The channels of F that a layer writes."""
+        layer = self.layers[index]
+        first = layer.in_channels
+        if self.newest_first:
+            first = self.out_channels - layer.in_channels - layer.growth
+        return slice(first, first + layer.growth)
 
     @property
     def in_channels(self) -> int:
@@ -111,9 +134,10 @@ def scratch_table(
         table.append(Buffer("bottleneck", (*image, widest), dtype, "scratch"))
     if widest and backward:
         table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))
-    if any(layer.drop_rate > 0 for layer in spec.layers):
-        growth = max(layer.growth for layer in spec.layers)
-        table.append(Buffer("dropout mask", (*image, growth), dtype, "scratch"))
+    masked = [layer.growth for layer in spec.layers if layer.drop_rate > 0]
+    masked += [layer.bottleneck for layer in spec.layers if layer.bottleneck_drop_rate > 0]
+    if masked:
+        table.append(Buffer("dropout mask", (*image, max(masked)), dtype, "scratch"))
     return table
 
 

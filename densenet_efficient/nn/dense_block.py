@@ -27,6 +27,7 @@ from .plain import PlainDenseBlock
 
 Layers = Callable[[nn.Module], Mapping[str, nn.Module]]
 Parts = Callable[[nn.Module], LayerParts]
+Question = Callable[[nn.Module], bool]
 
 
 class DenseBlockExecution(Efficient):
@@ -36,14 +37,28 @@ class DenseBlockExecution(Efficient):
     instances are prepared by `_adopt`.
     """
 
-    def _adopt(self, parts: Parts, memory: str, layers: Layers | None = None) -> None:  # type: ignore[override]
+    def _adopt(  # type: ignore[override]
+        self,
+        parts: Parts,
+        memory: str,
+        layers: Layers | None = None,
+        with_input: Question | None = None,
+        newest_first: bool = False,
+    ) -> None:
         """Takes the present layers over.
 
         parts: layer -> its modules. memory: see `EfficientDenseBlock`. layers: block -> its layers
-        by name, in order; the children by default. Both are picklable functions, called again at
-        every call.
+        by name, in order; the children by default. with_input: block -> whether its input is part
+        of its output; always by default. All are picklable functions, called again at every call.
+        newest_first: whether new channels stand in front of all earlier ones.
         """
-        super()._adopt(parts=parts, memory=check_memory(memory), layers=layers)
+        super()._adopt(
+            parts=parts,
+            memory=check_memory(memory),
+            layers=layers,
+            with_input=with_input,
+            newest_first=newest_first,
+        )
 
     @property
     def memory(self) -> str:
@@ -121,15 +136,20 @@ class DenseBlockExecution(Efficient):
         if torch.is_grad_enabled():
             gradients.sole_counts()
         seed = 0
-        if any(layer.drop_rate > 0 for layer in specs):
+        if any(layer.drops() for layer in specs):
             seed = int(torch.randint(1 << 48, (), device="cpu"))
-        spec = BlockSpec(specs, chosen.operators, self.memory, seed)
+        newest_first = self._efficient.newest_first
+        spec = BlockSpec(specs, chosen.operators, self.memory, seed, newest_first)
         result = Result()
         y = DenseBlockFunction.apply(spec, x, stats, result, *parameters)
         if result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
         _update(parts, spec, result, count)
-        return handover.hand_over(y, result.stats, contiguous)
+        stats = result.stats
+        with_input = self._efficient.with_input
+        if with_input is not None and not with_input(self):
+            y, stats = handover.new_features(y, stats, spec)
+        return handover.hand_over(y, stats, contiguous)
 
 
 class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore[misc]
@@ -205,13 +225,13 @@ def _update(parts: list[LayerParts], spec: BlockSpec, result: Result, count: int
     """Every norm's running statistics, once all of the block has run."""
     norms: list[BatchNorm] = []
     values: list[Tensor] = []
-    for part, layer, b_stats in zip(parts, spec.layers, result.bottleneck_stats, strict=True):
+    for index, (part, layer) in enumerate(zip(parts, spec.layers, strict=True)):
         if layer.norm1.running is None:
             assert result.stats is not None
             norms.append(part.norm1)
-            values.append(result.stats[:, : layer.in_channels])
+            values.append(result.stats[:, spec.inputs(index)])
         if part.norm2 is not None and layer.norm2 and layer.norm2.running is None:
             norms.append(part.norm2)
-            values.append(b_stats)
+            values.append(result.bottleneck_stats[index])
     if norms:
         update_running_statistics(norms, values, count)

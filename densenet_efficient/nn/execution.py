@@ -56,7 +56,8 @@ class State:
     """What an efficient module knows beyond what its children are.
 
     structure: the children that the execution was made for. warned: the last reason for an original
-    forward that was told. memory, parts, layers: of a dense block, see `nn.dense_block`.
+    forward that was told. parts: of a dense block or a transition. memory, layers, with_input,
+    newest_first: of a dense block, see `nn.dense_block`.
     """
 
     structure: watch.Structure
@@ -64,6 +65,8 @@ class State:
     memory: str = ""
     parts: Callable[[nn.Module], Any] | None = None
     layers: Callable[[nn.Module], Any] | None = None
+    with_input: Callable[[nn.Module], bool] | None = None
+    newest_first: bool = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In another process the classes of the structure are not known yet."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.functions import MatchLayoutFunction
+from ..core.specs import BlockSpec
 
 _data_address = torch._C._data_address  # type: ignore[attr-defined]
 _is_cow_tensor = torch._C._is_cow_tensor  # type: ignore[attr-defined]
@@ -63,6 +64,16 @@ def _is_channels_last(x: Tensor) -> bool:
 def match_layout(x: Tensor) -> Tensor:
     """x, whose gradient will come back in contiguous memory."""
     return MatchLayoutFunction.apply(x) if x.requires_grad else x
+
+
+def new_features(y: Tensor, stats: Tensor | None, spec: BlockSpec) -> tuple[Tensor, Tensor | None]:
+    """The channels that a block's layers added to y, and their statistics; a copy, for a caller
+    who takes dense memory for granted."""
+    given, total = spec.in_channels, spec.out_channels
+    new = slice(total - given) if spec.newest_first else slice(given, total)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    new_y = y[:, new].contiguous(memory_format=formats.get(y.dim(), torch.contiguous_format))
+    return new_y, None if stats is None else stats[:, new]
 
 
 def hand_over(y: Tensor, stats: Tensor | None, contiguous: bool) -> Tensor:

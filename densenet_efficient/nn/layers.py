@@ -20,7 +20,9 @@ class LayerParts:
     """The modules of one dense layer, whatever its class calls them.
 
     A plain layer (norm, ReLU, 3x3 convolution) has no norm2 and conv2. drop_rate is applied to the
-    new features in training, channelwise as in ``Dropout2d`` where asked.
+    new features, bottleneck_drop_rate to what conv1 gives in front of norm2, both channelwise as in
+    ``Dropout2d`` where asked. drops: whether they are applied at present; None: in training, by the
+    layer's own flag.
     """
 
     norm1: BatchNorm
@@ -29,6 +31,8 @@ class LayerParts:
     conv2: Convolution | None = None
     drop_rate: float = 0.0
     channelwise_dropout: bool = False
+    bottleneck_drop_rate: float = 0.0
+    drops: bool | None = None
 
     def norms(self) -> list[BatchNorm]:
         """norm1, and norm2 of a bottleneck layer."""
@@ -84,6 +88,7 @@ def layer_spec(
         geometry[index], problem = _geometry(conv, f"{name}'s conv{index + 1}", kernel)
         if problem:
             return None, problem
+    drops = training if part.drops is None else part.drops
     norm2: NormSpec | None = None if part.norm2 is None else norm_spec(part.norm2, dtype)
     return LayerSpec(
         in_channels=channels,
@@ -93,8 +98,9 @@ def layer_spec(
         norm2=norm2,
         conv1=geometry[0],
         conv2=geometry[1],
-        drop_rate=part.drop_rate if training else 0.0,
+        drop_rate=part.drop_rate if drops else 0.0,
         channelwise_dropout=part.channelwise_dropout,
+        bottleneck_drop_rate=part.bottleneck_drop_rate if drops else 0.0,
     ), None
 
 
