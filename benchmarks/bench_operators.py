@@ -1,15 +1,16 @@
-"""Each stage alone: milliseconds, bandwidth, arithmetic rate, and the bare convolution beside it.
+"""Each operator alone: milliseconds, bandwidth, arithmetic rate, and the bare convolution next to
+it.
 
-    python benchmarks/bench_stages.py                       CUDA where there is one, else the CPU
-    python benchmarks/bench_stages.py --batch 64 --stages norm_relu_conv1x1_forward
+    python benchmarks/bench_operators.py                       CUDA where there is one, else the CPU
+    python benchmarks/bench_operators.py --batch 64 --operators norm_relu_conv1x1_forward
 
 Shapes: the middle layer of each block of DenseNet-121 at 224 px, and of BC-100-12 at 32 px. x is a
-slice of its block's feature buffer, as in training. Bytes are the least a stage must move (each
+slice of its block's feature buffer, as in training. Bytes are the least an operator must move (each
 input read once, each output written once), FLOPs those of its products; they are set against a
-copy of 1 GB and a large matrix product measured in the same run. `bare` is the framework's own
+copy of 1 GB and a large matrix product measured in the same run. `bare` is PyTorch's own
 convolution, product or pooling of the same shape on packed tensors, without norm, ReLU, statistics
 or slices. Correctness comes first: on two images, no output may be further from float64 than twice
-the reference in the same dtype. Writes benchmarks/results/stages-DEVICE.{json,md}.
+the reference in the same dtype. Writes benchmarks/results/operators-DEVICE.{json,md}.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="(bf16 on a GPU, fp32 on the CPU)")
     parser.add_argument("--batch", type=int, help="images (256 on a GPU, 8 on the CPU)")
-    parser.add_argument("--stages", nargs="+", help="some only")
+    parser.add_argument("--operators", nargs="+", help="some only")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -97,14 +98,14 @@ def main() -> int:
     plan += [(op, shape) for shape in SHAPES[:3] for op in TRANSITION]
     plan += [(op, STEM_SHAPE) for op in STEM]
     for name, shape in plan:
-        if options.stages and name not in options.stages:
+        if options.operators and name not in options.stages:
             continue
         check(name, shape, dtype, device)
         timed = work(name, shape, batch, dtype, device)
         found = measure(timed, options.rounds, device)
         seconds = found["ours"] * 1e-3
         moved, done = timed.size / seconds, timed.flops / seconds
-        figures.append({"stage": name, "shape": shape.name, **found, "bytes": timed.size})
+        figures.append({"operator": name, "shape": shape.name, **found, "bytes": timed.size})
         figures[-1].update(flops=timed.flops, bandwidth=moved, rate=done)
         rows.append(
             [
@@ -119,7 +120,7 @@ def main() -> int:
             ]
         )
         print(f"{rows[-1][0]:50} {found['ours']:9.3f} ms  bare {found['bare']:9.3f} ms", flush=True)
-    columns = ["stage", "ms", "TB/s", "of copy", "TFLOP/s", "of product", "bare ms", "/ bare"]
+    columns = ["operator", "ms", "TB/s", "of copy", "TFLOP/s", "of product", "bare ms", "/ bare"]
     text = (
         f"batch {batch}, {dtype}; copy {bandwidth / 1e12:.3f} TB/s, product "
         f"{rate / 1e12:.2f} TFLOP/s\n\n{markdown_table(columns, rows)}"
@@ -127,8 +128,8 @@ def main() -> int:
     print(text)
     path = write_results(
         options.output,
-        f"stages-{device.type}",
-        "Stages",
+        f"operators-{device.type}",
+        "Operators",
         {"batch": batch, "dtype": str(dtype), "copy": bandwidth, "product": rate, "rows": figures},
         text,
         options.device,
@@ -141,4 +142,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, MeasurementError) as error:
-        sys.exit(f"bench_stages: {error}")
+        sys.exit(f"bench_operators: {error}")
