@@ -4,7 +4,7 @@
 #   make quick      the tests to run while working: every room, under two minutes
 #   make test       the whole test suite
 #   make lint       formatters, linters and the type checker
-#   make bench      memory and time beside torchvision, on the CPU
+#   make bench      memory and time next to torchvision's, on the CPU
 #   make cuda       compile every CUDA kernel for sm_80 and sm_90a, fail on register spills
 #   make emulation  run the CUDA kernels on the CPU
 #   make gpu-check  on a machine with a GPU: build, test, sanitize, measure; installs nothing
@@ -15,6 +15,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/requirements.stamp
+# A process for each core; a file's tests stay together, for its emulators and other fixtures.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
 .PHONY: demo quick test lint format bench cuda emulation gpu-check setup build clean
@@ -25,10 +27,10 @@ demo: build
 	$(BIN)/python -m densenet_efficient demo
 
 quick: build
-	$(BIN)/python -m pytest -m quick $(PYTEST_ARGS)
+	$(PYTEST) -m quick $(PYTEST_ARGS)
 
 test: build
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -51,7 +53,7 @@ cuda: $(STAMP)
 	$(BIN)/python tools/ptxas_report.py build/native/cuda
 
 emulation: build
-	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)
+	$(PYTEST) tests/emulation $(PYTEST_ARGS)
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py
