@@ -1,4 +1,4 @@
-"""Builds the operator library and the pybind11 module; everything else stands in pyproject.toml."""
+"""Builds the operator library and the pybind11 module; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIBRARY = f"lib{PACKAGE}.so"
 
 class BuildNative(build_ext):
     """Both artefacts are built by ninja in build/, then copied: into the wheel, or, for an editable
-    installation, beside the sources."""
+    installation, next to the sources."""
 
     def run(self) -> None:
         built = native.build(ROOT, self.distribution.get_version())

@@ -98,7 +98,7 @@ def main() -> int:
     plan += [(op, shape) for shape in SHAPES[:3] for op in TRANSITION]
     plan += [(op, STEM_SHAPE) for op in STEM]
     for name, shape in plan:
-        if options.operators and name not in options.stages:
+        if options.operators and name not in options.operators:
             continue
         check(name, shape, dtype, device)
         timed = work(name, shape, batch, dtype, device)

@@ -1,5 +1,5 @@
 """The work of each operator on one layer's volumes: ours and the bare kernel of eager PyTorch, on
-random tensors in the layout of training, with their bytes and FLOPs. See bench_stages.py."""
+random tensors in the layout of training, with their bytes and FLOPs. See bench_operators.py."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ class Build:
                 raise
             raise toolchain.BuildError(
                 f"densenet-efficient failed to compile with {self.compiler.version} against torch "
-                f"{self.torch.version}; the compiler's messages stand above."
+                f"{self.torch.version}; the compiler's messages are above."
             ) from None
 
     def write_ninja(self) -> Built:
@@ -327,7 +327,7 @@ class Build:
         return "".join(f'{{"{key}", {c_string(rows[key])}}},\n' for key in rows)
 
     def commit(self) -> str:
-        """The commit of the sources, "+" behind it where csrc differs; "" outside a repository."""
+        """The commit of the sources, with "+" where csrc differs; "" outside a repository."""
         git = ["git", "-C", str(self.root)]
         try:
             if toolchain.run([*git, "ls-files", "--error-unmatch", "csrc/ops.cpp"]).returncode:

@@ -1,4 +1,4 @@
-"""Runs one nvcc command, keeps ptxas's resource report beside the object, and judges its notes.
+"""Runs one nvcc command, keeps ptxas's resource report next to the object, and judges its notes.
 
     python nvcc.py REPORT -- nvcc ...
 

@@ -1,4 +1,4 @@
-// How launchers hand tensors to kernels: rows and their stride, and the type behind a dtype.
+// How launchers hand tensors to kernels: rows and their stride, and the C++ type of a dtype.
 #pragma once
 
 #include "norm_relu.h"

@@ -159,7 +159,7 @@ def benchmarks(runner: Runner) -> None:
     python = [sys.executable]
     error = ["benchmarks/bench_error.py", "--device", "cuda", "--draws", "4"]
     runner.run("error", [*python, *error], 60)
-    runner.run("stages", [*python, "benchmarks/bench_stages.py"], 90)
+    runner.run("operators", [*python, "benchmarks/bench_operators.py"], 90)
     options = ["--device", "cuda", "--quick"]
     runner.run("training", [*python, "benchmarks/bench_training.py", *options], 260)
     runner.run("memory", [*python, "benchmarks/bench_memory.py", *options], 60)

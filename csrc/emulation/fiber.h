@@ -81,7 +81,7 @@ class Stacks {
   char* stack(int i) { return memory_ + i * kSize + kGuard; }
   static constexpr size_t size() { return kSize - kGuard; }
 
-  // Fibers that were left in the middle leave poisoned stack frames behind.
+  // Fibers that were left in the middle leave poisoned stack frames.
   void forget() {
 #if defined(DE_SANITIZE)
     __asan_unpoison_memory_region(memory_, count_ * kSize);

@@ -84,7 +84,7 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own() -> None:
     eager, ours = (measure_memory(case, peer, exact=True) for peer in ("eager", "recompute"))
     for found in (eager, ours):
         assert 0 < found["kept"] < found["peak"]
-        # The process sees what the allocator does, and at most some scratch of its own beside it.
+        # The process sees what the allocator does, and at most some scratch of its own as well.
         assert found["allocator_peak"] < found["peak"] + 2e6
         assert found["peak"] < 1.1 * found["allocator_peak"] + 16e6
     assert ours["peak"] < eager["peak"] / 3
@@ -158,7 +158,7 @@ def test_the_summary_has_the_papers_volumes() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ["bench_stages.py", "--batch", "1", "--rounds", "1", "--stages", "channel_stats"],
+        ["bench_operators.py", "--batch", "1", "--rounds", "1", "--operators", "channel_stats"],
         ["bench_training.py", "--model", "densenet_cifar", "--depth", "10", "--batch", "2",
          "--dtypes", "fp32", "--rounds", "1", "--no-memory", "--peers", "eager", "recompute"],
     ],

@@ -285,9 +285,9 @@ def test_plans_of_wrappers_are_those_of_the_network(make: Callable[[], nn.Module
 
 def test_copies_share_nothing_and_stay_efficient() -> None:
     plain, ours = converted_pair()
-    twin = copy.deepcopy(ours)
-    training_step(twin, images())
-    assert all(isinstance(m, Efficient) for m in (twin.features, twin.features.denseblock2))
+    copied = copy.deepcopy(ours)
+    training_step(copied, images())
+    assert all(isinstance(m, Efficient) for m in (copied.features, copied.features.denseblock2))
     assert_same_step(plain, ours, images())
 
 

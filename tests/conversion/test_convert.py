@@ -122,13 +122,13 @@ def test_modes_can_be_switched_and_conversion_repeated() -> None:
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_converted_models_copy_and_pickle(copier: Callable[[nn.Module], nn.Module]) -> None:
     model = convert(network().double())
-    twin = copier(model)
+    copied = copier(model)
     x, target = batch()
     expected = training_step(model, x, target)
-    for name, value in training_step(twin, x, target).items():
+    for name, value in training_step(copied, x, target).items():
         assert torch.equal(value, expected[name]), name
-    assert isinstance(twin.features.denseblock1, EfficientDenseBlock)
-    assert twin.features.conv0.weight is not model.features.conv0.weight
+    assert isinstance(copied.features.denseblock1, EfficientDenseBlock)
+    assert copied.features.conv0.weight is not model.features.conv0.weight
 
 
 def test_unconvert_brings_the_original_back() -> None:

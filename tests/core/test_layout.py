@@ -63,7 +63,9 @@ def test_row_stride(x: torch.Tensor, stride: int | None) -> None:
 def test_a_block_with_padded_rows_is_the_reference(memory: str, options: dict) -> None:
     reference, ours = pair(memory, **options)
     x = torch.randn(2, 10, 5, 7, dtype=torch.float64)
-    if "drop_rate" in options:  # other masks than the reference's: beside itself without padding
+    if (
+        "drop_rate" in options
+    ):  # other masks than the reference's: compared with itself without padding
         torch.manual_seed(3)
         got = step(copy.deepcopy(ours), x)
         with pytest.MonkeyPatch.context() as patch:

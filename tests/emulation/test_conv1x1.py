@@ -96,14 +96,14 @@ def test_not_a_number_spreads_only_within_its_row() -> None:
     assert rows == [7]
 
 
-STAGES = [
+LAYERS = [
     ((1568, 128, 128), "DenseNet-121, a layer of block 2"),
     ((1024, 96, 48), "BC-100-12, a layer of block 1"),
 ]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
-@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+@pytest.mark.parametrize(("sizes", "reason"), LAYERS, ids=identifier)
 def test_forward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch.dtype) -> None:
     M, C, K = sizes
     size = dtype.itemsize
@@ -120,7 +120,7 @@ def test_forward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
-@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+@pytest.mark.parametrize(("sizes", "reason"), LAYERS, ids=identifier)
 def test_backward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch.dtype) -> None:
     M, C, K = sizes
     size = dtype.itemsize

@@ -104,14 +104,14 @@ def halo_rows(rows: int, height: int) -> int:
     return sum(min(rows, first + height + 1) - max(0, first - 1) for first in firsts)
 
 
-STAGES = [
+LAYERS = [
     ((1, 28, 28, 128, 32), "DenseNet-121, a layer of block 2"),
     ((1, 32, 32, 48, 16), "BC-100-12's sizes, an output slice of whole sectors"),
 ]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
-@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+@pytest.mark.parametrize(("sizes", "reason"), LAYERS, ids=identifier)
 def test_forward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtype) -> None:
     N, H, W, C, K = sizes
     size = dtype.itemsize
@@ -131,7 +131,7 @@ def test_forward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
-@pytest.mark.parametrize(("sizes", "reason"), STAGES, ids=identifier)
+@pytest.mark.parametrize(("sizes", "reason"), LAYERS, ids=identifier)
 def test_backward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtype) -> None:
     N, H, W, C, K = sizes
     size = dtype.itemsize

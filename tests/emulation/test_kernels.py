@@ -1,7 +1,7 @@
-"""Every CUDA kernel, run on the host under the address sanitizer: right to the framework's own
-error, the same bits whatever the order of threads and blocks, no byte written beside its outputs.
+"""Every CUDA kernel, run on the host under the address sanitizer: right to PyTorch's own
+error, the same bits whatever the order of threads and blocks, no byte written outside its outputs.
 
-Shapes are chosen for a reason each, which stands beside them. Features that are not written yet
+Shapes are chosen for a reason each, which is given next to them. Features that are not written yet
 hold NaN, and so do fresh outputs, workspaces and shared memory: what is read too early or too far
 shows.
 """

@@ -59,7 +59,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def networks(
     dtype: torch.dtype, memory: str, **options: Any
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Ours and the framework's in `dtype`, with moved norms; the latter in float64."""
+    """Ours and PyTorch's in `dtype`, with moved norms; the latter in float64."""
     plain = moved_norms(reference.DenseNet(*SIZES, num_classes=3, **options))
     ours = EfficientDenseNet(*SIZES, num_classes=3, memory=memory, **options)
     ours.load_state_dict(plain.state_dict())

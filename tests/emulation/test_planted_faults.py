@@ -24,7 +24,7 @@ SEEDS = range(4)
 @dataclass(frozen=True)
 class Fault:
     name: str
-    stage: str
+    operator: str
     sizes: tuple[int, ...]
     mutation: Mutation
     message: str  # of the error
@@ -125,9 +125,9 @@ def identifier(value: object) -> str:
 @pytest.mark.parametrize("fault", FAULTS, ids=identifier)
 def test_fault_is_named(fault: Fault) -> None:
     torch.manual_seed(0)
-    case = make(fault.stage, fault.sizes, fault.dtype, before=fault.before)
+    case = make(fault.operator, fault.sizes, fault.dtype, before=fault.before)
     with (
-        Emulator([fault.stage], mutations=[fault.mutation]) as emulator,
+        Emulator([fault.operator], mutations=[fault.mutation]) as emulator,
         pytest.raises(EmulationError, match=fault.message),
     ):
         for seed in SEEDS:
@@ -135,7 +135,7 @@ def test_fault_is_named(fault: Fault) -> None:
 
 
 def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
-    """Features behind the last channel hold NaN; a zero weight would not hide them."""
+    """Features after the last channel hold NaN; a zero weight would not hide them."""
     fault = Mutation(
         "cuda/transition_forward.cu",
         "exists ? valid : 0, args.x.vector);",
@@ -167,9 +167,9 @@ def test_result_that_depends_on_the_order_of_blocks_shows_in_the_bits() -> None:
 
 def test_sources_without_a_fault_pass() -> None:
     """The same calls, with nothing planted, are right: the messages above are the faults' own."""
-    for stage, sizes, dtype in {(fault.stage, fault.sizes, fault.dtype) for fault in FAULTS}:
-        case = make(stage, sizes, dtype)
-        with Emulator([stage]) as emulator:
+    for operator, sizes, dtype in {(fault.operator, fault.sizes, fault.dtype) for fault in FAULTS}:
+        case = make(operator, sizes, dtype)
+        with Emulator([operator]) as emulator:
             for seed in SEEDS:
                 emulator.call(case.op, *case.arguments.values(), seed=seed)
         stats = case.outputs["stats"]
@@ -184,5 +184,5 @@ def test_mutation_must_apply() -> None:
 
 
 def test_unknown_stage_is_named() -> None:
-    with pytest.raises(EmulationError, match="no such stage: pooling"):
+    with pytest.raises(EmulationError, match="no such operator: pooling"):
         Emulator(["pooling"])

@@ -1,5 +1,5 @@
-"""What the kernels do to memory, counted in the emulation and held to each stage's byte model, at
-stage shapes of DenseNet-121 and BC-100-12 with fewer pixels.
+"""What the kernels do to memory, counted in the emulation and held to each operator's byte model,
+at shapes of DenseNet-121 and BC-100-12 with fewer pixels.
 
 Activations are counted as multiples of their own bytes: what warps ask for, and what must come from
 memory at least once. Per-channel tables, weights and workspaces are small or come from the caches.

@@ -30,7 +30,7 @@ SHAPES = [
     ("norm_fold", (40,), 0, "no workspace"),
     ("norm_correction", (40,), 0, "no workspace"),
     ("norm_correction_apply", (40, 24), 0, "no workspace"),
-    ("norm_relu_conv1x1_forward", (300, 8, 24), 0, "one warp beside the next"),
+    ("norm_relu_conv1x1_forward", (300, 8, 24), 0, "one warp next to another"),
     ("norm_relu_conv1x1_forward", (300, 8, 100), 0, "128 columns"),
     ("norm_relu_conv1x1_forward", (300, 8, 130), 0, "two warps share their rows"),
     ("norm_relu_conv1x1_forward", (5, 3, 200), 1, "several columns of the grid"),

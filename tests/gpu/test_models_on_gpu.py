@@ -1,4 +1,4 @@
-"""Blocks and whole models on a GPU: exactness beside the framework, repeatable bits, streams,
+"""Blocks and whole models on a GPU: exactness compared with PyTorch, repeatable bits, streams,
 threads, CUDA graphs. Run by `make gpu-check`; every test skips where torch sees no CUDA device."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every operator on a GPU, with the cases of the host emulation and with the real shapes of
-DenseNet-121 and BC-100-12: right to the framework's own error, the same bits twice, nothing written
-beside the outputs. Run by `make gpu-check`."""
+DenseNet-121 and BC-100-12: right to PyTorch's own error, the same bits twice, nothing written
+outside the outputs. Run by `make gpu-check`."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def run(case: Case) -> dict[str, Tensor]:
     for whole, columns in buffers:
         whole = whole.clone()
         whole[..., columns] = math.nan
-        assert whole.isnan().all(), f"{case.op} wrote beside a slice"
+        assert whole.isnan().all(), f"{case.op} wrote outside a slice"
     return {name: arguments[name].cpu() for name in case.written}
 
 

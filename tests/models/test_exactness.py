@@ -1,4 +1,4 @@
-"""Whole networks against the framework's: DenseNet-121 in float64 tensor by tensor, lower precision
+"""Whole networks against PyTorch's: DenseNet-121 in float64 tensor by tensor, lower precision
 by the error ratio, and a training run step by step."""
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_densenet121_in_eval_mode_is_torchvisions(
 @pytest.mark.slow
 @MEMORY
 @pytest.mark.parametrize("mixed", [True, False])
-def test_densenet121_in_bfloat16_errs_no_more_than_the_framework(
+def test_densenet121_in_bfloat16_errs_no_more_than_pytorch(
     source: nn.Module, mixed: bool, memory: str
 ) -> None:
     """Autocast, and a pure bfloat16 model."""
@@ -133,7 +133,7 @@ def test_densenet121_in_bfloat16_errs_no_more_than_the_framework(
 
 
 @pytest.mark.slow
-def test_untrained_densenet121_in_bfloat16_errs_no_more_than_the_framework() -> None:
+def test_untrained_densenet121_in_bfloat16_errs_no_more_than_pytorch() -> None:
     """At the initial values the network does not depend on the scale of its first norm: that
     gradient is a sum in which everything cancels, and shows any bias in what is summed."""
     theirs = torchvision.models.densenet121(num_classes=10)
@@ -235,7 +235,7 @@ def losses(
     ("dtype", "tolerance", "lr", "batch", "trained"),
     [
         (torch.float64, 1e-8, 0.05, 32, 0.3),
-        # Slower: in float32 two runs of the framework itself, in NCHW and in channels-last memory,
+        # Slower: in float32 two runs of PyTorch itself, in NCHW and in channels-last memory,
         # part by 10 % within 50 steps at the rate above, and by 0.5 % at this one.
         (torch.float32, 1e-2, 0.01, 128, 0.9),
     ],

@@ -1,4 +1,4 @@
-"""What the operators on the CPU lose to rounding: no more than the framework's own layers do."""
+"""What the operators on the CPU lose to rounding: no more than PyTorch's own layers do."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_statistics_do_not_cancel() -> None:
 
 
 def framework_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor) -> dict:
-    """Norm, ReLU, convolution and their gradients by the framework, x [N, C, H, W]; the norm in
-    float32, as autocast runs it beside bfloat16 activations."""
+    """Norm, ReLU, convolution and their gradients by PyTorch, x [N, C, H, W]; the norm in
+    float32, as autocast runs it next to bfloat16 activations."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, gamma, beta, weight)]
     x, gamma, beta, weight = leaves
     h = F.relu(F.batch_norm(x, None, None, gamma, beta, training=True))
@@ -43,7 +43,7 @@ def framework_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: 
 
 
 def our_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor) -> dict:
-    """The same with our stages; x and the result are views of channels-last rows."""
+    """The same with our operators; x and the result are views of channels-last rows."""
     rows, dy = x.permute(0, 2, 3, 1).contiguous(), dy.permute(0, 2, 3, 1).contiguous()
     N, H, W, C = rows.shape
     K, M = weight.shape[0], N * H * W
@@ -81,7 +81,7 @@ def test_error_against_float64_is_not_larger_than_the_frameworks(
     dtype: torch.dtype, kernel: int
 ) -> None:
     """Norm, ReLU and convolution with their gradients on the same input, each result's error at
-    most 1.2 times the framework's own; the dithered second rounding of a 16-bit dx has a bound of
+    most 1.2 times PyTorch's own; the dithered second rounding of a 16-bit dx has a bound of
     its own."""
     N, C, K, size = 4, 96, 64, 14
     x = (
@@ -98,14 +98,14 @@ def test_error_against_float64_is_not_larger_than_the_frameworks(
     for name in exact:
         bound = 1.3 if name == "dx" and dtype.itemsize == 2 else 1.2
         error, own = (relative_error(t[name], exact[name]) for t in (ours, peer))
-        assert error <= bound * own, f"{name}: error {error:.3g}, the framework's {own:.3g}"
+        assert error <= bound * own, f"{name}: error {error:.3g}, PyTorch's {own:.3g}"
     assert error_ratio([ours], [peer], [exact]).together <= 1.2
 
 
-@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "fallback"])
+@pytest.mark.parametrize("operators", [compiled, fallback], ids=["kernels", "fallback"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_correction_below_the_last_digit_is_not_lost(
-    stages: ModuleType, dtype: torch.dtype
+    operators: ModuleType, dtype: torch.dtype
 ) -> None:
     """Gradients on the dtype's grid, minus less than half a step of it: rounding to nearest gives
     them back unchanged. Of every channel the sum is right to four standard deviations."""
@@ -119,20 +119,20 @@ def test_a_correction_below_the_last_digit_is_not_lost(
         correction[0] = 1
         correction[1] = torch.linspace(0.01, 0.45, C) * step
         before, x = dx.clone(), torch.zeros_like(dx)
-        stages.norm_correction_apply(dx, x, correction)
+        operators.norm_correction_apply(dx, x, correction)
         taken = (before.double() - dx.double()) / step
         assert taken.abs().max() <= 1
         bound = 4 * 0.5 / math.sqrt(M)
         assert (taken.mean(0) - correction[1].double() / step).abs().max() < bound
 
 
-@pytest.mark.parametrize("stages", [compiled, fallback], ids=["kernels", "fallback"])
+@pytest.mark.parametrize("operators", [compiled, fallback], ids=["kernels", "fallback"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_correction_of_nothing_changes_nothing(stages: ModuleType, dtype: torch.dtype) -> None:
+def test_a_correction_of_nothing_changes_nothing(operators: ModuleType, dtype: torch.dtype) -> None:
     special = [0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, -65504.0, 1.0]
     dx = torch.cat([torch.tensor(special).repeat(4, 1), torch.randn(40, 8)]).to(dtype)
     before = dx.clone()
     correction = torch.zeros(4, 8, dtype=reference.wide_dtype(dtype))
     correction[0] = 1
-    stages.norm_correction_apply(dx, torch.zeros_like(dx), correction)
+    operators.norm_correction_apply(dx, torch.zeros_like(dx), correction)
     torch.testing.assert_close(dx, before, rtol=0, atol=0, equal_nan=True)

@@ -1,5 +1,5 @@
-"""The reference is the specification, so it is held against PyTorch itself: every stage against
-autograd through the framework's modules, the models against torchvision."""
+"""The reference is the specification, so it is held against PyTorch itself: every operator against
+autograd through PyTorch's modules, the models against torchvision."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def norm_of(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
 
 
 def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """[N, H, W, C] -> the same, by the framework."""
+    """[N, H, W, C] -> the same, by PyTorch."""
     return nhwc(torch.relu(F.batch_norm(nchw(x), None, None, gamma, beta, True, 0.1, EPS)))
 
 

@@ -1,4 +1,4 @@
-"""What a kernel's results must agree with: float64, to the framework's error on the same input."""
+"""What a kernel's results must agree with: float64, to PyTorch's error on the same input."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def floor(value: Tensor) -> float:
 
 
 def compare(op: str, inputs: Mapping[str, Any], ours: Mapping[str, Tensor]) -> None:
-    """Fails unless every output of one call is finite, at most twice as far from float64 as the
-    framework's, and all of them together at most 1.2 times. Everything on the CPU."""
+    """Fails unless every output of one call is finite, at most twice as far from float64 as
+    PyTorch's, and all of them together at most 1.2 times. Everything on the CPU."""
     truth = reference_outputs(op, dict(inputs))
     theirs = eager_outputs(op, _copies(inputs))
     if "stats" in ours and "y" in ours:  # of the values as stored

@@ -1,4 +1,4 @@
-"""The scripts behind make: what a fresh machine lacks, ptxas's report, the runner of gpu-check."""
+"""The scripts that make runs: what a machine lacks, ptxas's report, the runner of gpu-check."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_gpu_check_runs_every_step_and_fails_with_any(
     steps = list(environments)
     assert steps[:3] == ["build for 9.0", "info", "tests"]
     assert steps[3:6] == ["memcheck", "racecheck", "initcheck"]
-    assert steps[6:] == ["error", "stages", "training", "memory"]
+    assert steps[6:] == ["error", "operators", "training", "memory"]
     assert environments["build for 9.0"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
     text = (tmp_path / "gpu-check.md").read_text()
     assert "NVIDIA H200" in text and "| racecheck" in text

@@ -34,7 +34,7 @@ def options(out: Path, epochs: int = 3, **changes: Any) -> TrainingOptions:
 
 
 def run_epochs(trainer: Trainer, count: int) -> None:
-    """The first epochs of a run, as if it had been killed behind them."""
+    """The first epochs of a run, as if it had been killed after them."""
     for _ in range(count):
         trainer.history.append(trainer._run_epoch())
         trainer.epoch += 1

@@ -1,4 +1,4 @@
-"""Builds the kernels' sources for the host, one library for each set of stages.
+"""Builds the kernels' sources for the host, one library for each set of operators.
 
 Objects are kept under build/emulation by a hash of everything they are made of, so a build after a
 small change compiles one file.
@@ -37,23 +37,23 @@ class Mutation:
     new: str
 
 
-def stage_names() -> list[str]:
-    """The stages that have a CUDA kernel file."""
+def operator_names() -> list[str]:
+    """The operators that have a CUDA kernel file."""
     return sorted(path.stem for path in (SOURCES / "cuda").glob("*.cu"))
 
 
 def build(
-    stages: Sequence[str] | None = None,
+    operators: Sequence[str] | None = None,
     *,
     mutations: Sequence[Mutation] = (),
     sanitize: bool = True,
 ) -> Path:
-    """Compiles the given stages (default: all) and returns the library. Raises EmulationError where
-    the checkout or the compiler is missing, a mutation does not apply, or compiling fails."""
-    names = stage_names() if stages is None else list(stages)
-    unknown = sorted(set(names) - set(stage_names()))
+    """Compiles the given operators (default: all) and returns the library. Raises EmulationError
+    where the checkout or the compiler is missing, a mutation does not apply, or compiling fails."""
+    names = operator_names() if operators is None else list(operators)
+    unknown = sorted(set(names) - set(operator_names()))
     if unknown:
-        raise EmulationError(f"no such stage: {', '.join(unknown)}; known: {stage_names()}")
+        raise EmulationError(f"no such operator: {', '.join(unknown)}; known: {operator_names()}")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise EmulationError("the emulation needs g++ (or the compiler that CXX names)")

@@ -42,7 +42,7 @@ HOPPER = Device()
 
 
 class Emulator:
-    """Runs the CUDA launchers and kernels of some stages (default: all) on CPU tensors.
+    """Runs the CUDA launchers and kernels of some operators (default: all) on CPU tensors.
 
         with Emulator(["channel_stats"]) as emulator:
             launches = emulator.call("channel_stats", x, stats, seed=3)
@@ -59,12 +59,12 @@ class Emulator:
 
     def __init__(
         self,
-        stages: Sequence[str] | None = None,
+        operators: Sequence[str] | None = None,
         *,
         mutations: Sequence[Mutation] = (),
         sanitize: bool = True,
     ) -> None:
-        self.library = build(stages, mutations=mutations, sanitize=sanitize)
+        self.library = build(operators, mutations=mutations, sanitize=sanitize)
         self.sanitize = sanitize
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the emulator)
@@ -142,7 +142,7 @@ class Emulator:
 
 
 def _copy_back(before: Sequence[Any], after: Sequence[Any]) -> None:
-    """Copies whole storages, so that a stray write beside a view is seen by the caller, too."""
+    """Copies whole storages, so that a stray write outside a view is seen by the caller, too."""
     for old, new in zip(before, after, strict=True):
         if isinstance(old, torch.Tensor):
             old.untyped_storage().copy_(new.untyped_storage())

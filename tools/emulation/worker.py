@@ -41,7 +41,7 @@ def send(stream: IO[bytes], message: Any) -> None:
 
 def on_exact_heap(arguments: list[Any]) -> list[Any]:
     """The tensors on storages of their own, exactly as large as they were: views of one storage
-    stay views of one storage, and the sanitizer sees every byte behind its end."""
+    stay views of one storage, and the sanitizer sees every byte after its end."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def move(value: Any) -> Any:
