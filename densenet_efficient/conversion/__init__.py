@@ -9,23 +9,34 @@ after all earlier ones, is taught by naming the parts of a layer:
 
     register_adapter(MyBlock, block_adapter(parts))
 
-The numerical self-check finds an adapter that is wrong before anything is swapped.
+The numerical self-check finds an adapter that is wrong before anything is swapped. `libraries` has
+the adapters of known classes, which also serve copies of these classes in one's own code.
 """
 
-from . import torchvision_tree
-from .adapters import Adapter, Unsupported, block_adapter, register_adapter
+from . import libraries
+from .adapters import (
+    Adapter,
+    LayerAdapter,
+    block_adapter,
+    register_adapter,
+    transition_adapter,
+)
+from .checks import Unsupported
 from .swap import ConversionError, Report, convert, inspect_conversion, unconvert
 
-torchvision_tree.register()
+libraries.register()
 
 __all__ = [
     "Adapter",
     "ConversionError",
+    "LayerAdapter",
     "Report",
     "Unsupported",
     "block_adapter",
     "convert",
     "inspect_conversion",
+    "libraries",
     "register_adapter",
+    "transition_adapter",
     "unconvert",
 ]

@@ -8,24 +8,30 @@ wrote while reading it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import type_before_parametrizations as plain_type
 
 from ..nn.classes import efficient_view
 from ..nn.dense_block import DenseBlockExecution, EfficientDenseBlock
 from ..nn.execution import Efficient
-from ..nn.layers import CONVOLUTIONS, LayerParts
-from ..nn.norms import BATCH_NORMS
+from ..nn.layers import LayerParts
+from ..nn.norms import is_batch_norm
+from ..nn.stage import StageExecution
+from ..nn.transition import EfficientTransition, TransitionExecution, TransitionParts
+from .checks import (
+    Unsupported,
+    check_batch_norm,
+    check_convolution,
+    check_layer_parts,
+    convolution_dims,
+    random_probe,
+)
 
-
-class Unsupported(ValueError):
-    """Why one module cannot be converted; the message starts with a module's name."""
+Check = Callable[[str, nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,20 @@ class Adapter:
     required: bool = True
 
 
-_ADAPTERS: dict[str, Adapter] = {}
+@dataclass(frozen=True)
+class LayerAdapter:
+    """How layers of one class are read that return their input together with their new channels:
+    the layers at the end of a `torch.nn.Sequential` are executed as a dense block.
+
+    parts, check, newest_first: as for `block_adapter`.
+    """
+
+    parts: Callable[[nn.Module], LayerParts]
+    check: Check | None = None
+    newest_first: bool = False
+
+
+_ADAPTERS: dict[str, Adapter | LayerAdapter] = {}
 
 
 def qualified_name(cls: type) -> str:
@@ -53,7 +72,7 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def register_adapter(source: str | type[nn.Module], adapter: Adapter) -> None:
+def register_adapter(source: str | type[nn.Module], adapter: Adapter | LayerAdapter) -> None:
     """Makes `convert` replace modules of exactly this class.
 
     Args:
@@ -72,12 +91,14 @@ def register_adapter(source: str | type[nn.Module], adapter: Adapter) -> None:
             "source must be a subclass of torch.nn.Module or its name 'package.module.Class', "
             f"got {source!r}"
         )
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
+    if not isinstance(adapter, (Adapter, LayerAdapter)):
+        raise TypeError(
+            f"adapter must be an Adapter or a LayerAdapter, got {type(adapter).__name__}"
+        )
     _ADAPTERS[name] = adapter
 
 
-def find_adapter(module: nn.Module) -> Adapter | None:
+def find_adapter(module: nn.Module) -> Adapter | LayerAdapter | None:
     """The adapter of the module's class, or of a base class whose forward it has."""
     for base in type(module).__mro__:
         if qualified_name(base) in _ADAPTERS:
@@ -90,10 +111,13 @@ def find_adapter(module: nn.Module) -> Adapter | None:
 def block_adapter(
     parts: Callable[[nn.Module], LayerParts],
     *,
-    check: Callable[[str, nn.Module], None] | None = None,
+    check: Check | None = None,
     layers: Callable[[nn.Module], Mapping[str, nn.Module]] | None = None,
+    with_input: Callable[[nn.Module], bool] | None = None,
+    newest_first: bool = False,
 ) -> Adapter:
-    """The adapter of a block that appends each layer's new channels after all earlier ones.
+    """The adapter of a dense block: every layer sees the block's input and all earlier layers' new
+    channels.
 
     Args:
         parts: layer -> its norms and convolutions; a module-level function (it is pickled with the
@@ -102,6 +126,10 @@ def block_adapter(
             parts' kinds (`check_layer_parts`) and the numerical self-check, such as its activation.
         layers: block -> its layers by name, in order; a module-level function, too. The block's
             children by default.
+        with_input: block -> whether its input is part of its output; a module-level function, too.
+            Always by default.
+        newest_first: whether a layer's new channels stand in front of all earlier ones instead of
+            after them.
     """
 
     def layers_of(block: nn.Module) -> Mapping[str, nn.Module]:
@@ -111,14 +139,10 @@ def block_adapter(
         return found
 
     def view(block: nn.Module, memory: str) -> Efficient:
-        for name, layer in layers_of(block).items():
-            if check is not None:
-                check(name, layer)
-            check_layer_parts(name, parts(layer))
+        check_layers(layers_of(block), parts, check)
         whole = isinstance(block, nn.ModuleDict)
         found = efficient_view(block, EfficientDenseBlock if whole else DenseBlockExecution)
-        assert isinstance(found, DenseBlockExecution)
-        found._adopt(parts, memory, layers)
+        found._adopt(parts, memory, layers, with_input, newest_first)
         return found
 
     def probe(block: nn.Module) -> Tensor:
@@ -128,65 +152,99 @@ def block_adapter(
     return Adapter(view, probe)
 
 
-def convolution_dims(convolution: nn.Module) -> int:
-    """1, 2 or 3."""
-    return CONVOLUTIONS.index(plain_type(convolution)) + 1
+def check_layers(
+    layers: Mapping[str, nn.Module],
+    parts: Callable[[nn.Module], LayerParts],
+    check: Check | None,
+) -> None:
+    """Raises `Unsupported` for a layer that the operators do not know."""
+    for name, layer in layers.items():
+        if check is not None:
+            check(name, layer)
+        check_layer_parts(name, parts(layer))
 
 
-def random_probe(channels: int, dims: int, size: int = 5) -> Tensor:
-    """[2, channels, size, size + 1, ...], the same numbers every time, torch's own random state
-    untouched. Odd and uneven sides tell edges and axes apart."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, channels, *range(size, size + dims), generator=generator)
+def find_run(sequence: nn.Module) -> tuple[int, LayerAdapter] | None:
+    """Where in a Sequential the layers begin that end it, all of one adapter, and that adapter."""
+    if not isinstance(sequence, nn.Sequential) or type(sequence).forward is not (
+        nn.Sequential.forward
+    ):
+        return None
+    first, found = len(sequence), None
+    for child in reversed(sequence):
+        adapter = find_adapter(child)
+        if not isinstance(adapter, LayerAdapter) or found not in (None, adapter):
+            break
+        first, found = first - 1, adapter
+    return None if found is None else (first, found)
 
 
-def check_relu(name: str, module: nn.Module) -> None:
-    """Raises `Unsupported` unless the module is exactly torch's ReLU."""
-    if plain_type(module) is not nn.ReLU:
-        raise Unsupported(f"{name} is {type(module).__name__}; only ReLU is supported")
-
-
-def check_batch_norm(name: str, module: nn.Module) -> None:
-    """Raises `Unsupported` unless the module is one of torch's own batch norms."""
-    if plain_type(module) not in (*BATCH_NORMS, SyncBatchNorm):
-        raise Unsupported(f"{name} is {type(module).__name__}; only batch norms are supported")
-
-
-def check_convolution(name: str, module: nn.Module) -> None:
-    """Raises `Unsupported` unless the module is torch's own convolution, ungrouped, of stride 1."""
-    if plain_type(module) not in CONVOLUTIONS:
-        raise Unsupported(f"{name} is {type(module).__name__}; only convolutions are supported")
-    assert isinstance(module, CONVOLUTIONS)
-    if module.groups != 1 or set(module.stride) != {1} or module.padding_mode != "zeros":
-        raise Unsupported(
-            f"{name} has groups {module.groups}, stride {tuple(module.stride)} and padding mode "
-            f"{module.padding_mode!r}; supported are 1, 1 and 'zeros'"
+def run_adapter(
+    first: int, adapter: LayerAdapter, children: dict[str, nn.Module | None]
+) -> Adapter:
+    """Of a Sequential whose layers begin at child ``first``; children: all of them, those in front
+    of the layers converted already."""
+    layers = functools.partial(_children_from, first)
+    if first == 0:
+        return block_adapter(
+            adapter.parts, check=adapter.check, layers=layers, newest_first=adapter.newest_first
         )
 
+    def view(sequence: nn.Module, memory: str) -> Efficient:
+        check_layers(layers(sequence), adapter.parts, adapter.check)
+        found = efficient_view(sequence, StageExecution)
+        found.__dict__["_modules"] = children
+        found._adopt(adapter.parts, memory, layers, newest_first=adapter.newest_first)
+        return found
 
-def check_layer_parts(name: str, parts: LayerParts) -> None:
-    """Raises `Unsupported`, naming the part, unless norms and convolutions are torch's own."""
-    check_batch_norm(f"{name}: norm1", parts.norm1)
-    check_convolution(f"{name}: conv1", parts.conv1)
-    if (parts.norm2 is None) != (parts.conv2 is None):
-        raise Unsupported(f"{name} has only one of norm2 and conv2")
-    if parts.norm2 is not None and parts.conv2 is not None:
-        check_batch_norm(f"{name}: norm2", parts.norm2)
-        check_convolution(f"{name}: conv2", parts.conv2)
+    def probe(sequence: nn.Module) -> Tensor:
+        norm: Any = next(module for module in sequence.modules() if is_batch_norm(module))
+        layer = adapter.parts(next(iter(layers(sequence).values())))
+        return random_probe(norm.num_features, convolution_dims(layer.conv1), 10)
+
+    return Adapter(view, probe)
 
 
-def check_kinds(module: nn.Module) -> None:
-    """Raises `Unsupported` for what no adapter can convert: scripted, quantised or
-    quantisation-aware, and uninitialised lazy modules, inside or at the top."""
-    for name, inner in module.named_modules():
-        where = name or type(inner).__name__
-        if isinstance(inner, torch.jit.ScriptModule):
-            raise Unsupported(f"{where} is a script module; convert before scripting")
-        home = type(inner).__module__
-        if home.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic")) or (
-            getattr(inner, "qconfig", None) is not None
-        ):
-            raise Unsupported(f"{where} is quantised or prepared for quantisation")
-        for tensor in (*inner._parameters.values(), *inner._buffers.values()):
-            if tensor is not None and is_lazy(tensor):
-                raise Unsupported(f"{where} is lazy and not initialised; run one batch first")
+def _children_from(first: int, sequence: nn.Module) -> Mapping[str, nn.Module]:
+    return dict(list(sequence.named_children())[first:])
+
+
+def transition_adapter(
+    parts: Callable[[nn.Module], TransitionParts], *, check: Check | None = None
+) -> Adapter:
+    """The adapter of a transition: norm, ReLU, 1x1 convolution without bias, average pooling by 2.
+    One that is not so is left as it is, and reported.
+
+    Args:
+        parts: transition -> its modules; a module-level function.
+        check: (name, transition) -> None, or raises `Unsupported`.
+    """
+
+    def view(transition: nn.Module, memory: str) -> Efficient:
+        if check is not None:
+            check("the transition", transition)
+        found = parts(transition)
+        check_batch_norm("norm", found.norm)
+        check_convolution("conv", found.conv)
+        whole = isinstance(transition, nn.Sequential)
+        view = efficient_view(transition, EfficientTransition if whole else TransitionExecution)
+        view._adopt(parts)
+        problem = view._geometry_problem()
+        if problem is not None:
+            raise Unsupported(problem)
+        return view
+
+    def probe(transition: nn.Module) -> Tensor:
+        found = parts(transition)
+        return random_probe(found.norm.num_features, convolution_dims(found.conv))
+
+    return Adapter(view, probe, required=False)
+
+
+def refusal(reason: str) -> Adapter:
+    """The adapter of a class that is known, and not converted."""
+
+    def view(source: nn.Module, memory: str) -> Efficient:
+        raise Unsupported(reason)
+
+    return Adapter(view, lambda source: random_probe(1, 2))

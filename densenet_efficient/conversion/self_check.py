@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.execution import ORIGINAL, Efficient
-from .adapters import Unsupported
+from ..nn.transition import TransitionExecution
+from .checks import Unsupported
 
 # Largest difference over the largest value. A wrong order of channels gives errors of order one;
 # these bounds leave room for another order of summation, and for TF32 next to float32.
@@ -45,33 +46,55 @@ def check_view(source: nn.Module, view: Efficient, probe: Callable[[nn.Module], 
             expected = _run("it", source, x, lambda: source(x.clone()))
             got = _run("the efficient module", view, x, lambda: view(x.clone()))
         _compare("output", expected, got, like.dtype)
-        chosen = view.path(x) if isinstance(view, DenseBlockExecution) else None
-        if chosen is not None and chosen.kind == ORIGINAL:
+        if not isinstance(view, (DenseBlockExecution, TransitionExecution)):
+            return ""
+        chosen = view.path(x)
+        if chosen.kind == ORIGINAL:
             return f"runs its original forward: {chosen.reason}"
-        if isinstance(view, DenseBlockExecution):
-            _check_training(source, view, x)
+        _check_training(source, view, x)
     return ""
 
 
-def _check_training(source: nn.Module, view: DenseBlockExecution, x: Tensor) -> None:
+def _check_training(
+    source: nn.Module, view: DenseBlockExecution | TransitionExecution, x: Tensor
+) -> None:
     """One training step of either, without dropout, and the dropout of the source as recorded."""
     for module in source.modules():
         module.training = True
     view.training = True
-    parts = view.parts()
     with _DropoutRecorder() as dropout:
         expected = _training_step("it", source, x, after_forward=dropout.stop)
-    _check_dropout(dropout.calls, [(p.drop_rate, p.channelwise_dropout) for p in parts])
-    named = view._efficient.parts
-    assert named is not None
-    view._efficient.parts = lambda layer: dataclasses.replace(named(layer), drop_rate=0.0)
-    try:
+    _check_dropout(dropout.calls, _declared_dropout(view))
+    with _without_dropout(view):
         got = _training_step("the efficient module", view, x)
-    finally:
-        view._efficient.parts = named
     for name, value in expected.items():
         if x.dtype in (torch.float64, torch.float32) or "gradient" not in name:
             _compare(f"{name} of a training step", value, got[name], x.dtype)
+
+
+def _declared_dropout(view: Efficient) -> list[tuple[float, bool]]:
+    """The dropouts of a training step as the adapter has them, in order."""
+    if not isinstance(view, DenseBlockExecution):
+        return []
+    return [
+        (rate, parts.channelwise_dropout)
+        for parts in view.parts()
+        for rate in (parts.bottleneck_drop_rate, parts.drop_rate)
+    ]
+
+
+@contextlib.contextmanager
+def _without_dropout(view: Efficient) -> Iterator[None]:
+    named = view._efficient.parts
+    assert named is not None
+    rates = {"drop_rate": 0.0}
+    if isinstance(view, DenseBlockExecution):
+        rates["bottleneck_drop_rate"] = 0.0
+    view._efficient.parts = lambda module: dataclasses.replace(named(module), **rates)
+    try:
+        yield
+    finally:
+        view._efficient.parts = named
 
 
 def _training_step(

@@ -19,12 +19,22 @@ from ..nn.classes import become, is_made, unmake
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.execution import Efficient
 from ..nn.options import check_memory
-from . import torchvision_tree
-from .adapters import Adapter, Unsupported, check_kinds, find_adapter, qualified_name
+from .adapters import (
+    Adapter,
+    LayerAdapter,
+    find_adapter,
+    find_run,
+    qualified_name,
+    run_adapter,
+)
+from .checks import Unsupported, check_kinds
+from .features import is_features, probe_features, view_features
+from .libraries import NAMED
 from .self_check import check_view
 
 logger = logging.getLogger("densenet_efficient.convert")
-_DENSE_NAME = re.compile(r"dense_?(block|layer|unit)", re.IGNORECASE)
+_DENSE_NAME = re.compile(r"dense_?(tdnn_?)?(block|layer|unit)", re.IGNORECASE)
+_PATHS_SHOWN = 4
 _DENSE_CHILD = re.compile(r"dense_?layer_?\d+", re.IGNORECASE)
 
 
@@ -49,11 +59,15 @@ class Report:
     entries: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            f"{e.outcome:9}  {e.path or '(the model)'}: {e.source}"
-            + (f" ({e.reason})" if e.reason else "")
-            for e in self.entries
-        ]
+        kinds: dict[tuple[str, str, str], list[str]] = {}
+        for e in self.entries:
+            kinds.setdefault((e.outcome, e.source, e.reason), []).append(e.path or "(the model)")
+        lines = []
+        for (outcome, source, reason), paths in kinds.items():
+            shown = ", ".join(paths[:_PATHS_SHOWN])
+            if len(paths) > _PATHS_SHOWN:
+                shown += f" and {len(paths) - _PATHS_SHOWN} more"
+            lines.append(f"{outcome:9}  {shown}: {source}" + (f" ({reason})" if reason else ""))
         return "\n".join(lines) or "no dense block found"
 
     def select(self, outcome: str) -> list[Entry]:
@@ -97,9 +111,17 @@ class Conversion:
             self._modes.append(module)
             return module
         adapter = find_adapter(module)
-        if adapter is not None:
+        if isinstance(adapter, Adapter):
             return self._view(module, path, adapter)
-        reason = _foreign(module)
+        run = find_run(module)
+        if run is not None:
+            first, layer_adapter = run
+            children = self._children(module, path, first)
+            return self._view(module, path, run_adapter(first, layer_adapter, children))
+        if isinstance(adapter, LayerAdapter):
+            self._note(path, module, "left", "it is no child of a torch.nn.Sequential of layers")
+            return module
+        reason = self._foreign(module)
         if reason:
             self._note(path, module, "refused", reason)
             return module
@@ -107,19 +129,26 @@ class Conversion:
 
     def _descend(self, module: nn.Module, path: str) -> nn.Module:
         """Converts the children; the `features` Sequential itself, too, around converted ones."""
-        children: dict[str, nn.Module | None] = {}
-        for name, child in module._modules.items():
-            inner = f"{path}.{name}" if path else name
-            children[name] = None if child is None else self._visit(child, inner)
-        changed = any(children[name] is not child for name, child in module._modules.items())
-        if not (changed and torchvision_tree.is_features(module)):
+        children = self._children(module, path, len(module._modules))
+        blocks = any(
+            isinstance(children[name], DenseBlockExecution) and children[name] is not child
+            for name, child in module._modules.items()
+        )
+        if not (blocks and is_features(module)):
             return module
 
         def view(features: nn.Module, memory: str) -> Efficient:
-            return torchvision_tree.view_features(features, children)
+            return view_features(features, children)
 
-        adapter = Adapter(view, torchvision_tree.probe_features, required=False)
-        return self._view(module, path, adapter)
+        return self._view(module, path, Adapter(view, probe_features, required=False))
+
+    def _children(self, module: nn.Module, path: str, count: int) -> dict[str, nn.Module | None]:
+        """The children by name, the first count of them as efficient views where they can be."""
+        children = dict(module._modules)
+        for name, child in list(module._modules.items())[:count]:
+            if child is not None:
+                children[name] = self._visit(child, f"{path}.{name}" if path else name)
+        return children
 
     def _view(self, module: nn.Module, path: str, adapter: Adapter) -> nn.Module:
         try:
@@ -135,19 +164,33 @@ class Conversion:
         self._found.append((module, view))
         return view
 
+    def _foreign(self, module: nn.Module) -> str:
+        """Why a module that looks like a dense block, but has no adapter, is refused; else ""."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return "a script module; convert before scripting" if _looks_dense(module) else ""
+        if isinstance(module, torch.fx.GraphModule):
+            return "traced by torch.fx; convert before tracing" if _looks_dense(module) else ""
+        named = _DENSE_NAME.search(type(module).__name__)
+        if named or any(_DENSE_CHILD.fullmatch(name) for name in module._modules):
+            kinds = [type(inner).__name__ for inner in module.modules()]
+            if any("Conv" in kind for kind in kinds) and any("Norm" in kind for kind in kinds):
+                return f"an unknown class; {self._advice(module)}"
+        return ""
 
-def _foreign(module: nn.Module) -> str:
-    """Why a module that looks like a dense block, but has no adapter, is refused; else ""."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "a script module; convert before scripting" if _looks_dense(module) else ""
-    if isinstance(module, torch.fx.GraphModule):
-        return "traced by torch.fx; convert before tracing" if _looks_dense(module) else ""
-    named = _DENSE_NAME.search(type(module).__name__)
-    if named or any(_DENSE_CHILD.fullmatch(name) for name in module._modules):
-        kinds = [type(inner).__name__ for inner in module.modules()]
-        if any("Conv" in kind for kind in kinds) and any("Norm" in kind for kind in kinds):
-            return "an unknown class; see densenet_efficient.register_adapter"
-    return ""
+    def _advice(self, module: nn.Module) -> str:
+        """Which adapter of ours the module would pass the self-check with, if any."""
+        for name, adapter in NAMED.items():
+            if isinstance(adapter, Adapter) and adapter.required:
+                try:
+                    check_kinds(module)
+                    check_view(module, adapter.view(module, self._memory), adapter.probe)
+                except Exception:  # whatever another library's module raises under a wrong name
+                    continue
+                return (
+                    "it passes the self-check with densenet_efficient.conversion.libraries."
+                    f"{name}: densenet_efficient.register_adapter({type(module).__name__}, {name})"
+                )
+        return "see densenet_efficient.register_adapter"
 
 
 def _looks_dense(module: nn.Module) -> bool:
@@ -163,8 +206,8 @@ def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True)
     at level INFO.
 
     Args:
-        model: torchvision's DenseNet, or any module that contains its blocks, or blocks that an
-            adapter is registered for.
+        model: a DenseNet of a known library (docs/compatibility.md lists them), any module that
+            contains its blocks, or blocks that an adapter is registered for.
         memory: "recompute" keeps only each block's output for the backward pass, "store" the
             bottlenecks too.
         strict: False converts what can be converted and leaves the rest as it is.
@@ -184,8 +227,8 @@ def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True)
         raise ConversionError("the model was not converted:\n" + str(Report(refused)))
     if not report.select("converted") and not report.select("already"):
         raise ConversionError(
-            f"nothing to convert in {type(model).__name__}: {report}; expected torchvision's "
-            "dense blocks or a class with a registered adapter"
+            f"nothing to convert in {type(model).__name__}: {report}; expected the "
+            "dense blocks of a known library or a class with a registered adapter"
         )
     conversion.apply()
     logger.info("%s", report)

@@ -20,7 +20,7 @@ from ..core.specs import BlockSpec, kept_table, scratch_table
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.features import FeaturesExecution
 from ..nn.layers import layer_spec
-from ..nn.norms import BATCH_NORMS
+from ..nn.norms import includes_relu, is_batch_norm
 from ..nn.transition import TransitionExecution
 from ..ops.dispatch import choose
 from . import workspaces
@@ -193,9 +193,9 @@ def parts_of(
     if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         raise TypeError(f"model must begin with a convolution, got {type(conv).__name__}")
     add(Convolution, name, conv, _image_after(conv, image), conv.out_channels)
-    if type(children[0][1]) in BATCH_NORMS:
+    if is_batch_norm(children[0][1]):
         add(Stem, "stem", children[0][1], (image[0], *(-(-s // 2) for s in image[1:])), channels)
-        children = children[3:]
+        children = children[2 if includes_relu(children[0][1]) else 3 :]
     for name, child in children:
         if isinstance(child, DenseBlockExecution):
             new = sum((p.conv2 or p.conv1).out_channels for p in child.parts())
@@ -204,8 +204,8 @@ def parts_of(
             halved = (image[0], *(s // 2 for s in image[1:]))
             if min(halved) < 1:
                 raise ValueError(f"input_shape is too small: no pixel is left at {name}")
-            add(Transition, name, child, halved, child.conv.out_channels)  # type: ignore[union-attr,arg-type]
-        elif type(child) in BATCH_NORMS:
+            add(Transition, name, child, halved, child.parts().conv.out_channels)
+        elif is_batch_norm(child):
             add(Norm, name, child, image, channels)
         elif isinstance(child, nn.Identity):
             continue

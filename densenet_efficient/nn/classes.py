@@ -3,11 +3,14 @@ of the module, and pickled by those two."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from .execution import Efficient
+
+E = TypeVar("E", bound=Efficient)
 
 
 class _Made(Efficient):
@@ -18,6 +21,13 @@ class _Made(Efficient):
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = tuple(super().__reduce_ex__(protocol))
         return _new, (self.execution, self.original_class), *state
+
+
+def _children(self: Any, index: Any) -> nn.Module:
+    """Children of a Sequential by index; several as a Sequential of the class it was."""
+    if isinstance(index, slice):
+        return self.original_class(OrderedDict(list(self._modules.items())[index]))
+    return nn.Sequential.__getitem__(self, index)
 
 
 _CLASSES: dict[tuple[type, type], type[Efficient]] = {}
@@ -38,6 +48,8 @@ def efficient_class(execution: type[Efficient], source: type[nn.Module]) -> type
         "execution": execution,
         "__module__": __name__,
     }
+    if getattr(source, "__getitem__", None) is nn.Sequential.__getitem__:
+        attributes["__getitem__"] = _children
     made = type(name, (_Made, execution, source), attributes)
     return _CLASSES.setdefault((execution, source), made)
 
@@ -47,13 +59,13 @@ def _new(execution: type[Efficient], source: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def efficient_view(source: nn.Module, execution: type[Efficient]) -> Efficient:
+def efficient_view(source: nn.Module, execution: type[E]) -> E:
     """The module once more, with the efficient class and the source's very children, parameters,
     buffers and attributes; the source is untouched, and `become` makes it what the view is."""
     cls = efficient_class(execution, type(source))
     view = cls.__new__(cls)
     view.__dict__.update(source.__dict__)
-    return view
+    return cast(E, view)
 
 
 def become(source: nn.Module, view: Efficient) -> None:

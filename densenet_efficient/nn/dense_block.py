@@ -106,7 +106,7 @@ class DenseBlockExecution(Efficient):
     def forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         """[N, C, *spatial] (or a list of tensors to concatenate) -> all features."""
         if torch.compiler.is_exporting():
-            return self.original_class.forward(self, init_features)
+            return self._original(init_features)
         return self._efficient_forward(init_features)
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours

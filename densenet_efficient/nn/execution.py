@@ -111,6 +111,9 @@ class Efficient(nn.Module):
             warnings.warn(
                 f"{type(self).__name__} runs its original forward: {chosen.reason}", stacklevel=4
             )
+        return self._original(*args)
+
+    def _original(self, *args: Any) -> Any:
         return self.original_class.forward(self, *args)
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from . import execution, handover, watch
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .layers import CONVOLUTIONS
 from .norms import (
-    BATCH_NORMS,
     batch_norm,
     check_count,
+    includes_relu,
+    is_batch_norm,
     norm_problem,
     norm_spec,
     update_running_statistics,
@@ -26,7 +27,6 @@ from .norms import (
 from .transition import once
 
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-_STEM = 4  # convolution, norm, ReLU, pooling
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
@@ -51,18 +51,31 @@ class FeaturesExecution(Efficient):
         conv = next(iter(self._modules.values()))
         return execution.choose(x, len(conv.kernel_size), "stem")  # type: ignore[union-attr,arg-type]
 
+    def stem_children(self) -> list[tuple[str, Any]]:
+        """The first children, up to where the pooling would be: convolution, norm, ReLU unless the
+        norm includes it, pooling."""
+        children: list[tuple[str, Any]] = list(self._modules.items())
+        return children[: 3 if len(children) > 1 and includes_relu(children[1][1]) else 4]
+
     def _stem_problem(self) -> str | None:
-        children = list(self._modules.items())[:_STEM]
-        kinds = [type(child) for _, child in children]
-        if len(kinds) < _STEM or kinds[0] not in CONVOLUTIONS or kinds[1] not in BATCH_NORMS:
+        children = self.stem_children()
+        modules = [child for _, child in children]
+        if (
+            len(modules) < 3
+            or type(modules[0]) not in CONVOLUTIONS
+            or not is_batch_norm(modules[1])
+        ):
             return "it does not begin with a convolution and a batch norm"
-        if kinds[2] is not nn.ReLU or not _is_stem_pool(children[3][1]):  # type: ignore[arg-type]
+        if any(type(relu) is not nn.ReLU for relu in modules[2:-1]) or not _is_stem_pool(
+            modules[-1]
+        ):
             return "the norm is not followed by ReLU and max-pooling (3, 2, 1)"
         for name, child in children:
-            reason = watch.own_change(child)  # type: ignore[arg-type]
+            reason = watch.own_change(child)
             if reason is not None:
                 return f"{name} {reason}"
-        problem = norm_problem(children[1][1])  # type: ignore[arg-type]
+        reason = watch.change(modules[1]._modules, watch.structure_of(modules[1].named_children()))
+        problem = reason or norm_problem(modules[1])
         return None if problem is None else f"{children[1][0]} {problem}"
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,7 +93,7 @@ class FeaturesExecution(Efficient):
         stem = self.stem_path(x)
         if stem.kind != ORIGINAL:
             x = self._stem(x, stem, contiguous)
-            children = children[_STEM:]
+            children = children[len(self.stem_children()) :]
         else:
             execution.record(self, "stem", stem)
         for child, consumer in zip(children, [*children[1:], None], strict=False):
@@ -90,13 +103,13 @@ class FeaturesExecution(Efficient):
     @staticmethod
     def _call(child: nn.Module, consumer: nn.Module | None, x: Tensor, contiguous: bool) -> Tensor:
         """child(x), in contiguous memory where somebody else may ask for it."""
-        if type(child) in BATCH_NORMS and watch.own_change(child) is None and not watch.patch():
+        if is_batch_norm(child) and watch.own_change(child) is None and not watch.patch():
             y = batch_norm(child, x)  # type: ignore[arg-type]
             return y.contiguous() if contiguous else y
         if not isinstance(child, Efficient):
             return child(x)
         to_ours = (
-            (isinstance(consumer, Efficient) or type(consumer) in BATCH_NORMS)
+            (isinstance(consumer, Efficient) or is_batch_norm(consumer))
             and not child._forward_hooks
             and not consumer._forward_pre_hooks  # type: ignore[union-attr]
         )
@@ -112,7 +125,7 @@ class FeaturesExecution(Efficient):
         )
 
     def _stem(self, x: Tensor, chosen: Dispatch, contiguous: bool) -> Tensor:
-        conv, norm, relu, pool = cast(list[Any], list(self._modules.values())[:_STEM])
+        conv, norm, *rest = [child for _, child in self.stem_children()]
         gamma, beta, weight = norm.weight, norm.bias, conv.weight
         execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
         x = _convolution(conv, handover.match_layout(x) if contiguous else x, weight)
@@ -124,7 +137,9 @@ class FeaturesExecution(Efficient):
         y = StemFunction.apply(spec, x, result, gamma, beta)
         if result.has_overflowed():
             execution.record(self, "stem", Dispatch(ORIGINAL, OVERFLOW))
-            return pool(relu(norm(x)))
+            for child in (norm, *rest):
+                x = child(x)
+            return x
         execution.record(self, "stem", chosen)
         if want:
             assert result.used is not None

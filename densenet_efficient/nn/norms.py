@@ -7,6 +7,7 @@ normalise, whether the running ones are updated, and by how much.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,43 @@ from .handover import known_stats
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d",)
+"""Classes derived from a batch norm whose forward goes on through their children drop and act."""
+
+
+def _includes_activation(module: object) -> bool:
+    cls = type(module)
+    return cls not in BATCH_NORMS and f"{cls.__module__}.{cls.__qualname__}" in WITH_ACTIVATION
+
+
+def is_batch_norm(module: object) -> bool:
+    """Whether the module is one of PyTorch's batch norms, with its activation inside or not."""
+    return type(module) in BATCH_NORMS or _includes_activation(module)
+
+
+def includes_relu(norm: object) -> bool:
+    """Whether the norm's forward ends with its ReLU."""
+    return _includes_activation(norm) and activation_problem(norm) is None
+
+
+def activation_problem(norm: Any) -> str | None:
+    """Why what a norm does after normalising is not a ReLU alone; None for a mere norm, too."""
+    if not _includes_activation(norm):
+        return None
+    if type(norm.act) is not nn.ReLU:
+        return f"is followed by a {type(norm.act).__name__}"
+    if type(norm.drop) is not nn.Identity:
+        return f"drops out by a {type(norm.drop).__name__}"
+    return None
 
 
 def norm_problem(norm: nn.Module) -> str | None:
     """Why the operators cannot replace this norm, in words; None where they can."""
-    if type(norm) not in BATCH_NORMS:
+    if not is_batch_norm(norm):
         return f"is a {type(norm).__name__}"
+    problem = activation_problem(norm)
+    if problem is not None:
+        return problem
     if (norm.running_mean is None) != (norm.running_var is None):
         return "has only one of running_mean and running_var"
     return None
@@ -111,7 +143,8 @@ def _average_cumulatively(
 
 
 def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
-    """PyTorch's batch norm with our rule for running statistics. x ``[N, C, *spatial]``."""
+    """PyTorch's batch norm with our rule for running statistics, and the activation that the norm
+    may include. x ``[N, C, *spatial]``."""
     if not uses_batch_statistics(norm):
         return norm(x)
     count = x.numel() // x.shape[1]
@@ -126,7 +159,7 @@ def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
                 var, mean = torch.var_mean(values, dim=dims, correction=0)
                 stats = torch.stack((mean, var))
         update_running_statistics([norm], [stats], count)
-    return y
+    return norm.act(norm.drop(y)) if _includes_activation(norm) else y  # type: ignore[operator]
 
 
 def check_count(count: int, shape: tuple[int, ...]) -> None:

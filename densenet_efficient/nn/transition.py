@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
 from . import execution, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
-from .layers import CONVOLUTIONS
+from .layers import CONVOLUTIONS, Convolution
 from .norms import (
+    BatchNorm,
     check_count,
     norm_problem,
     norm_spec,
@@ -46,35 +49,59 @@ def once(value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class TransitionParts:
+    """The modules of a transition, whatever its class calls them: norm, ReLU, 1x1 convolution,
+    average pooling by 2. pool: None where the forward of the class pools by itself. drop_rate: of a
+    dropout after the convolution, which the operators do not have."""
+
+    norm: BatchNorm
+    conv: Convolution
+    pool: nn.Module | None = None
+    drop_rate: float = 0.0
+
+
+def standard_transition_parts(transition: nn.Module) -> TransitionParts:
+    """Parts of a transition with torchvision's attribute names."""
+    return TransitionParts(transition.norm, transition.conv, transition.pool)  # type: ignore[arg-type]
+
+
 class TransitionExecution(Efficient):
-    """The execution of a transition with children norm, relu, conv and pool, in this order."""
+    """The execution of a transition, whatever holds its modules."""
+
+    def _adopt(self, parts: Callable[[nn.Module], TransitionParts]) -> None:  # type: ignore[override]
+        """Takes the present modules over. parts: transition -> its modules, a picklable function
+        that is called again at every call."""
+        super()._adopt(parts=parts)
+
+    def parts(self) -> TransitionParts:
+        """The transition's modules."""
+        assert self._efficient.parts is not None
+        return self._efficient.parts(self)
 
     def path(self, x: Tensor) -> Dispatch:
         """How this transition would run on x, and why."""
         reason = execution.input_problem(x) or self._change() or self._problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
-        conv: Any = self.conv
-        return execution.choose(x, len(conv.kernel_size), "transition")
+        return execution.choose(x, len(self.parts().conv.kernel_size), "transition")
 
     def _problem(self) -> str | None:
-        """Why the operators cannot replace the children, in words."""
-        if list(self._modules) != ["norm", "relu", "conv", "pool"]:
-            return f"the children are {', '.join(self._modules)}"
-        norm: Any = self.norm
-        conv: Any = self.conv
-        pool: Any = self.pool
-        problem = norm_problem(norm)
-        if problem is not None:
-            return f"norm {problem}"
-        if type(self.relu) is not nn.ReLU:
-            return f"relu is a {type(self.relu).__name__}"
+        """Why the operators cannot replace the modules, in words."""
+        problem = norm_problem(self.parts().norm)
+        return f"norm {problem}" if problem is not None else self._geometry_problem()
+
+    def _geometry_problem(self) -> str | None:
+        parts = self.parts()
+        conv: Any = parts.conv
+        if parts.drop_rate > 0:
+            return "it drops out"
         if type(conv) not in CONVOLUTIONS or conv.bias is not None or conv.groups != 1:
             return "conv is not a plain convolution without bias"
         if set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
             return "conv is not pointwise"
-        if not is_pool_by_two(pool):
-            return "pool is not an average over 2 pixels in every direction"
+        if parts.pool is not None and not is_pool_by_two(parts.pool):
+            return f"pool is {parts.pool}, not an average over 2 pixels in every direction"
         return None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -90,8 +117,8 @@ class TransitionExecution(Efficient):
         if chosen.kind == ORIGINAL:
             return self._run_original(chosen, x)
         execution.record(self, "", chosen)
-        norm: Any = self.norm
-        conv: Any = self.conv
+        parts = self.parts()
+        norm, conv = parts.norm, parts.conv
         original = x
         gamma, beta, weight = norm.weight, norm.bias, conv.weight
         execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
@@ -134,4 +161,4 @@ class EfficientTransition(TransitionExecution, nn.Sequential):
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
         children = transition_children(num_input_features, num_output_features)
         nn.Sequential.__init__(self, OrderedDict(children))
-        self._adopt()
+        self._adopt(standard_transition_parts)

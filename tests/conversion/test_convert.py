@@ -216,12 +216,20 @@ def test_a_bare_block_is_returned_as_its_replacement() -> None:
     torch.testing.assert_close(converted.eval()(x), block.eval()(x))
 
 
-def test_renamed_or_cut_features_convert_block_by_block() -> None:
-    children = list(network().features.children())
+def test_renamed_or_cut_features_are_features() -> None:
+    """A Sequential says everything by its children; a part of one is a plain Sequential again."""
+    children = list(network().double().features.children())
     body = nn.Sequential(*children[:-1])
+    expected = copy.deepcopy(body)
     convert(body)
-    assert type(body) is nn.Sequential
+    assert isinstance(body, EfficientFeatures)
     assert isinstance(body[4], EfficientDenseBlock) and isinstance(body[5], EfficientTransition)
+    x = batch()[0]
+    for ours, plain in ((body, expected), (body[:-1], expected[:-1]), (body[2:3], expected[2:3])):
+        assert len(ours) == len(plain)
+        value = x if len(plain) > 1 else torch.randn(2, 8, 5, 5).double()
+        assert relative_error(ours(value), plain(value)) < 1e-12
+    assert type(body[:-1]) is nn.Sequential and isinstance(body[:-1][4], EfficientDenseBlock)
 
 
 def test_a_transition_of_another_kind_is_left_and_reported() -> None:

@@ -1,0 +1,49 @@
+"""A dense block that begins inside its container: a Sequential whose first children are something
+else, as a transition in front of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import handover, watch
+from .dense_block import DenseBlockExecution
+
+
+class StageExecution(DenseBlockExecution):
+    """The execution of a Sequential that ends with dense layers, each of which returns its input
+    and its new channels: the children in front of them are called, the layers are executed."""
+
+    def _adopt(self, *args: Any, **options: Any) -> None:
+        """As of a dense block; only the layers are watched, the others are called."""
+        super()._adopt(*args, **options)
+        self._efficient.structure = watch.structure_of(self.dense_layers().items())
+
+    def leading(self) -> Mapping[str, nn.Module]:
+        """The children in front of the layers, by name."""
+        layers = self.dense_layers()
+        return {name: child for name, child in self.named_children() if name not in layers}
+
+    def _change(self) -> str | None:
+        layers: dict[str, Any] = dict(self.dense_layers())
+        return self._patch() or watch.change(layers, self._efficient.structure)
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """[N, C, *spatial] -> what the last layer returns."""
+        if torch.compiler.is_exporting():
+            return self.original_class.forward(self, input)
+        asked = handover.asked_for()
+        for child in self.leading().values():
+            input = child(input)
+        if asked is None:
+            return self._efficient_forward(input)
+        with handover.asking_for(asked):
+            return self._efficient_forward(input)
+
+    def _original(self, x: Any) -> Any:
+        for layer in self.dense_layers().values():
+            x = layer(x)
+        return x
