@@ -241,10 +241,11 @@ def transition_adapter(
     return Adapter(view, probe, required=False)
 
 
-def refusal(reason: str) -> Adapter:
-    """The adapter of a class that is known, and not converted."""
+def refusal(reason: str, *, required: bool = True) -> Adapter:
+    """The adapter of a class that is known, and not converted; required: whether that is an error,
+    or the class is left as it is."""
 
     def view(source: nn.Module, memory: str) -> Efficient:
         raise Unsupported(reason)
 
-    return Adapter(view, lambda source: random_probe(1, 2))
+    return Adapter(view, lambda source: random_probe(1, 2), required)

@@ -160,6 +160,10 @@ class Conversion:
         except Unsupported as reason:
             self._note(path, module, "refused" if adapter.required else "left", str(reason))
             return module
+        except (AttributeError, LookupError, TypeError) as error:
+            reason = f"its adapter does not fit: {type(error).__name__}: {error}"
+            self._note(path, module, "refused", reason)
+            return module
         self._note(path, module, "converted", remark)
         self._found.append((module, view))
         return view

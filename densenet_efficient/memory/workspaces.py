@@ -36,7 +36,8 @@ def operator(
     accumulate: as in ``norm_relu_conv3x3_backward``. On CUDA, for rows aligned to 16 bytes and 3x3
     weights that are contiguous, as those of the modules are; others need less.
     """
-    if choose(device, dtype).operators is not compiled:
+    has_kernels = len(shape) in (2, 4)  # rows, or images of two dimensions
+    if not has_kernels or choose(device, dtype).operators is not compiled:
         return _fallback(shape, dtype)
     if device.type != "cuda":
         return _cpu(name, shape, channels, dtype, torch.get_num_threads())
@@ -117,7 +118,7 @@ def block(
         cast = 0 if dtype == torch.float32 else weights * dtype.itemsize
         uses_fallback = layer.conv1 is not None or layer.conv2 is not None
         for name, shape, channels in _operators(layer, image, backward, recompute):
-            if uses_fallback or (len(image) != 3 and "3x3" in name):
+            if uses_fallback:
                 size = _fallback((*image, shape[-1]), dtype)
             else:
                 plain = not layer.bottleneck

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ def compare(case: Case, plain: nn.Module, ours: nn.Module, x: Tensor) -> float:
         for module, mode in zip(model.modules(), modes, strict=True):
             module.training = mode
 
-    fresh = [copy.deepcopy(plain), copy.deepcopy(ours)]
+    fresh = [copy.deepcopy(plain), pickle.loads(pickle.dumps(ours))]
     for target, source in zip(fresh, (ours, plain), strict=True):
         for p in target.parameters():
             nn.init.normal_(p)

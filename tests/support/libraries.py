@@ -68,7 +68,9 @@ def _torchxrayvision() -> ModuleType:
     _enter("torchxrayvision")
     _stand_in("torchxrayvision.datasets", default_pathologies=[str(i) for i in range(18)])
     _stand_in("torchxrayvision.utils")
-    if importlib.util.find_spec("requests") is None:
+    try:
+        importlib.import_module("requests")
+    except ImportError:
         _stand_in("requests")
     return importlib.import_module("torchxrayvision.models")
 

@@ -11,7 +11,9 @@ from ..names import LayerNames, TransitionNames, named_block, named_transition
 
 _HOME = "timm.models.densenet"
 _NAMES = LayerNames("norm1", "conv1", "norm2", "conv2", drop="drop_rate")
-_RDNET = refusal("RDNet's blocks are layer norms and pointwise MLPs: no batch norm to fuse")
+_RDNET = refusal(
+    "RDNet's blocks are layer norms and pointwise MLPs: no batch norm to fuse", required=False
+)
 
 dense_block = named_block(_NAMES)
 transition = named_transition(TransitionNames("norm", "conv", "pool"))
