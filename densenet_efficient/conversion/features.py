@@ -30,10 +30,10 @@ def view_features(features: nn.Module, children: dict[str, nn.Module | None]) ->
     return view
 
 
-def probe_features(features: nn.Module) -> Tensor:
+def probe_features(children: dict[str, nn.Module | None]) -> Tensor:
     """An input large enough for every pooling: all children but blocks, norms and activations may
     halve the image."""
-    first, *others = features._modules.values()
+    first, *others = children.values()
     assert isinstance(first, CONVOLUTIONS)
     halvings = int(max(first.stride) > 1) + sum(
         not isinstance(child, (DenseBlockExecution, nn.ReLU)) and not is_batch_norm(child)

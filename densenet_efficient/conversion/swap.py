@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.classes import become, is_made, unmake
 from ..nn.dense_block import DenseBlockExecution
@@ -140,7 +140,10 @@ class Conversion:
         def view(features: nn.Module, memory: str) -> Efficient:
             return view_features(features, children)
 
-        return self._view(module, path, Adapter(view, probe_features, required=False))
+        def probe(features: nn.Module) -> Tensor:
+            return probe_features(children)
+
+        return self._view(module, path, Adapter(view, probe, required=False))
 
     def _children(self, module: nn.Module, path: str, count: int) -> dict[str, nn.Module | None]:
         """The children by name, the first count of them as efficient views where they can be."""
@@ -161,8 +164,8 @@ class Conversion:
             self._note(path, module, "refused" if adapter.required else "left", str(reason))
             return module
         except (AttributeError, LookupError, TypeError) as error:
-            reason = f"its adapter does not fit: {type(error).__name__}: {error}"
-            self._note(path, module, "refused", reason)
+            problem = f"its adapter does not fit: {type(error).__name__}: {error}"
+            self._note(path, module, "refused", problem)
             return module
         self._note(path, module, "converted", remark)
         self._found.append((module, view))
