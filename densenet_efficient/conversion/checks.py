@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations as plain_type
 
@@ -37,8 +36,7 @@ def check_relu(name: str, module: nn.Module) -> None:
 def check_batch_norm(name: str, module: nn.Module) -> None:
     """Raises `Unsupported` unless the module is a batch norm, and nothing but a ReLU follows inside
     where it includes its activation."""
-    ours = (*BATCH_NORMS, SyncBatchNorm)
-    if plain_type(module) not in ours and not is_batch_norm(module):
+    if plain_type(module) not in BATCH_NORMS and not is_batch_norm(module):
         raise Unsupported(f"{name} is {type(module).__name__}; only batch norms are supported")
     problem = activation_problem(module)
     if problem is not None:

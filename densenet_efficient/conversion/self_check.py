@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -43,7 +44,8 @@ def check_view(source: nn.Module, view: Efficient, probe: Callable[[nn.Module], 
     x = probe(source).to(like.device, like.dtype)
     with _undisturbed(like.device, source, view):
         with torch.no_grad():
-            expected = _run("it", source, x, lambda: source(x.clone()))
+            with _own_statistics(source):
+                expected = _run("it", source, x, lambda: source(x.clone()))
             got = _run("the efficient module", view, x, lambda: view(x.clone()))
         _compare("output", expected, got, like.dtype)
         if not isinstance(view, (DenseBlockExecution, TransitionExecution)):
@@ -62,7 +64,7 @@ def _check_training(
     for module in source.modules():
         module.training = True
     view.training = True
-    with _DropoutRecorder() as dropout:
+    with _DropoutRecorder() as dropout, _own_statistics(source):
         expected = _training_step("it", source, x, after_forward=dropout.stop)
     _check_dropout(dropout.calls, _declared_dropout(view))
     with _without_dropout(view):
@@ -137,6 +139,27 @@ def _training_step(
     return found
 
 
+class _OwnBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A SyncBatchNorm for the length of a check."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any, as SyncBatchNorm."""
+
+
+@contextlib.contextmanager
+def _own_statistics(source: nn.Module) -> Iterator[None]:
+    """Synchronised norms normalise by the batch of this process, which may be the only one that
+    checks; those of PyTorch also refuse the CPU."""
+    norms = [module for module in source.modules() if type(module) is nn.SyncBatchNorm]
+    for norm in norms:
+        norm.__class__ = _OwnBatchNorm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.__class__ = nn.SyncBatchNorm
+
+
 class _DropoutRecorder(TorchFunctionMode):
     """Lets every dropout pass its input on, and notes (p, whether whole channels are dropped)."""
 
@@ -207,12 +230,16 @@ def _compare(what: str, expected: Tensor, got: Tensor, dtype: torch.dtype) -> No
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device, *roots: nn.Module) -> Iterator[None]:
-    """Eval mode, no autocast and no hooks; then everything as it was, the random state included."""
+    """Eval mode, no autocast, no hooks and no other processes; then everything as it was, the
+    random state included."""
     modules = {id(module): module for root in roots for module in root.modules()}.values()
     saved = []
     for module in modules:
         saved.append((module, {name: module.__dict__[name] for name in ("training", *_CALL_HOOKS)}))
         module.training = False
+        if type(module) is nn.SyncBatchNorm and dist.is_available():
+            saved[-1][1]["process_group"] = module.process_group
+            module.process_group = dist.GroupMember.NON_GROUP_MEMBER
         for name in _CALL_HOOKS:
             module.__dict__[name] = type(module.__dict__[name])()
     devices = [device] if device.type == "cuda" else []

@@ -30,6 +30,7 @@ from ..ops.dtypes import accumulation_dtype
 from . import arena
 from .dense_layer import DenseLayerCall, Incoming
 from .dropout import drop
+from .exchange import correction_of
 from .layout import flat
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, scratch_table
 
@@ -80,6 +81,8 @@ def block_forward(
             first_stats.copy_(known_stats)
         else:
             spec.operators.channel_stats(flat(first), first_stats)
+        if not (known_stats is not None and spec.known_shared):
+            _share(spec, first_stats)
 
     with arena.lease(scratch_table(spec, image, x.dtype, backward=False), x.device) as scratch:
         for index, layer_spec in enumerate(spec.layers):
@@ -107,6 +110,7 @@ def block_forward(
                         spec.operators.channel_stats(flat(b), wanted)
                 else:
                     layer.conv1_forward(inputs, norm1, b, wanted)
+                _share(spec, wanted)
                 layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
             else:
                 layer.conv1_forward(inputs, norm1, new, fused_stats)
@@ -114,7 +118,14 @@ def block_forward(
                 drop(spec, index, new, scratch)
                 if new_stats is not None:
                     spec.operators.channel_stats(flat(new), new_stats)
+            _share(spec, new_stats)
     return kept
+
+
+def _share(spec: BlockSpec, stats: Tensor | None) -> None:
+    """Statistics taken here become those of all processes that share them."""
+    if spec.exchange is not None and stats is not None:
+        spec.exchange.moments(stats)
 
 
 def block_backward(
@@ -123,19 +134,23 @@ def block_backward(
     kept: Kept,
     parameters: Sequence[Tensor | None],
     wanted: Sequence[bool],
+    stats_gradient: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The block's backward pass.
 
     gradient E ``[N, *spatial, C_total]`` is consumed: it holds the outside gradient of F and is
-    overwritten. wanted: which parameters need a gradient. Returns the gradient of the block's
-    input, a channel slice of E, and the parameters' gradients in their own dtypes.
+    overwritten. wanted: which parameters need a gradient. stats_gradient: ``[2, C_total]``, of F's
+    statistics from a norm outside. Returns the gradient of the block's input, a channel slice of E,
+    and the parameters' gradients in their own dtypes.
     """
     operators, features, stats = spec.operators, kept.features, kept.stats
-    image = features.shape[:-1]
-    count = image.numel()
+    image, exchange = features.shape[:-1], spec.exchange
+    count = image.numel() if exchange is None else exchange.total
     correction = torch.zeros((4, spec.out_channels), dtype=stats.dtype, device=stats.device)
     correction[0].fill_(1)
     correction[3].copy_(stats[0])
+    if stats_gradient is not None:
+        correction[1:3].copy_(correction_of(stats_gradient, count))
     gradients: list[Tensor | None] = [None] * len(parameters)
 
     table = scratch_table(spec, image, features.dtype, backward=True)
@@ -147,6 +162,8 @@ def block_backward(
             before, slot = spec.inputs(index), spec.slot(index)
             outer = Incoming(gradient[..., slot])
             if spec.batch_stats:
+                if exchange is not None:
+                    exchange.sums(correction[1:3, slot])
                 outer = Incoming(gradient[..., slot], features[..., slot], correction[:, slot])
             if layer_spec.drop_rate > 0:
                 outer = outer.apply_correction(operators)
@@ -172,6 +189,8 @@ def block_backward(
                 operators.norm_correction(
                     dnorm2, norm2, 0 if constant else count, False, correction2
                 )
+                if exchange is not None and not constant:
+                    exchange.sums(correction2[1:3])
                 outer = Incoming(dz2, b, correction2)
                 if layer_spec.bottleneck_drop_rate > 0:
                     outer.apply_correction(operators)
@@ -185,6 +204,8 @@ def block_backward(
     first = spec.inputs(0)
     d_first = gradient[..., first]
     if spec.batch_stats:
+        if exchange is not None:
+            exchange.sums(correction[1:3, first])
         operators.norm_correction_apply(
             flat(d_first), flat(features[..., first]), correction[:, first]
         )

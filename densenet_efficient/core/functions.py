@@ -44,15 +44,23 @@ class Result:
         return not bool(torch.isfinite(table).all())
 
 
-def _is_first_order(gradient: Tensor) -> bool:
-    """Whether this is an ordinary backward pass, whose results nobody differentiates again."""
-    return (
-        not torch.is_grad_enabled() and eager.is_ordinary(gradient) and not eager.is_transformed()
-    )
+def _is_first_order(gradient: Tensor, spec: BlockSpec | PoolSpec) -> bool:
+    """Whether this is an ordinary backward pass, whose results nobody differentiates again.
+    RuntimeError where it is not and the spec's statistics are shared between processes."""
+    if not torch.is_grad_enabled() and eager.is_ordinary(gradient) and not eager.is_transformed():
+        return True
+    if spec.exchange is not None:
+        raise RuntimeError(
+            "SyncBatchNorm has first derivatives only, as in PyTorch: create_graph and batched "
+            "gradients need norms whose statistics are not shared between processes"
+        )
+    return False
 
 
 class DenseBlockFunction(torch.autograd.Function):
-    """A block: (spec, x, known stats of x, result, *parameters) -> F ``[N, C_total, *spatial]``.
+    """A block: (spec, x, known stats of x, result, *parameters) -> F ``[N, C_total, *spatial]``,
+    and where processes share them the statistics ``[2, C_total]`` of F, for a norm after the block
+    that leaves its correction to this backward pass.
 
     Saved for backward: F, its statistics and those of every b, in ``store`` mode every b.
     """
@@ -68,20 +76,21 @@ class DenseBlockFunction(torch.autograd.Function):
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, kept.table, *kept.bottlenecks, *parameters)
-        return y
+        return y if spec.exchange is None else (y, kept.stats.clone())
 
     @staticmethod
     def backward(ctx, *gradients):
         """See `dense_block.block_backward`."""
         held = list(gradients)
         del gradients
+        dstats = held.pop() if len(held) == 2 else None
         if held[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         spec: BlockSpec = ctx.spec
         wanted = ctx.needs_input_grad[4:]
         y, table, *others = ctx.saved_tensors  # checkpointing allows it once
         bottlenecks, parameters = others[: -len(wanted)], others[-len(wanted) :]
-        if not _is_first_order(held[0]):
+        if not _is_first_order(held[0], spec):
             x = y[:, spec.inputs(0)]
             found = differentiable.gradients(
                 lambda x, *parameters: differentiable.dense_block(spec, x, parameters),
@@ -94,7 +103,7 @@ class DenseBlockFunction(torch.autograd.Function):
         e = gradient_buffer(held)
         held.clear()
         with torch.autocast(y.device.type, enabled=False):
-            dx, computed = block_backward(spec, e, kept, parameters, wanted)
+            dx, computed = block_backward(spec, e, kept, parameters, wanted, dstats)
         return None, dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None, None, None, *computed
 
 
@@ -103,7 +112,7 @@ class TransitionFunction(torch.autograd.Function):
 
     (spec, x, known stats of x, result, gamma, beta, weight) -> y. x ``[N, C, *spatial]``, weight
     ``[K, C, 1, ...]``, y ``[N, K, *(spatial // 2)]``. Only x is kept: the feature buffer of the
-    block before.
+    block before. Where the known stats are differentiable, they get a gradient.
     """
 
     @staticmethod
@@ -126,8 +135,8 @@ class TransitionFunction(torch.autograd.Function):
             return (None,) * 7
         spec: PoolSpec = ctx.spec
         x, stats, gamma, beta, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        if not _is_first_order(dy):
+        wanted, dstats = ctx.needs_input_grad, None
+        if not _is_first_order(dy, spec):
             dx, dgamma, dbeta, dweight = differentiable.gradients(
                 lambda *inputs: differentiable.transition(spec, *inputs),
                 (x, gamma, beta, weight),
@@ -136,12 +145,12 @@ class TransitionFunction(torch.autograd.Function):
         else:
             with torch.autocast(dy.device.type, enabled=False):
                 rows = layout.channels_last(x)
-                dx, dnorm, dweight = pooling.transition_backward(
-                    spec, dy, rows, stats, gamma, beta, weight, wanted[6]
+                dx, dnorm, dweight, dstats = pooling.transition_backward(
+                    spec, dy, rows, stats, gamma, beta, weight, wanted[6], defer=wanted[2]
                 )
             dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
             dweight = _like(dweight, weight)
-        return _where(wanted, (None, dx, None, None, dgamma, dbeta, dweight))
+        return _where(wanted, (None, dx, dstats, None, dgamma, dbeta, dweight))
 
 
 class StemFunction(torch.autograd.Function):
@@ -171,7 +180,7 @@ class StemFunction(torch.autograd.Function):
             return (None,) * 5
         spec: PoolSpec = ctx.spec
         x, stats, gamma, beta = ctx.saved_tensors
-        if not _is_first_order(dy):
+        if not _is_first_order(dy, spec):
             dx, dgamma, dbeta = differentiable.gradients(
                 lambda *inputs: differentiable.stem(spec, *inputs), (x, gamma, beta), dy
             )
@@ -181,6 +190,37 @@ class StemFunction(torch.autograd.Function):
                 dx, dnorm = pooling.stem_backward(spec, dy, rows, stats, gamma, beta)
             dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
         return _where(ctx.needs_input_grad, (None, dx, None, dgamma, dbeta))
+
+
+class SharedNormFunction(torch.autograd.Function):
+    """A norm by itself whose statistics processes share: (spec, x, known stats of x, result, gamma,
+    beta) -> y as x. Where the known stats are differentiable, they get a gradient."""
+
+    @staticmethod
+    def forward(ctx, spec: PoolSpec, x: Tensor, known, result: Result, gamma, beta):
+        """See `pooling.norm_forward`."""
+        rows = layout.channels_last(x)
+        result.used = stats = pooling.norm_statistics(spec, rows, known)
+        y = pooling.norm_forward(spec, rows, stats, gamma, beta)
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, stats, gamma, beta)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        """See `pooling.norm_backward`."""
+        if dy is None:
+            return (None,) * 6
+        spec: PoolSpec = ctx.spec
+        x, stats, gamma, beta = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        _is_first_order(dy, spec)
+        dx, dnorm, dstats = pooling.norm_backward(
+            spec, dy.movedim(1, -1), layout.channels_last(x), stats, gamma, beta, defer=wanted[2]
+        )
+        dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
+        return _where(wanted, (None, dx.movedim(-1, 1), dstats, None, dgamma, dbeta))
 
 
 def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:

@@ -58,6 +58,8 @@ def channels_last(x: Tensor) -> Tensor:
     rows = x.movedim(1, -1)
     if rows.is_neg():  # the kernels read memory, which holds the values with the other sign
         rows = rows.resolve_neg()
+    if rows.numel() == 0:  # contiguous by PyTorch's rule, whatever its strides
+        return rows.new_empty(rows.shape)
     return rows if row_stride(rows) is not None else rows.contiguous()
 
 

@@ -1,5 +1,11 @@
 """The algorithms of the transition and the stem: one operator forward and one backward each, and
-the statistics of the norm in front of it."""
+the statistics of the norm in front of it; and of a norm by itself, where processes share its
+statistics.
+
+Then the backward operators take the statistics for constants, and what is missing, the correction,
+follows in one of two ways: applied here, after the norm's sums have been exchanged, or left to the
+block that produced the channels, as the gradient of the statistics that it handed on.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from torch import Tensor
 
 from ..ops.dtypes import accumulation_dtype
 from . import layout
+from .exchange import statistics_gradient
 from .specs import PoolSpec
 
 
@@ -15,10 +22,15 @@ def norm_statistics(spec: PoolSpec, x: Tensor, known: Tensor | None) -> Tensor:
     """[2, C] for the norm of x [N, *spatial, C]: constant, known, or taken here."""
     if spec.norm.running is not None:
         return spec.norm.running
-    if known is not None:
+    if known is not None and (spec.exchange is None or spec.known_shared):
         return known
-    stats = torch.empty((2, x.shape[-1]), dtype=accumulation_dtype(x.dtype), device=x.device)
-    spec.operators.channel_stats(layout.flat(x), stats)
+    if known is not None:
+        stats = known.clone()
+    else:
+        stats = torch.empty((2, x.shape[-1]), dtype=accumulation_dtype(x.dtype), device=x.device)
+        spec.operators.channel_stats(layout.flat(x), stats)
+    if spec.exchange is not None:
+        spec.exchange.moments(stats)
     return stats
 
 
@@ -30,8 +42,27 @@ def _fold(spec: PoolSpec, stats: Tensor, gamma: Tensor | None, beta: Tensor | No
 
 
 def _count(spec: PoolSpec, x: Tensor) -> int:
-    """Rows the statistics were taken over; 0 for constant ones."""
-    return x.numel() // x.shape[-1] if spec.norm.running is None else 0
+    """Rows the statistics were taken over; 0 for constant ones, and where the correction follows
+    later."""
+    own = spec.norm.running is None and spec.exchange is None
+    return x.numel() // x.shape[-1] if own else 0
+
+
+def _through_statistics(
+    spec: PoolSpec, dx: Tensor, x: Tensor, norm: Tensor, dnorm: Tensor, defer: bool
+) -> Tensor | None:
+    """What shared statistics add to dx, the gradient for constant ones: applied in place, or, to
+    defer it, returned as the gradient of the statistics."""
+    if spec.exchange is None:
+        return None
+    if defer:
+        return statistics_gradient(dnorm, norm)
+    correction = torch.empty_like(norm)
+    spec.operators.norm_correction(dnorm, norm, spec.exchange.total, False, correction)
+    spec.exchange.sums(correction[1:3])
+    correction[0].fill_(1)
+    spec.operators.norm_correction_apply(layout.flat(dx), layout.flat(x), correction)
+    return None
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,8 +97,10 @@ def transition_backward(
     beta: Tensor | None,
     weight: Tensor,
     want_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx [N, C, *spatial] in the layout of a new buffer, dnorm [2, C], dweight as weight."""
+    defer: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dx [N, C, *spatial] in the layout of a new buffer, dnorm [2, C], dweight as weight, and where
+    asked to defer the correction the gradient of the statistics [2, C]."""
     norm = _fold(spec, stats, gamma, beta)
     dx = layout.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device)
     dnorm = norm.new_empty((2, x.shape[-1]))
@@ -77,7 +110,8 @@ def transition_backward(
     spec.operators.transition_backward(
         rows, x, norm, matrix, _count(spec, x), dx.movedim(1, -1), dweight, dnorm
     )
-    return dx, dnorm, None if dweight is None else dweight.view(weight.shape)
+    dstats = _through_statistics(spec, dx.movedim(1, -1), x, norm, dnorm, defer)
+    return dx, dnorm, None if dweight is None else dweight.view(weight.shape), dstats
 
 
 def stem_forward(
@@ -108,4 +142,35 @@ def stem_backward(
     spec.operators.stem_backward(
         layout.channels_last(dy), x, norm, _count(spec, x), dx.movedim(1, -1), dnorm
     )
+    _through_statistics(spec, dx.movedim(1, -1), x, norm, dnorm, defer=False)
     return dx, dnorm
+
+
+def norm_forward(
+    spec: PoolSpec, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """The norm alone: x [N, *spatial, C], stats [2, C] of x -> y [N, C, *spatial]."""
+    norm = _fold(spec, stats, gamma, beta)
+    y = layout.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device, length=x.shape[-1])
+    y.movedim(1, -1).copy_(torch.addcmul(norm[1], x.to(norm.dtype), norm[0]))
+    return y
+
+
+def norm_backward(
+    spec: PoolSpec,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    defer: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx as x, dnorm [2, C], and where asked to defer the correction the gradient of the statistics
+    [2, C]."""
+    norm = _fold(spec, stats, gamma, beta)
+    rows = tuple(range(dy.dim() - 1))
+    dz = dy.to(norm.dtype)
+    dgamma = (x.to(norm.dtype) - norm[2]).mul_(dz).sum(rows).mul_(norm[3])
+    dnorm = torch.stack((dgamma, dz.sum(rows)))
+    dx = (dz * norm[0]).to(x.dtype).contiguous()
+    return dx, dnorm, _through_statistics(spec, dx, x, norm, dnorm, defer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..ops.dtypes import accumulation_dtype
 from ..ops.interface import Operators
 from . import layout
 from .arena import Buffer
+from .exchange import Exchange
 
 PARAMETERS_PER_LAYER = 8
 """gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2; None where a layer has none."""
@@ -29,10 +31,12 @@ class NormSpec:
     """One batch norm of a call.
 
     eps: added to the variance. running: [2, C] mean and variance to use, or None for the batch's.
+    group: the processes that share the batch's statistics, None where this one's are its own.
     """
 
     eps: float
     running: Tensor | None = None
+    group: Any = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,17 @@ class LayerSpec:
     channelwise_dropout: bool = False
     bottleneck_drop_rate: float = 0.0
 
+    def shares_statistics(self) -> bool:
+        """Whether a norm's statistics are those of several processes."""
+        return self.norm1.group is not None or (
+            self.norm2 is not None and self.norm2.group is not None
+        )
+
+    def batch_norms(self) -> list[NormSpec]:
+        """The norms that use the batch's statistics."""
+        norms = (self.norm1, self.norm2)
+        return [norm for norm in norms if norm is not None and norm.running is None]
+
     def drops(self) -> bool:
         """Whether anything is dropped."""
         return self.drop_rate > 0 or self.bottleneck_drop_rate > 0
@@ -68,7 +83,8 @@ class BlockSpec:
 
     operators: what runs it. memory: ``"store"`` or ``"recompute"``. seed: of the dropout masks,
     which backward draws again. newest_first: a layer's new channels stand in front of all earlier
-    ones instead of after them.
+    ones instead of after them. exchange: with the processes that share the statistics, if any.
+    known_shared: whether the statistics known of the input are already those of all processes.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -76,6 +92,8 @@ class BlockSpec:
     memory: str
     seed: int = 0
     newest_first: bool = False
+    exchange: Exchange | None = None
+    known_shared: bool = False
 
     def inputs(self, index: int) -> slice:
         """The channels of F that a layer reads; `inputs(0)` is the block's input."""
@@ -110,15 +128,17 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """One call of a transition or a stem.
+    """One call of a transition, a stem or a norm by itself.
 
     norm: as in a block. operators: what runs it. want_stats: whether to take the statistics of the
-    result.
+    result, which are this process' own. exchange, known_shared: as in `BlockSpec`.
     """
 
     norm: NormSpec
     operators: Operators
     want_stats: bool
+    exchange: Exchange | None = None
+    known_shared: bool = False
 
 
 def scratch_table(

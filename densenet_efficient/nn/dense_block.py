@@ -21,7 +21,7 @@ from ..ops.dispatch import Dispatch
 from . import execution, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .layers import LayerParts, layer_parameters, layer_spec, standard_parts
-from .norms import BatchNorm, check_count, update_running_statistics, uses_batch_statistics
+from .norms import BatchNorm, begin_exchange, update_running_statistics
 from .options import check_memory
 from .plain import PlainDenseBlock
 
@@ -87,7 +87,7 @@ class DenseBlockExecution(Efficient):
         return self._decision(_joined(x))[0]
 
     def _decision(self, x: Any) -> tuple[Dispatch, list[LayerParts], tuple[LayerSpec, ...]]:
-        reason = execution.input_problem(x) or self._change()
+        reason = self._input_problem(x) or self._change()
         if reason is not None:
             return Dispatch(ORIGINAL, reason), [], ()
         parts = self.parts()
@@ -100,6 +100,12 @@ class DenseBlockExecution(Efficient):
                 return Dispatch(ORIGINAL, problem or ""), parts, ()
             specs.append(spec)
             channels += spec.growth
+        if (
+            any(layer.shares_statistics() for layer in specs)
+            and len({norm.group for layer in specs for norm in layer.batch_norms()}) > 1
+        ):
+            reason = "its norms take their statistics over different processes"
+            return Dispatch(ORIGINAL, reason), parts, ()
         dims = len(parts[0].conv1.kernel_size)
         return execution.choose(x, dims, "dense block", any_dims=True), parts, tuple(specs)
 
@@ -111,22 +117,23 @@ class DenseBlockExecution(Efficient):
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def _efficient_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
-        contiguous = handover.asked_for()
+        contiguous, private = handover.asked_for()
         x = _joined(init_features)
         chosen, parts, specs = self._decision(x)
         if chosen.kind == ORIGINAL:
             return self._run_original(chosen, init_features)
-        execution.record(self, "", chosen)
+        execution.record(self, "", chosen, (norm for part in parts for norm in part.norms()))
         first = parts[0]
         name = f"{next(iter(self.dense_layers()))}.conv1"
         channels, dims = first.norm1.num_features, len(first.conv1.kernel_size)
         parameters = [p for part in parts for p in layer_parameters(part)]
         assert parameters[2] is not None
         execution.check_input(x, dims, channels, parameters[2], name)
-        count = x.numel() // x.shape[1]
-        if any(uses_batch_statistics(n) for part in parts for n in part.norms()):
-            check_count(count, tuple(x.shape))
-        stats = handover.known_stats(x)
+        norm = next((norm for layer in specs for norm in layer.batch_norms()), None)
+        group = None if norm is None else norm.group
+        exchange = None if norm is None else begin_exchange(group, x)
+        count = x.numel() // x.shape[1] if exchange is None else exchange.total
+        stats, shared = handover.known_stats(x, group)
         dtype = execution.working_dtype(x)
         if contiguous is None:
             contiguous = handover.prefers_contiguous(x)
@@ -139,17 +146,22 @@ class DenseBlockExecution(Efficient):
         if any(layer.drops() for layer in specs):
             seed = int(torch.randint(1 << 48, (), device="cpu"))
         newest_first = self._efficient.newest_first
-        spec = BlockSpec(specs, chosen.operators, self.memory, seed, newest_first)
+        spec = BlockSpec(
+            specs, chosen.operators, self.memory, seed, newest_first, exchange, shared
+        )  # fmt: skip
         result = Result()
         y = DenseBlockFunction.apply(spec, x, stats, result, *parameters)
-        if result.has_overflowed():
+        if exchange is not None:  # there is no original that would know better on the CPU
+            y, differentiable = y
+            result.stats = result.stats if result.stats is None or not private else differentiable
+        elif result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
         _update(parts, spec, result, count)
         stats = result.stats
         with_input = self._efficient.with_input
         if with_input is not None and not with_input(self):
             y, stats = handover.new_features(y, stats, spec)
-        return handover.hand_over(y, stats, contiguous)
+        return handover.hand_over(y, stats, contiguous, group)
 
 
 class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore[misc]

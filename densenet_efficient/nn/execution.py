@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +22,10 @@ from ..ops import dispatch
 from ..ops.dispatch import Dispatch
 from ..ops.dtypes import FLOATING
 from . import watch
+from .norms import process_group
 
 ORIGINAL = "original"
+EMPTY = "the input is empty"
 # On the CPU PyTorch sums in float64 and may stay finite where float32 does not.
 OVERFLOW = "the statistics of this batch are not finite in float32"
 
@@ -45,10 +47,17 @@ def recording() -> Iterator[list[tuple[nn.Module, str, Dispatch]]]:
         _recorder.entries = before
 
 
-def record(module: nn.Module, part: str, chosen: Dispatch) -> None:
-    """Notes how a call runs, where somebody is `recording`."""
-    if _recorder.entries is not None:
-        _recorder.entries.append((module, part, chosen))
+def record(module: nn.Module, part: str, chosen: Dispatch, norms: Iterable[nn.Module] = ()) -> None:
+    """Notes how a call runs, and with how many processes its norms share their statistics in
+    training, where somebody is `recording`."""
+    if _recorder.entries is None:
+        return
+    groups = (process_group(norm, training=True) for norm in norms)
+    group = next((group for group in groups if group is not None), None)
+    if group is not None:
+        others = f"in training, statistics are shared between {group.size()} processes"
+        chosen = replace(chosen, reason=f"{chosen.reason}; {others}")
+    _recorder.entries.append((module, part, chosen))
 
 
 @dataclass
@@ -98,9 +107,23 @@ class Efficient(nn.Module):
         """What is not as the execution expects it, inside this module."""
         return self._patch() or watch.change(self._modules, self._efficient.structure)
 
+    def _input_problem(self, x: Any) -> str | None:
+        """`input_problem`, except that no images are an input like any other where processes share
+        statistics: the others wait for this one's part of them."""
+        reason = input_problem(x)
+        if (
+            reason is EMPTY
+            and 0 not in x.shape[1:]
+            and any(process_group(module) is not None for module in self.modules())
+        ):
+            return None
+        return reason
+
     def _run_original(self, chosen: Dispatch, *args: Any) -> Any:
         """The original forward; a reason that lies in the model warns when it is new. ValueError
-        where input and parameters do not meet on the meta device, which PyTorch would let pass."""
+        where input and parameters do not meet on the meta device, which PyTorch would let pass, and
+        where there is no original: SyncBatchNorm on the CPU."""
+        check_synchronised(self, args[0], chosen.reason)
         record(self, "", chosen)
         first = next(self.parameters(), None)
         x = args[0]
@@ -134,8 +157,19 @@ def input_problem(x: Any) -> str | None:
     if not eager.is_ordinary(x):
         return f"the input is a {type(x).__name__} of layout {x.layout} on {x.device}"
     if x.numel() == 0:
-        return "the input is empty"
+        return EMPTY
     return None
+
+
+def check_synchronised(module: nn.Module, x: Any, reason: str) -> None:
+    """ValueError where the original forward of a module, for the reason at hand, would have to
+    share statistics between processes on the CPU, where PyTorch's SyncBatchNorm does not."""
+    cpu = isinstance(x, Tensor) and x.device.type == "cpu"
+    if cpu and any(process_group(child) is not None for child in module.modules()):
+        raise ValueError(
+            "input must be on a GPU for the original forward of SyncBatchNorm, got one on cpu: "
+            f"{type(module).__name__} cannot run on the operators, because {reason}"
+        )
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

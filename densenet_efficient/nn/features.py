@@ -12,11 +12,12 @@ from ..core.functions import Result, StemFunction
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
 from . import execution, handover, watch
+from .dense_block import DenseBlockExecution
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .layers import CONVOLUTIONS
 from .norms import (
     batch_norm,
-    check_count,
+    begin_exchange,
     includes_relu,
     is_batch_norm,
     norm_problem,
@@ -45,7 +46,7 @@ class FeaturesExecution(Efficient):
 
     def stem_path(self, x: Tensor) -> Dispatch:
         """How the norm, ReLU and pooling after the stem's convolution would run, and why."""
-        reason = execution.input_problem(x) or self._patch() or self._stem_problem()
+        reason = self._input_problem(x) or self._patch() or self._stem_problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
         conv = next(iter(self._modules.values()))
@@ -86,7 +87,9 @@ class FeaturesExecution(Efficient):
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def _efficient_forward(self, x: Tensor) -> Tensor:
-        if execution.input_problem(x) is not None or self._patch() is not None:
+        reason = self._input_problem(x) or self._patch()
+        if reason is not None:
+            execution.check_synchronised(self, x, reason)
             return self.original_class.forward(self, x)
         contiguous = self._answers_contiguous(x)
         children = list(self._modules.values())
@@ -107,13 +110,23 @@ class FeaturesExecution(Efficient):
             y = batch_norm(child, x)  # type: ignore[arg-type]
             return y.contiguous() if contiguous else y
         if not isinstance(child, Efficient):
+            execution.check_synchronised(
+                child, x, watch.own_change(child) or "it is not one of ours"
+            )
             return child(x)
         to_ours = (
             (isinstance(consumer, Efficient) or is_batch_norm(consumer))
             and not child._forward_hooks
             and not consumer._forward_pre_hooks  # type: ignore[union-attr]
         )
-        with handover.asking_for(contiguous and not to_ours):
+        private = (
+            to_ours
+            and not isinstance(
+                consumer, DenseBlockExecution
+            )  # which may begin with others' modules
+            and not any(m._backward_hooks or m._backward_pre_hooks for m in (child, consumer))  # type: ignore[union-attr]
+        )
+        with handover.asking_for(contiguous and not to_ours, private):
             return child(x)
 
     def _answers_contiguous(self, x: Tensor) -> bool:
@@ -129,18 +142,18 @@ class FeaturesExecution(Efficient):
         gamma, beta, weight = norm.weight, norm.bias, conv.weight
         execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
         x = _convolution(conv, handover.match_layout(x) if contiguous else x, weight)
-        count, want = x.numel() // x.shape[1], uses_batch_statistics(norm)
-        if want:
-            check_count(count, tuple(x.shape))
-        spec = PoolSpec(norm_spec(norm, x.dtype), chosen.operators, want)
+        want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
+        exchange = begin_exchange(own.group, x) if want else None
+        count = x.numel() // x.shape[1] if exchange is None else exchange.total
+        spec = PoolSpec(own, chosen.operators, want, exchange)
         result = Result()
         y = StemFunction.apply(spec, x, result, gamma, beta)
-        if result.has_overflowed():
+        if exchange is None and result.has_overflowed():
             execution.record(self, "stem", Dispatch(ORIGINAL, OVERFLOW))
             for child in (norm, *rest):
                 x = child(x)
             return x
-        execution.record(self, "stem", chosen)
+        execution.record(self, "stem", chosen, [norm])
         if want:
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,27 +29,31 @@ _STATS = "_densenet_efficient_stats"
 
 class _Caller(threading.local):
     contiguous: bool | None = None
+    private: bool = False
 
 
 _caller = _Caller()
 
 
 @contextmanager
-def asking_for(contiguous: bool) -> Iterator[None]:
+def asking_for(contiguous: bool, private: bool = False) -> Iterator[None]:
     """While one module is called by one of ours: whether its output is to be contiguous or channels
-    last. Without this the module decides by its input."""
-    before, _caller.contiguous = _caller.contiguous, contiguous
+    last (without this the module decides by its input), and whether the next module of ours alone
+    will see the output and its gradient."""
+    before = _caller.contiguous, _caller.private
+    _caller.contiguous, _caller.private = contiguous, private
     try:
         yield
     finally:
-        _caller.contiguous = before
+        _caller.contiguous, _caller.private = before
 
 
-def asked_for() -> bool | None:
-    """What a calling module of ours wants, or None where somebody else calls; asked once a call, so
-    that what the asking module calls itself is somebody else's call."""
-    value, _caller.contiguous = _caller.contiguous, None
-    return value
+def asked_for() -> tuple[bool | None, bool]:
+    """What a calling module of ours wants, or (None, False) where somebody else calls; asked once a
+    call, so that what the asking module calls itself is somebody else's call."""
+    wanted = _caller.contiguous, _caller.private
+    _caller.contiguous, _caller.private = None, False
+    return wanted
 
 
 def prefers_contiguous(x: Tensor) -> bool:
@@ -76,19 +81,24 @@ def new_features(y: Tensor, stats: Tensor | None, spec: BlockSpec) -> tuple[Tens
     return new_y, None if stats is None else stats[:, new]
 
 
-def hand_over(y: Tensor, stats: Tensor | None, contiguous: bool) -> Tensor:
+def hand_over(y: Tensor, stats: Tensor | None, contiguous: bool, group: Any = None) -> Tensor:
     """y ``[N, C, *spatial]``, which the caller must not write to, as a tensor that it may write to,
-    with the statistics ``[2, C]`` of its values."""
+    with the statistics ``[2, C]`` of its values: of this process, or of all processes of a
+    group."""
     given = torch._lazy_clone(y.contiguous() if contiguous else y)
     if stats is not None:
-        setattr(given, _STATS, (stats, _data_address(given)))
+        setattr(given, _STATS, (stats, _data_address(given), group))
     return given
 
 
-def known_stats(x: Tensor) -> Tensor | None:
-    """The statistics that x was handed over with, unless somebody has written to x since."""
+def known_stats(x: Tensor, group: Any = None) -> tuple[Tensor | None, bool]:
+    """The statistics that x was handed over with, for a module that shares them with a group of
+    processes or keeps to its own, and whether they are the group's already. None where there are
+    none of use, or somebody has written to x since."""
     entry = getattr(x, _STATS, None)
     if entry is None or not _is_cow_tensor(x):
-        return None
-    stats, address = entry
-    return stats if _data_address(x) == address else None
+        return None, False
+    stats, address, known_group = entry
+    if _data_address(x) != address or (known_group is not None and known_group is not group):
+        return None, False
+    return stats, known_group is not None

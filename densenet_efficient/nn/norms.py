@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.specs import NormSpec
+from ..core.exchange import Exchange
+from ..core.functions import Result, SharedNormFunction
+from ..core.specs import NormSpec, PoolSpec
+from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
 from .handover import known_stats
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d",)
 """Classes derived from a batch norm whose forward goes on through their children drop and act."""
 
@@ -71,10 +75,36 @@ def _tracks(norm: BatchNorm) -> bool:
     return norm.training and norm.track_running_stats
 
 
+def process_group(norm: nn.Module, training: bool | None = None) -> Any:
+    """The processes that share the statistics of this norm's batch, by the rule of
+    `torch.nn.SyncBatchNorm.forward`: in training (or as given), where there are several. None where
+    the statistics are this process' own."""
+    if type(norm) is not nn.SyncBatchNorm or not (norm.training if training is None else training):
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def begin_exchange(group: Any, x: Tensor) -> Exchange | None:
+    """What a call of norms with batch statistics of x ``[N, C, *spatial]`` needs of other
+    processes, None without a group. ValueError where the batch, all processes together, is a
+    single value a channel."""
+    count = x.numel() // x.shape[1]
+    if group is None:
+        check_count(count, tuple(x.shape))
+        return None
+    exchange = Exchange.begin(group, count, x.device)
+    check_count(exchange.total, tuple(x.shape))
+    return exchange
+
+
 def norm_spec(norm: BatchNorm, dtype: torch.dtype) -> NormSpec:
     """The norm's part in one call with activations of ``dtype``."""
     if uses_batch_statistics(norm):
-        return NormSpec(norm.eps)
+        group = process_group(norm) if type(norm) is nn.SyncBatchNorm else None
+        return NormSpec(norm.eps, group=group)
     # A copy: later updates of the module must not reach a backward that is still to come.
     assert norm.running_mean is not None and norm.running_var is not None
     running = torch.stack((norm.running_mean.detach(), norm.running_var.detach()))
@@ -147,11 +177,14 @@ def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
     may include. x ``[N, C, *spatial]``."""
     if not uses_batch_statistics(norm):
         return norm(x)
+    group = process_group(norm)
+    if group is not None:
+        return _shared_batch_norm(norm, x, group)
     count = x.numel() // x.shape[1]
     check_count(count, tuple(x.shape))
     y = F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
     if _tracks(norm):
-        stats = known_stats(x)
+        stats, _ = known_stats(x)
         if stats is None:
             with torch.no_grad():
                 values = x.detach().to(accumulation_dtype(x.dtype))
@@ -160,6 +193,19 @@ def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
                 stats = torch.stack((mean, var))
         update_running_statistics([norm], [stats], count)
     return norm.act(norm.drop(y)) if _includes_activation(norm) else y  # type: ignore[operator]
+
+
+def _shared_batch_norm(norm: BatchNorm, x: Tensor, group: Any) -> Tensor:
+    exchange = begin_exchange(group, x)
+    assert exchange is not None
+    stats, shared = known_stats(x, group)
+    operators = dispatch.choose(x.device, x.dtype).operators
+    spec = PoolSpec(norm_spec(norm, x.dtype), operators, False, exchange, shared)
+    result = Result()
+    y = SharedNormFunction.apply(spec, x, stats, result, norm.weight, norm.bias)
+    assert result.used is not None
+    update_running_statistics([norm], [result.used], exchange.total)
+    return y
 
 
 def check_count(count: int, shape: tuple[int, ...]) -> None:

@@ -35,12 +35,12 @@ class StageExecution(DenseBlockExecution):
         """[N, C, *spatial] -> what the last layer returns."""
         if torch.compiler.is_exporting():
             return self.original_class.forward(self, input)
-        asked = handover.asked_for()
+        asked, private = handover.asked_for()
         for child in self.leading().values():
             input = child(input)
         if asked is None:
             return self._efficient_forward(input)
-        with handover.asking_for(asked):
+        with handover.asking_for(asked, private):
             return self._efficient_forward(input)
 
     def _original(self, x: Any) -> Any:

@@ -18,7 +18,7 @@ from .execution import ORIGINAL, OVERFLOW, Efficient
 from .layers import CONVOLUTIONS, Convolution
 from .norms import (
     BatchNorm,
-    check_count,
+    begin_exchange,
     norm_problem,
     norm_spec,
     update_running_statistics,
@@ -81,7 +81,7 @@ class TransitionExecution(Efficient):
 
     def path(self, x: Tensor) -> Dispatch:
         """How this transition would run on x, and why."""
-        reason = execution.input_problem(x) or self._change() or self._problem()
+        reason = self._input_problem(x) or self._change() or self._problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
         return execution.choose(x, len(self.parts().conv.kernel_size), "transition")
@@ -112,13 +112,13 @@ class TransitionExecution(Efficient):
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def _efficient_forward(self, x: Tensor) -> Tensor:
-        contiguous = handover.asked_for()
+        contiguous, _ = handover.asked_for()
         chosen = self.path(x)
         if chosen.kind == ORIGINAL:
             return self._run_original(chosen, x)
-        execution.record(self, "", chosen)
         parts = self.parts()
         norm, conv = parts.norm, parts.conv
+        execution.record(self, "", chosen, [norm])
         original = x
         gamma, beta, weight = norm.weight, norm.bias, conv.weight
         execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
@@ -126,19 +126,20 @@ class TransitionExecution(Efficient):
             raise ValueError(
                 f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
             )
-        count, want = x.numel() // x.shape[1], uses_batch_statistics(norm)
-        if want:
-            check_count(count, tuple(x.shape))
-        stats, dtype = handover.known_stats(x), execution.working_dtype(x)
+        want, dtype = uses_batch_statistics(norm), execution.working_dtype(x)
+        own = norm_spec(norm, dtype)
+        exchange = begin_exchange(own.group, x) if want else None
+        count = x.numel() // x.shape[1] if exchange is None else exchange.total
+        stats, shared = handover.known_stats(x, own.group)
         if contiguous is None:
             contiguous = handover.prefers_contiguous(x)
             x = handover.match_layout(x) if contiguous else x
         if x.dtype != dtype:
             x, stats = x.to(dtype), None
-        spec = PoolSpec(norm_spec(norm, dtype), chosen.operators, want)
+        spec = PoolSpec(own, chosen.operators, want, exchange, shared)
         result = Result()
         y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight)
-        if result.has_overflowed():
+        if exchange is None and result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), original)
         if want:
             assert result.used is not None

@@ -18,6 +18,7 @@ from torch import nn
 Structure = tuple[tuple[str, type, "Structure"], ...]
 """Children by name, class and their own structure."""
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # a SyncBatchNorm replaces any
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")
 _FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
@@ -44,7 +45,7 @@ _methods |= {
     getattr(nn, name): _methods_of(getattr(nn, name))
     for kind in ("Conv{}d", "BatchNorm{}d", "AvgPool{}d", "MaxPool{}d", "ReLU")
     for name in {kind.format(dims) for dims in (1, 2, 3)}
-}
+} | {nn.SyncBatchNorm: _methods_of(nn.SyncBatchNorm)}
 
 
 def know(cls: type) -> None:
@@ -107,7 +108,7 @@ def change(
         path = f"{where}.{name}" if where else name
         if name != known:
             return f"{path} is where {known} was"
-        if type(child) is not cls:
+        if type(child) is not cls and not (type(child) is nn.SyncBatchNorm and cls in _BATCH_NORMS):
             return f"{path} was replaced by a {type(child).__name__}"
         assert child is not None
         reason = own_change(child)
