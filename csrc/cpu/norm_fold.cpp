@@ -2,7 +2,8 @@
 //
 //   rstd = 1 / sqrt(var + eps), scale = gamma * rstd, shift = beta - mean * scale
 //
-// C elements only: one thread, in double, rounded once.
+// C elements only: one thread, in double, rounded once. The shift belongs to the scale as rounded:
+// where the mean is large next to the deviation, mean * scale cancels what x * scale makes.
 #include <cmath>
 
 #include "rows/operands.h"
@@ -16,9 +17,10 @@ void run(Rows<const A> stats, const A* gamma, const A* beta, double eps, int64_t
   for (int64_t c = 0; c < channels; ++c) {
     const double mean = stats[kStatsMean][c];
     const double rstd = 1.0 / std::sqrt(static_cast<double>(stats[kStatsVar][c]) + eps);
-    const double scale = (gamma ? static_cast<double>(gamma[c]) : 1.0) * rstd;
-    norm[kScale][c] = static_cast<A>(scale);
-    norm[kShift][c] = static_cast<A>((beta ? static_cast<double>(beta[c]) : 0.0) - mean * scale);
+    const A scale = static_cast<A>((gamma ? static_cast<double>(gamma[c]) : 1.0) * rstd);
+    norm[kScale][c] = scale;
+    norm[kShift][c] = static_cast<A>((beta ? static_cast<double>(beta[c]) : 0.0) -
+                                     mean * static_cast<double>(scale));
     norm[kMean][c] = stats[kStatsMean][c];
     norm[kRstd][c] = static_cast<A>(rstd);
   }

@@ -222,8 +222,8 @@ struct Backward {
     std::fill_n(out + (W + 1) * depth, depth, E(0));
     for (int64_t w = 0; w < W; ++w) {
       const int64_t pixel = (image * source.H + row) * W + w;
-      dy_row<T>(dy[pixel], y.data ? y[pixel] : nullptr, correction, K, depth,
-                out + (w + 1) * depth);
+      dy_row<T, true>(dy[pixel], y.data ? y[pixel] : nullptr, correction, K, depth,
+                      out + (w + 1) * depth, static_cast<uint32_t>(pixel * K));
     }
   }
 

@@ -133,7 +133,7 @@ struct Backward {
         const V scale = load_vector(norm[kScale] + at, left);
         const V shift = load_vector(norm[kShift] + at, left);
         const V mean = load_vector(norm[kMean] + at, left);
-        V sum_dz_x = load_whole(dgamma + c), sum_dz = load_whole(dbeta + c);
+        V sum_dz_x = {}, sum_dz = {};
         V pooled[kGroup<T>] = {};
         for (int64_t i = 0; i < unit_rows; ++i) {
           const V quarter = load_whole(dh + (r + i) * part.width + c) * A(0.25);
@@ -148,8 +148,8 @@ struct Backward {
           }
           pooled[i] = ((relu[0] + relu[1]) + (relu[2] + relu[3])) * A(0.25);
         }
-        store_whole(sum_dz_x, dgamma + c);
-        store_whole(sum_dz, dbeta + c);
+        store_whole(load_whole(dgamma + c) + sum_dz_x, dgamma + c);
+        store_whole(load_whole(dbeta + c) + sum_dz, dbeta + c);
         if (h) store_units<T>(pooled, h + r / kGroup<T> * part.width + c);
       });
     }

@@ -67,6 +67,16 @@ inline Bits16 bfloat16_bits(Vector<float> x) {
 #endif
 }
 
+// dithered<16> (dither.h) of a vector, the same bits: index is that of its first element.
+inline Vector<float> dithered_bfloat16(Vector<float> x, uint32_t index) {
+  Vector<uint32_t> lane;
+  for (uint32_t i = 0; i < kLanes<float>; ++i) lane[i] = i;
+  const auto hash = (lane + index) * 0x9e3779b1u;
+  const auto noise = ((hash ^ (hash >> 15)) * 0x85ebca77u) >> 16;
+  const auto rounded = ((Vector<uint32_t>)x + noise) & 0xffff0000u;
+  return x == x ? (Vector<float>)rounded : x;  // a NaN stays one
+}
+
 inline void store_whole(Vector<double> v, double* to) { std::memcpy(to, &v, sizeof(v)); }
 inline void store_whole(Vector<float> v, float* to) { std::memcpy(to, &v, sizeof(v)); }
 inline void store_whole(Vector<float> v, BFloat16* to) {
@@ -84,6 +94,15 @@ inline void store_whole(Vector<float> v, Half* to) {
 #else
   for (int64_t i = 0; i < kLanes<float>; ++i) to[i] = Half(v[i]);
 #endif
+}
+
+// v as it comes back once it is stored as T.
+template <typename T>
+inline Vector<Arithmetic<T>> as_stored(Vector<Arithmetic<T>> v) {
+  if constexpr (sizeof(T) == sizeof(Arithmetic<T>)) return v;
+  T stored[kLanes<Arithmetic<T>>];
+  store_whole(v, stored);
+  return load_whole(stored);
 }
 
 template <typename T>

@@ -2,7 +2,8 @@
 //
 //   rstd = 1 / sqrt(var + eps), scale = gamma * rstd, shift = beta - mean * scale
 //
-// One thread per channel, in double, rounded once. Bytes moved: the tables, once.
+// One thread per channel, in double, rounded once; the shift belongs to the scale as rounded.
+// Bytes moved: the tables, once.
 #include <cmath>
 
 #include "launch.h"
@@ -22,9 +23,10 @@ __global__ void __launch_bounds__(kThreads)
   const A mean = global_load<A>(stats[kStatsMean] + c);
   const double variance = global_load<A>(stats[kStatsVar] + c);
   const double rstd = 1.0 / sqrt(variance + eps);
-  const double scale = (gamma ? double(global_load<A>(gamma + c)) : 1.0) * rstd;
-  const double shift = (beta ? double(global_load<A>(beta + c)) : 0.0) - double(mean) * scale;
-  global_store(norm[kScale] + c, A(scale));
+  const A scale = A((gamma ? double(global_load<A>(gamma + c)) : 1.0) * rstd);
+  const double shift =
+      (beta ? double(global_load<A>(beta + c)) : 0.0) - double(mean) * double(scale);
+  global_store(norm[kScale] + c, scale);
   global_store(norm[kShift] + c, A(shift));
   global_store(norm[kMean] + c, mean);
   global_store(norm[kRstd] + c, A(rstd));

@@ -26,6 +26,8 @@ inline Vector<A> norm_backward(Vector<A> dh, Vector<A> x, Rows<const A> norm,
 // `columns` columns of them, dh [rows][width].
 //   dz = dh * [a * x + s > 0];  dx := dz (kWrite) or dx += a * dz (kAdd)
 //   sums[0] += dz * (x - mean), sums[1] += dz;  h, where not null: relu(a * x + s) as units
+// The sums are of dz as it is stored: what the correction takes off must be the mean of what is
+// there. They grow by blocks of rows, so that a long tile's sum is not rounded once for every row.
 enum class Epilogue { kWrite, kAdd };
 
 template <typename T, Epilogue epilogue>
@@ -42,7 +44,7 @@ void data_gradient_epilogue(const Arithmetic<T>* dh, int64_t width, Rows<const T
       const V scale = load_vector(norm[kScale] + at, count);
       const V shift = load_vector(norm[kShift] + at, count);
       const V mean = load_vector(norm[kMean] + at, count);
-      V sum_dz_x = load_whole(dgamma + c), sum_dz = load_whole(dbeta + c);
+      V sum_dz_x = {}, sum_dz = {};
       for (int64_t r = first; r < last; r += kGroup<T>) {
         V unit[kGroup<T>];
         for (int64_t i = 0; i < kGroup<T>; ++i) {
@@ -52,7 +54,8 @@ void data_gradient_epilogue(const Arithmetic<T>* dh, int64_t width, Rows<const T
           __builtin_prefetch(dx[r + i + kBlock] + at, 1);
           const V value = load_vector(x[r + i] + at, count);
           const V z = normalise(value, scale, shift);
-          const V dz = relu_mask_vector(load_whole(dh + (r + i) * width + c), z);
+          V dz = relu_mask_vector(load_whole(dh + (r + i) * width + c), z);
+          if constexpr (epilogue == Epilogue::kWrite) dz = as_stored<T>(dz);
           sum_dz_x += dz * (value - mean);
           sum_dz += dz;
           T* to = dx[r + i] + at;
@@ -62,8 +65,8 @@ void data_gradient_epilogue(const Arithmetic<T>* dh, int64_t width, Rows<const T
         }
         if (h) store_units<T>(unit, h + r / kGroup<T> * width + c);
       }
-      store_whole(sum_dz_x, dgamma + c);
-      store_whole(sum_dz, dbeta + c);
+      store_whole(load_whole(dgamma + c) + sum_dz_x, dgamma + c);
+      store_whole(load_whole(dbeta + c) + sum_dz, dbeta + c);
     });
   }
   // Columns up to the panel's width are operands too.

@@ -59,17 +59,22 @@ inline void interleave(const Element<T>* __restrict low, const Element<T>* __res
   }
 }
 
-// One row of dy = a * dz - p - (y - mean) * q as an operand; y null: dy = dz.
-template <typename T>
+// One row of dy = a * dz - p - (y - mean) * q as an operand; y null: dy = dz. kDither: operands
+// rounded to T are dithered where a = 1, index being that of the row's first element in the tensor.
+template <typename T, bool kDither = false>
 inline void dy_row(const T* dz, const T* y, const Rows<const Arithmetic<T>>& correction,
-                   int64_t channels, int64_t padded, Element<T>* out) {
+                   int64_t channels, int64_t padded, Element<T>* out, uint32_t index = 0) {
   for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t count) {
     const int64_t left = channels - c;
     auto dy = load_vector(dz + c, left);
-    if (y)
-      dy = correct(dy, load_vector(y + c, left), load_vector(correction[kA] + c, left),
-                   load_vector(correction[kP] + c, left), load_vector(correction[kQ] + c, left),
+    if (y) {
+      const auto a = load_vector(correction[kA] + c, left);
+      dy = correct(dy, load_vector(y + c, left), a, load_vector(correction[kP] + c, left),
+                   load_vector(correction[kQ] + c, left),
                    load_vector(correction[kCenter] + c, left));
+      if constexpr (kDither && sizeof(Element<T>) == 2)
+        dy = a == 1.0f ? dithered_bfloat16(dy, index + static_cast<uint32_t>(c)) : dy;
+    }
     store_vector(dy, out + c, count);
   });
 }
