@@ -8,10 +8,8 @@ wrote while reading it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,8 +17,6 @@ from ..nn.classes import efficient_view
 from ..nn.dense_block import DenseBlockExecution, EfficientDenseBlock
 from ..nn.execution import Efficient
 from ..nn.layers import LayerParts
-from ..nn.norms import is_batch_norm
-from ..nn.stage import StageExecution
 from ..nn.transition import EfficientTransition, TransitionExecution, TransitionParts
 from .checks import (
     Unsupported,
@@ -164,55 +160,10 @@ def check_layers(
         check_layer_parts(name, parts(layer))
 
 
-def find_run(sequence: nn.Module) -> tuple[int, LayerAdapter] | None:
-    """Where in a Sequential the layers begin that end it, all of one adapter, and that adapter."""
-    if not isinstance(sequence, nn.Sequential) or type(sequence).forward is not (
-        nn.Sequential.forward
-    ):
-        return None
-    first, found = len(sequence), None
-    for child in reversed(sequence):
-        adapter = find_adapter(child)
-        if not isinstance(adapter, LayerAdapter) or found not in (None, adapter):
-            break
-        first, found = first - 1, adapter
-    return None if found is None else (first, found)
-
-
-def run_adapter(
-    first: int, adapter: LayerAdapter, children: dict[str, nn.Module | None]
-) -> Adapter:
-    """Of a Sequential whose layers begin at child ``first``; children: all of them, those in front
-    of the layers converted already."""
-    layers = functools.partial(_children_from, first)
-    if first == 0:
-        return block_adapter(
-            adapter.parts, check=adapter.check, layers=layers, newest_first=adapter.newest_first
-        )
-
-    def view(sequence: nn.Module, memory: str) -> Efficient:
-        check_layers(layers(sequence), adapter.parts, adapter.check)
-        found = efficient_view(sequence, StageExecution)
-        found.__dict__["_modules"] = children
-        found._adopt(adapter.parts, memory, layers, newest_first=adapter.newest_first)
-        return found
-
-    def probe(sequence: nn.Module) -> Tensor:
-        norm: Any = next(module for module in sequence.modules() if is_batch_norm(module))
-        layer = adapter.parts(next(iter(layers(sequence).values())))
-        return random_probe(norm.num_features, convolution_dims(layer.conv1), 10)
-
-    return Adapter(view, probe)
-
-
-def _children_from(first: int, sequence: nn.Module) -> Mapping[str, nn.Module]:
-    return dict(list(sequence.named_children())[first:])
-
-
 def transition_adapter(
     parts: Callable[[nn.Module], TransitionParts], *, check: Check | None = None
 ) -> Adapter:
-    """The adapter of a transition: norm, ReLU, 1x1 convolution without bias, average pooling by 2.
+    """The adapter of a transition: norm, ReLU, 1x1 convolution, average pooling by 2.
     One that is not so is left as it is, and reported.
 
     Args:

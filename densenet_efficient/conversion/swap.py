@@ -23,14 +23,20 @@ from .adapters import (
     Adapter,
     LayerAdapter,
     find_adapter,
-    find_run,
     qualified_name,
-    run_adapter,
 )
 from .checks import Unsupported, check_kinds
-from .features import is_features, probe_features, view_features
 from .libraries import NAMED
 from .self_check import check_view
+from .sequences import (
+    TRANSITION,
+    find_run,
+    is_features,
+    is_transition,
+    probe_features,
+    run_adapter,
+    view_features,
+)
 
 logger = logging.getLogger("densenet_efficient.convert")
 _DENSE_NAME = re.compile(r"dense_?(tdnn_?)?(block|layer|unit)", re.IGNORECASE)
@@ -118,6 +124,8 @@ class Conversion:
             first, layer_adapter = run
             children = self._children(module, path, first)
             return self._view(module, path, run_adapter(first, layer_adapter, children))
+        if is_transition(module):
+            return self._view(module, path, TRANSITION)
         if isinstance(adapter, LayerAdapter):
             self._note(path, module, "left", "it is no child of a torch.nn.Sequential of layers")
             return module

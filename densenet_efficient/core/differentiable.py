@@ -68,10 +68,15 @@ def _dropped(spec: BlockSpec, index: int, x: Tensor, bottleneck: bool = False) -
 
 
 def transition(
-    spec: PoolSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor
+    spec: PoolSpec,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
     """x ``[N, C, *spatial]`` -> ``[N, K, *(spatial // 2)]``."""
-    y = _convolution(_norm_relu(x, spec.norm, gamma, beta), weight, None, None)
+    y = _convolution(_norm_relu(x, spec.norm, gamma, beta), weight, bias, None)
     return _AVG_POOL[x.dim() - 3](y, 2, 2)
 
 

@@ -110,36 +110,36 @@ class DenseBlockFunction(torch.autograd.Function):
 class TransitionFunction(torch.autograd.Function):
     """Norm, ReLU, pooling by 2 and 1x1 convolution.
 
-    (spec, x, known stats of x, result, gamma, beta, weight) -> y. x ``[N, C, *spatial]``, weight
-    ``[K, C, 1, ...]``, y ``[N, K, *(spatial // 2)]``. Only x is kept: the feature buffer of the
-    block before. Where the known stats are differentiable, they get a gradient.
+    (spec, x, known stats of x, result, gamma, beta, weight, bias) -> y. x ``[N, C, *spatial]``,
+    weight ``[K, C, 1, ...]``, y ``[N, K, *(spatial // 2)]``. Only x is kept: the feature buffer of
+    the block before. Where the known stats are differentiable, they get a gradient.
     """
 
     @staticmethod
-    def forward(ctx, spec: PoolSpec, x: Tensor, known, result: Result, gamma, beta, weight):
+    def forward(ctx, spec: PoolSpec, x: Tensor, known, result: Result, gamma, beta, weight, bias):
         """See `pooling.transition_forward`."""
         with torch.autocast(x.device.type, enabled=False):
             rows = layout.channels_last(x)
             stats = pooling.norm_statistics(spec, rows, known)
-            y, y_stats = pooling.transition_forward(spec, rows, stats, gamma, beta, weight)
+            y, y_stats = pooling.transition_forward(spec, rows, stats, gamma, beta, weight, bias)
         result.stats, result.used = y_stats, stats
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, stats, gamma, beta, weight)
+        ctx.save_for_backward(x, stats, gamma, beta, weight, bias)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         """See `pooling.transition_backward`."""
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         spec: PoolSpec = ctx.spec
-        x, stats, gamma, beta, weight = ctx.saved_tensors
+        x, stats, gamma, beta, weight, bias = ctx.saved_tensors
         wanted, dstats = ctx.needs_input_grad, None
         if not _is_first_order(dy, spec):
-            dx, dgamma, dbeta, dweight = differentiable.gradients(
+            dx, dgamma, dbeta, dweight, dbias = differentiable.gradients(
                 lambda *inputs: differentiable.transition(spec, *inputs),
-                (x, gamma, beta, weight),
+                (x, gamma, beta, weight, bias),
                 dy,
             )
         else:
@@ -150,7 +150,11 @@ class TransitionFunction(torch.autograd.Function):
                 )
             dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
             dweight = _like(dweight, weight)
-        return _where(wanted, (None, dx, dstats, None, dgamma, dbeta, dweight))
+            dbias = None
+            if wanted[7]:
+                sums = dy.sum([d for d in range(dy.dim()) if d != 1], dtype=stats.dtype)
+                dbias = _like(sums, bias)
+        return _where(wanted, (None, dx, dstats, None, dgamma, dbeta, dweight, dbias))
 
 
 class StemFunction(torch.autograd.Function):

@@ -76,15 +76,22 @@ def transition_forward(
     gamma: Tensor | None,
     beta: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [N, *spatial, C], stats [2, C] of x, weight [K, C, 1, ...] -> y [N, K, *(spatial // 2)] and
-    its stats [2, K], where they are wanted."""
+    """x [N, *spatial, C], stats [2, C] of x, weight [K, C, 1, ...], bias [K] ->
+    y [N, K, *(spatial // 2)] and its stats [2, K], where they are wanted. A bias passes the pooling
+    unchanged, so it is added to what the operator gives."""
     image = (x.shape[0], *(size // 2 for size in x.shape[1:-1]))
     y = layout.empty(image, weight.shape[0], x.dtype, x.device)
     y_stats = stats.new_zeros((2, weight.shape[0])) if spec.want_stats else None
     norm = _fold(spec, stats, gamma, beta)
     matrix = _matrix(weight, x.dtype)
-    spec.operators.transition_forward(x, norm, matrix, y.movedim(1, -1), y_stats)
+    rows = y.movedim(1, -1)
+    spec.operators.transition_forward(x, norm, matrix, rows, None if bias is not None else y_stats)
+    if bias is not None:
+        rows.add_(bias.detach().to(y.dtype))
+        if y_stats is not None:
+            spec.operators.channel_stats(layout.flat(rows), y_stats)
     return y, y_stats
 
 

@@ -96,8 +96,8 @@ class TransitionExecution(Efficient):
         conv: Any = parts.conv
         if parts.drop_rate > 0:
             return "it drops out"
-        if type(conv) not in CONVOLUTIONS or conv.bias is not None or conv.groups != 1:
-            return "conv is not a plain convolution without bias"
+        if type(conv) not in CONVOLUTIONS or conv.groups != 1:
+            return "conv is not a plain convolution"
         if set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
             return "conv is not pointwise"
         if parts.pool is not None and not is_pool_by_two(parts.pool):
@@ -120,7 +120,7 @@ class TransitionExecution(Efficient):
         norm, conv = parts.norm, parts.conv
         execution.record(self, "", chosen, [norm])
         original = x
-        gamma, beta, weight = norm.weight, norm.bias, conv.weight
+        gamma, beta, weight, bias = norm.weight, norm.bias, conv.weight, conv.bias
         execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
         if min(x.shape[2:]) < 2:
             raise ValueError(
@@ -138,7 +138,7 @@ class TransitionExecution(Efficient):
             x, stats = x.to(dtype), None
         spec = PoolSpec(own, chosen.operators, want, exchange, shared)
         result = Result()
-        y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight)
+        y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight, bias)
         if exchange is None and result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), original)
         if want:

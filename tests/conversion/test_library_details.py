@@ -292,3 +292,15 @@ def test_data_parallel_training_over_processes() -> None:
             assert largest_error(expected, got) < 1e-9
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_transition_with_bias_is_differentiated_twice() -> None:
+    plain, ours, x = pair(case_of("zoo: 11 d2l"))
+    found = []
+    for model in (plain, ours):
+        parameters = list(model.parameters())
+        first = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+        second = sum(g.square().sum() for g in first)
+        grads = torch.autograd.grad(second, parameters, allow_unused=True)  # type: ignore[arg-type]
+        found.append({str(i): g for i, g in enumerate(grads) if g is not None})
+    assert largest_error(*found) < 1e-9

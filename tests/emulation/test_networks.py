@@ -21,7 +21,9 @@ from densenet_efficient.bench.accuracy import (
 )
 from densenet_efficient.core import layout
 from densenet_efficient.models.densenet import EfficientDenseNet
+from densenet_efficient.nn.dense_block import EfficientDenseBlock
 from densenet_efficient.ops import compiled
+from tests.support.block_pair import gradients
 from tests.support.emulators import emulator_of
 from tests.support.identifiers import identifier
 from tools.eager_operators import convolution
@@ -110,3 +112,31 @@ def test_a_step_in_tf32_errs_no_more_than_eager(emulated: list[str], bottleneck:
             )
     assert_errs_no_more(ours, plain, exact)
     assert "norm_relu_conv3x3_backward" in emulated
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
+def test_new_channels_in_front(emulated: list[str], dtype: torch.dtype) -> None:
+    """Layers read rows that begin in the middle of a feature row, at any alignment; in the dtype
+    they err as much as where they begin at its start."""
+    errors: dict[bool, float] = {}
+    for in_front in (True, False):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            block = moved_norms(reference.DenseBlock(3, 22, 4, 10, 0.0))
+            ours = EfficientDenseBlock(3, 22, 4, 10, 0.0)
+            ours.load_state_dict(block.state_dict())
+            ours._efficient.newest_first = in_front
+            x = torch.randn(2, 22, 9, 7).to(dtype)
+
+            def call(block: Any, x: Tensor, in_front: bool = in_front) -> Tensor:
+                for layer in block.values():
+                    x = torch.cat([layer([x]), x] if in_front else [x, layer([x])], 1)
+                return x
+
+            exact = block.to(dtype).double()
+            expected, got = gradients(exact, x.double(), call=call), gradients(ours.to(dtype), x)
+            for name, value in expected.items():
+                error = (got[name].double() - value).norm() / value.norm().clamp(min=1)
+                errors[in_front] = max(errors.get(in_front, 0.0), error.item())
+    assert errors[True] < 2 * errors[False], errors
+    assert "norm_relu_conv1x1_backward" in emulated

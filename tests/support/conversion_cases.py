@@ -128,7 +128,7 @@ CASES = [
     Case("9 baldassarreFe", "", _zoo(M, zoo.VeitTransition, with_input=False), IMAGE),
     Case("9 baldassarreFe, bottleneck", "", _zoo(lambda c, k: M(c, k, True, True),
          zoo.VeitTransition), IMAGE),
-    Case("11 d2l", "", zoo_plain.book_net, IMAGE, transitions=0),
+    Case("11 d2l", "", zoo_plain.book_net, IMAGE),
     Case("12 UvA, newest first", "", _zoo(zoo_plain.UvaBlock, zoo_plain.UvaTransition), IMAGE),
     Case("12 kuangliu, newest first", "", _zoo(zoo.bare_block(zoo.NewestFirstLayer),
          zoo.BareTransition), IMAGE),

@@ -3,7 +3,7 @@
     DenseBlock.net (Sequential) of Sequential(batch norm, ReLU, 3x3 convolution with bias); the
     block concatenates. Lazy modules must have seen one batch.
 
-The book's transition has a convolution with bias, which no operator covers: it stays as it is.
+The book's transition is an ordinary Sequential, which is recognised by its children.
 """
 
 from __future__ import annotations
