@@ -38,6 +38,9 @@ struct LaunchShape {
   int64_t grid_y = 1;
   int block = 256;
   int64_t shared_bytes = 0;
+  // For reports: what persistent blocks walk over. So many static ranges of so many tiles, each
+  // range with grid_x / ranges blocks; none where blocks do something else.
+  int64_t tiles = 0, ranges = 0;
 };
 
 using tiling::Device;
@@ -51,11 +54,15 @@ class Launcher {
 
   template <auto kernel, typename... Args>
   void launch(const LaunchShape& shape, const Args&... args) const {
+    emulation::Parameters parameters{{}, shape.tiles, shape.ranges};
+    (parameters.append(args), ...);
     emulation::run(op_, __PRETTY_FUNCTION__, static_cast<int>(shape.grid_x),
-                   static_cast<int>(shape.grid_y), shape.block, shape.shared_bytes,
+                   static_cast<int>(shape.grid_y), shape.block, shape.shared_bytes, parameters,
                    [&] { kernel(args...); });
   }
-  void clear(void* pointer, int64_t bytes) const { __builtin_memset(pointer, 0, bytes); }
+  void clear(void* pointer, int64_t bytes) const {
+    if (!emulation::listing()) __builtin_memset(pointer, 0, bytes);
+  }
 
  private:
   const char* op_;

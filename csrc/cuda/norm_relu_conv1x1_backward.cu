@@ -132,7 +132,12 @@ template <typename T, int kOutputs>
 void launch_backward(const Launcher& launcher, const Backward& args, int64_t blocks) {
   const BackwardLayout<T, kOutputs> layout{args.warps};
   launcher.launch<&norm_relu_conv1x1_backward_kernel<T, kOutputs>>(
-      {blocks, 1, 32 * args.warps, layout.shared_bytes()}, args);
+      {.grid_x = blocks,
+       .block = 32 * args.warps,
+       .shared_bytes = layout.shared_bytes(),
+       .tiles = ceil_div(args.rows, kTileRows),
+       .ranges = blocks / args.channel_blocks},
+      args);
 }
 
 // For outputs from `first` on, as many as a kernel takes. More outputs take several calls: the

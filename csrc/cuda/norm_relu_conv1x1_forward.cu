@@ -176,7 +176,12 @@ template <typename T, int kColumns, int kSplit>
 void launch_forward(const Launcher& launcher, const Forward& args, int64_t blocks) {
   const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
   launcher.launch<&norm_relu_conv1x1_forward_kernel<T, kColumns, kSplit>>(
-      {blocks, ceil_div(args.outputs, kColumns * kSplit), 32 * args.warps, layout.shared_bytes()},
+      {.grid_x = blocks,
+       .grid_y = ceil_div(args.outputs, kColumns * kSplit),
+       .block = 32 * args.warps,
+       .shared_bytes = layout.shared_bytes(),
+       .tiles = args.tiles,
+       .ranges = blocks},
       args);
 }
 

@@ -38,7 +38,9 @@ void launch_data_gradient(const Launcher& launcher, const tiling::DataGradient3x
   const Images images(tiling.tile, of);
   const LaunchShape shape{.grid_x = tiling.blocks,
                           .block = 32 * tiling.tile.groups,
-                          .shared_bytes = tiling.tile.shared_bytes};
+                          .shared_bytes = tiling.tile.shared_bytes,
+                          .tiles = tiling.tile.tiles,
+                          .ranges = tiling.blocks};
   if (accumulate)
     launcher.launch<&data_gradient::norm_relu_conv3x3_backward_data_kernel<T, true>>(shape, args,
                                                                                      images);
@@ -65,7 +67,9 @@ void launch_weight_gradient(const Launcher& launcher, const tiling::WeightGradie
          {.grid_x = tiling.row_blocks * tiling.channel_blocks,
           .grid_y = tiling.output_blocks,
           .block = 96 * tiling.units,
-          .shared_bytes = tiling.tile.shared_bytes},
+          .shared_bytes = tiling.tile.shared_bytes,
+          .tiles = tiling.tile.tiles,
+          .ranges = tiling.row_blocks},
          args, Images(tiling.tile, of));
 }
 

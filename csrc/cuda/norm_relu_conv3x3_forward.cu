@@ -210,7 +210,9 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
              {.grid_x = tiling.blocks,
               .grid_y = ceil_div(call.K, tiling.columns),
               .block = 32 * tiling.tile.groups,
-              .shared_bytes = tiling.tile.shared_bytes},
+              .shared_bytes = tiling.tile.shared_bytes,
+              .tiles = tiling.tile.tiles,
+              .ranges = tiling.blocks},
              args, Images(tiling.tile, of));
     launch_finish<&norm_relu_conv3x3_forward_finish_kernel>(launcher, partial.data<const float>(),
                                                             tiling.blocks, call.K, call.stats);

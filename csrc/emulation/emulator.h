@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <source_location>
 #include <string>
@@ -46,9 +47,24 @@ struct TensorCounters {
   TrafficCounters load, store;
 };
 
+// What a launch is given: its arguments, laid out as the device finds them, and how its tiles are
+// dealt out (cuda/launch.h).
+struct Parameters {
+  std::vector<unsigned char> bytes;
+  int64_t tiles = 0, ranges = 0;
+
+  template <typename Arg>
+  void append(const Arg& arg) {
+    const size_t begin = (bytes.size() + alignof(Arg) - 1) / alignof(Arg) * alignof(Arg);
+    bytes.resize(begin + sizeof(Arg));
+    std::memcpy(bytes.data() + begin, &arg, sizeof(Arg));
+  }
+};
+
 // Of one kernel launch.
 struct Counters {
   std::string op, kernel;
+  Parameters parameters;
   int grid_x = 0, grid_y = 0, block = 0;
   int64_t shared_bytes = 0;
   int64_t mma = 0;        // warp-wide tensor-core instructions
@@ -99,12 +115,16 @@ class CountedWorkspace {
   std::vector<bool> stored_;  // by byte
 };
 
+// Whether launches are only listed, not run: for shapes too large to run.
+void set_listing(bool listing);
+bool listing();
+
 // Accesses within these bytes are counted under this name; a null name forgets all ranges.
 void name_range(const char* name, const void* begin, int64_t bytes);
 
 // Runs body once for every thread of the grid. Throws std::runtime_error on a broken rule.
 void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
-         int64_t shared_bytes, const std::function<void()>& body);
+         int64_t shared_bytes, const Parameters& parameters, const std::function<void()>& body);
 
 // ---- Called from kernels, on a fiber ------------------------------------------------------------
 

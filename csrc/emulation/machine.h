@@ -64,6 +64,7 @@ struct Thread {
 struct Machine {
   DeviceFigures device;
   uint64_t seed = 0;
+  bool listing = false;
   std::mt19937_64 random;
   std::vector<Counters> launches;
 

@@ -29,13 +29,21 @@ void write(std::ostringstream& out, const TrafficCounters& traffic) {
       << "}";
 }
 
+void write(std::ostringstream& out, const Parameters& parameters) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  for (const unsigned char byte : parameters.bytes) out << kDigits[byte >> 4] << kDigits[byte & 15];
+}
+
 void write(std::ostringstream& out, const Counters& launch) {
   out << "{\"op\":" << quoted(launch.op) << ",\"kernel\":" << quoted(launch.kernel)
       << ",\"grid_x\":" << launch.grid_x << ",\"grid_y\":" << launch.grid_y
       << ",\"block\":" << launch.block << ",\"shared_bytes\":" << launch.shared_bytes
       << ",\"mma\":" << launch.mma << ",\"mma_flops\":" << launch.mma_flops
       << ",\"ldmatrix\":" << launch.ldmatrix << ",\"shuffles\":" << launch.shuffles
-      << ",\"barriers\":" << launch.barriers << ",\"sites\":[";
+      << ",\"barriers\":" << launch.barriers << ",\"tiles\":" << launch.parameters.tiles
+      << ",\"ranges\":" << launch.parameters.ranges << ",\"parameters\":\"";
+  write(out, launch.parameters);
+  out << "\",\"sites\":[";
   const char* separator = "";
   for (const SiteCounters& site : launch.sites) {
     out << separator << "{\"file\":" << quoted(site.file) << ",\"line\":" << site.line
@@ -66,6 +74,11 @@ DE_EXPORT void de_emulation_set_device(int multiprocessors, int shared_bytes) {
 
 DE_EXPORT void de_emulation_set_seed(unsigned long long seed) {
   densenet_efficient::emulation::set_seed(seed);
+}
+
+// Not zero: launches are only listed, and nothing is computed.
+DE_EXPORT void de_emulation_set_listing(int listing) {
+  densenet_efficient::emulation::set_listing(listing != 0);
 }
 
 DE_EXPORT void de_emulation_name_range(const char* name, const void* begin, long long bytes) {

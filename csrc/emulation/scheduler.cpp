@@ -161,6 +161,8 @@ void run_block(int block_x, int block_y) {
 
 void set_device(const DeviceFigures& figures) { machine.device = figures; }
 const DeviceFigures& device() { return machine.device; }
+void set_listing(bool listing) { machine.listing = listing; }
+bool listing() { return machine.listing; }
 void set_seed(uint64_t seed) { machine.seed = seed; }
 const std::vector<Counters>& launches() { return machine.launches; }
 void clear_launches() { machine.launches.clear(); }
@@ -169,7 +171,7 @@ const ThreadPosition& position() { return machine.threads[machine.running].posit
 unsigned char* shared_block() { return machine.shared.data(); }
 
 void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
-         int64_t shared_bytes, const std::function<void()>& body) {
+         int64_t shared_bytes, const Parameters& parameters, const std::function<void()>& body) {
   Machine& m = machine;
   if (grid_x < 1 || grid_y < 1 || grid_y > 65535 || block < 1 || block > 1024 || block % kWarp ||
       shared_bytes < 0 || shared_bytes > m.device.shared_bytes)
@@ -177,8 +179,6 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
                              std::to_string(grid_x) + " x " + std::to_string(grid_y) + ", block " +
                              std::to_string(block) + ", " + std::to_string(shared_bytes) +
                              " bytes of shared memory");
-  if (!m.stacks || m.stacks->count() < block) m.stacks = std::make_unique<Stacks>(block);
-  m.random.seed(m.seed);
   m.launches.emplace_back();
   m.counters = &m.launches.back();
   m.counters->op = op;
@@ -187,6 +187,10 @@ void run(const char* op, const char* kernel, int grid_x, int grid_y, int block,
   m.counters->grid_y = grid_y;
   m.counters->block = block;
   m.counters->shared_bytes = shared_bytes;
+  m.counters->parameters = parameters;
+  if (m.listing) return;
+  if (!m.stacks || m.stacks->count() < block) m.stacks = std::make_unique<Stacks>(block);
+  m.random.seed(m.seed);
   start_counting(m.counters->tensors);
   m.sites.clear();
   m.body = &body;

@@ -1,16 +1,19 @@
-"""The convolution kernels' machine code against the table in docs/kernels.md: no spills, no local
-memory, tensor cores and 16-byte asynchronous copies in use, occupancy and instruction counts no
-worse than they were."""
+"""The convolution kernels' machine code against the tables in docs/kernels.md: no spills, no local
+memory, tensor cores and 16-byte asynchronous copies in use, occupancy, instruction counts and
+executed instructions no worse than they were."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
+import torch
+
+from tools.emulation import Device
+from tools.machine_code import compiler, decode, document, launches, sources, stages, warp
+from tools.machine_code.executed import execute, name_of
+from tools.machine_code.static import Kernel, describe
+from tools.op_cases import make
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = "90a"
@@ -51,41 +54,42 @@ def designed() -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "machine_code", ROOT / "tools" / "machine_code.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["machine_code"] = module
-    spec.loader.exec_module(module)
-    return module
+def stored() -> dict[str, Kernel]:
+    return document.stored_kernels(document.DOCUMENT.read_text())
 
 
 @pytest.fixture(scope="module")
-def stored(tool: ModuleType) -> dict[str, Any]:
-    return tool.stored_table(tool.DOCUMENT.read_text())
+def stored_stages() -> dict[tuple[str, str], document.StoredStage]:
+    return document.stored_stages(document.DOCUMENT.read_text())
 
 
 @pytest.fixture(scope="module")
-def compiled(tool: ModuleType) -> dict[str, Any]:
+def machine_code() -> list[compiler.Compiled]:
+    return compiled_for(ARCH)
+
+
+@pytest.fixture(scope="module")
+def compiled(machine_code: list[compiler.Compiled]) -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in map(describe, machine_code) if kernel.tensor}
+
+
+def compiled_for(arch: str) -> list[compiler.Compiled]:
     try:
-        tool.find_tools()
-    except tool.MissingToolError as missing:
+        return compiler.compile_kernels(arch)
+    except compiler.MissingToolError as missing:
         pytest.skip(str(missing))
-    return {kernel.name: kernel for kernel in tool.compile_kernels(ARCH)}
 
 
-def test_the_table_names_every_kernel(stored: dict[str, Any]) -> None:
+def test_the_table_names_every_kernel(stored: dict[str, Kernel]) -> None:
     assert set(stored) == set(designed())
 
 
-def test_the_table_is_clean(stored: dict[str, Any]) -> None:
+def test_the_table_is_clean(stored: dict[str, Kernel]) -> None:
     assert all(kernel.spills == 0 and kernel.local == 0 for kernel in stored.values())
 
 
 @pytest.mark.slow
-def test_kernels_use_the_hardware(compiled: dict[str, Any]) -> None:
+def test_kernels_use_the_hardware(compiled: dict[str, Kernel]) -> None:
     for kernel in compiled.values():
         assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills registers"
         assert kernel.tensor > 0, f"{kernel.name} has no tensor-core instructions"
@@ -94,18 +98,14 @@ def test_kernels_use_the_hardware(compiled: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["86", "89", "100", "120"])
-def test_no_kernel_spills_on_other_architectures(tool: ModuleType, arch: str) -> None:
+def test_no_kernel_spills_on_other_architectures(arch: str) -> None:
     """The build compiles sm_80 and sm_90a, and its report is checked as well."""
-    try:
-        tool.find_tools()
-    except tool.MissingToolError as missing:
-        pytest.skip(str(missing))
-    for kernel in tool.compile_kernels(arch):
+    for kernel in map(describe, compiled_for(arch)):
         assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills on sm_{arch}"
 
 
 @pytest.mark.slow
-def test_registers_leave_room_for_the_designed_blocks(compiled: dict[str, Any]) -> None:
+def test_registers_leave_room_for_the_designed_blocks(compiled: dict[str, Kernel]) -> None:
     for name, (blocks, threads) in designed().items():
         kernel = compiled[name]
         assert kernel.blocks(threads) >= blocks, f"{name}: {kernel.registers} registers"
@@ -113,9 +113,9 @@ def test_registers_leave_room_for_the_designed_blocks(compiled: dict[str, Any]) 
 
 @pytest.mark.slow
 def test_no_more_instructions_than_the_table_says(
-    compiled: dict[str, Any], stored: dict[str, Any]
+    compiled: dict[str, Kernel], stored: dict[str, Kernel]
 ) -> None:
-    assert set(compiled) == set(stored), "python tools/machine_code.py --write brings it up to date"
+    assert set(compiled) == set(stored), "python -m tools.machine_code --write renews it"
     for name, kernel in compiled.items():
         before = stored[name]
         assert kernel.tensor == before.tensor, name
@@ -123,18 +123,94 @@ def test_no_more_instructions_than_the_table_says(
         assert kernel.instructions <= 1.05 * before.instructions, name
 
 
-def test_blocks_of_a_multiprocessor(tool: ModuleType) -> None:
+@pytest.mark.slow
+def test_no_stage_executes_more_than_the_table_says(
+    machine_code: list[compiler.Compiled],
+    stored_stages: dict[tuple[str, str], document.StoredStage],
+) -> None:
+    """Of two blocks, whose kernels and tiles are those of all."""
+    for block, one in stages.stages(machine_code, ("block 1", "block 4")):
+        before = stored_stages[block, one.kernel]
+        assert one.per_tensor <= 1.02 * before.per_tensor, f"{block}, {one.kernel}"
+        assert one.per_copy <= 1.02 * before.per_copy, f"{block}, {one.kernel}"
+
+
+@pytest.mark.slow
+def test_as_many_products_are_executed_as_emulated(machine_code: list[compiler.Compiled]) -> None:
+    """The machine code followed, and the sources emulated, for one layer of each kernel."""
+    by_name = {kernel.name: kernel for kernel in machine_code}
+    sizes = {"1x1": (2048, 96, 128), "3x3": (8, 14, 14, 64, 32)}
+    with launches.Launchers(stages.OPERATORS) as launchers:
+        for op in stages.OPERATORS:
+            shape = launches.Shape(op, sizes["1x1" if "1x1" in op else "3x3"])
+            listed = launchers.launches(shape, Device())
+            case = make(op, shape.sizes, torch.bfloat16)
+            emulated = launchers.emulator.call(op, *case.arguments.values())
+            for launch, done in zip(listed, emulated, strict=True):
+                if launch.tiles:
+                    one = execute(launch, by_name[name_of(launch)])
+                    assert one.tensor == done.mma > 0, one.kernel
+
+
+def test_a_loop_and_a_divergent_branch_are_followed() -> None:
+    """Six trips for the warp; the region that eight lanes skip is issued once."""
+    listing = [
+        (0x00, "S2R R0, SR_TID.X"),
+        (0x10, "MOV R1, RZ"),
+        (0x20, "ISETP.GE.AND P1, PT, R0, 0x8, PT"),
+        (0x30, "BSSY B0, 0x60"),
+        (0x40, "@!P1 BRA 0x60"),
+        (0x50, "IADD3 R2, R0, -0x8, RZ"),
+        (0x60, "BSYNC B0"),
+        (0x70, "IADD3 R1, R1, 0x1, RZ"),
+        (0x80, "ISETP.LT.U32.AND P0, PT, R1, c[0x0][0x210], PT"),
+        (0x90, "@P0 BRA 0x70"),
+        (0xA0, "EXIT"),
+    ]
+    state = warp.LaunchState({0x210: 6}, (1, 1), 32, 0)
+    [issued] = warp.run_block(decode.Code.of(listing), state, (0, 0))
+    assert [issued[at] for at, _ in listing] == [1, 1, 1, 1, 1, 1, 1, 6, 6, 6, 1]
+
+
+def test_a_way_that_depends_on_data_is_refused() -> None:
+    listing = [
+        (0x00, "LDG.E R0, desc[UR4][R2.64]"),
+        (0x10, "ISETP.NE.AND P0, PT, R0, RZ, PT"),
+        (0x20, "@P0 BRA 0x0"),
+        (0x30, "EXIT"),
+    ]
+    with pytest.raises(warp.UnknownWayError, match="0x20"):
+        warp.run_block(decode.Code.of(listing), warp.LaunchState({}, (1, 1), 32, 0), (0, 0))
+
+
+def test_parts_follow_the_functions_of_the_sources() -> None:
+    def line_of(file: str, text: str) -> tuple[str, int]:
+        path = next((ROOT / "csrc").rglob(file))
+        lines = path.read_text().splitlines()
+        return file, next(i for i, line in enumerate(lines, 1) if text in line)
+
+    load = line_of("norm_relu_conv1x1_forward.cu", "load_tile < last_tile")
+    wait = line_of("norm_relu_conv1x1_forward.cu", "cp_async_wait<kStages - 2>")
+    moments = line_of("epilogue.cuh", "m2s[k] +=")
+    assert [sources.part_of((place,)) for place in (load, wait, moments)] == [
+        "copies",
+        "rest",
+        "moments",
+    ]
+
+
+def test_blocks_of_a_multiprocessor() -> None:
     """Warps of 32 threads take registers in steps of 256; four parts hold 16,384 each."""
 
     def blocks(registers: int, threads: int) -> int:
-        return tool.Kernel("", registers, 0, 0, 1, 1, 0.0, 0.0, 1).blocks(threads)
+        return Kernel("", registers, 0, 0, 1, 1, 0.0, 0.0, 1).blocks(threads)
 
     assert blocks(168, 128) == 3 and blocks(169, 128) == 2
     assert blocks(128, 256) == 2 and blocks(129, 256) == 1
     assert blocks(255, 256) == 1
 
 
-def test_disassembly_is_read(tool: ModuleType) -> None:
+def test_disassembly_is_read() -> None:
     """A loop of four instructions with two products, behind a predicate and a branch."""
     code = """
         Function : kernel
@@ -147,8 +223,8 @@ def test_disassembly_is_read(tool: ModuleType) -> None:
         /*0060*/                   STL [R1], R2 ;
         /*0070*/                   EXIT ;
 """
-    [(symbol, instructions)] = list(tool.read_functions(code))
+    [(symbol, instructions)] = list(compiler.read_functions(code))
     assert symbol == "kernel" and len(instructions) == 8
-    kernel = tool.describe(symbol, instructions, (40, 8))
+    kernel = describe(compiler.Compiled(symbol, 40, 8, instructions))
     assert (kernel.tensor, kernel.copies, kernel.local, kernel.spills) == (2, 1, 1, 8)
     assert kernel.product == 1.0 and kernel.loop == 1.0

@@ -77,7 +77,8 @@ class TensorTraffic:
 @dataclass(frozen=True)
 class Launch:
     """The counters of one kernel launch; mma, ldmatrix and shuffles count warp-wide instructions,
-    barriers block-wide ones."""
+    barriers block-wide ones. tiles: what persistent blocks walk over in so many
+    static ranges. parameters: the kernel's arguments, as the device would find them."""
 
     op: str
     kernel: str
@@ -89,6 +90,9 @@ class Launch:
     ldmatrix: int
     shuffles: int
     barriers: int
+    tiles: int
+    ranges: int
+    parameters: bytes
     sites: tuple[Site, ...]
     tensors: dict[str, TensorTraffic]
 
@@ -96,6 +100,7 @@ class Launch:
     def from_json(cls, row: dict[str, Any]) -> Launch:
         row = dict(row)
         row["kernel"] = _kernel_name(row["kernel"])
+        row["parameters"] = bytes.fromhex(row["parameters"])
         row["grid"] = (row.pop("grid_x"), row.pop("grid_y"))
         row["sites"] = tuple(Site(**site) for site in row["sites"])
         row["tensors"] = {

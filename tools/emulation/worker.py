@@ -3,7 +3,8 @@ this package (the operators it loads bear the same names as the real library's).
 
 Reads requests from stdin and answers on stdout, each a length and a torch.save of that many bytes:
 (operator, arguments, seed, device's figures) -> (arguments after the call, counters as JSON, error
-or None).
+or None). Where an argument is a meta tensor, launches are only listed, for tensors whose memory is
+never touched, and no arguments come back.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def on_exact_heap(arguments: list[Any]) -> list[Any]:
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        if value.is_meta:
+            return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
         old = value.untyped_storage()
         new = storages.setdefault(old._cdata, old.clone())
         return torch.empty(0, dtype=value.dtype).set_(
@@ -81,7 +84,9 @@ def main() -> None:
     library.de_emulation_report.restype = ctypes.c_char_p
     while (request := receive(requests)) is not None:
         op, arguments, seed, figures = request
+        listing = any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments)
         arguments = on_exact_heap(arguments)
+        library.de_emulation_set_listing(int(listing))
         library.de_emulation_set_seed(ctypes.c_ulonglong(seed))
         library.de_emulation_set_device(*figures)
         error = None
@@ -89,6 +94,8 @@ def main() -> None:
             call(library, op, arguments)
         except RuntimeError as failure:
             error = str(failure)
+        if listing:
+            arguments = []
         send(replies, (arguments, library.de_emulation_report().decode(), error))
 
 

@@ -1,0 +1,57 @@
+"""Which part of a kernel a line of the sources belongs to, by the function around it."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from .compiler import ROOT, Place
+
+# The parts of a tile's work, and the functions that do them; of nested ones the innermost counts.
+PARTS = {
+    "copies": ("load", "copy_chunk", "copy_rows", "copy_scale_shift", "copy_norm", "copy_halo",
+               "copy_pixels", "cp_async", "for_halo"),
+    "gradient": ("form_dy", "load_gradient", "correct_operand"),
+    "norm": ("normalise_panel", "norm_relu_operand", "load_operand_norm"),
+    "products": ("multiply_panel", "multiply_step", "multiply_tile", "multiply_add",
+                 "weight_gradient", "data_gradient"),
+    "epilogue": ("write_rows", "store_chunk", "finish_panel", "add_sums", "write"),
+    "moments": ("measure_panel", "merge", "start", "finish"),
+}  # fmt: skip
+OTHER = "rest"
+_PART_OF = {function: part for part, functions in PARTS.items() for function in functions}
+_FUNCTION = re.compile(
+    r"^\s*(?:__device__|DE_HOST_DEVICE|__global__)[^;]*?\b(\w+)\((?!32|kM|kC|kF)"
+)
+_KERNEL = re.compile(r"^\s+(norm_relu_\w+_kernel)\(")
+_LAMBDA = re.compile(r"^(\s*)const auto (\w+) = \[&\]")
+
+
+@cache
+def functions(file: str) -> dict[int, str]:
+    """The innermost function around each line of a kernel file."""
+    found = next((ROOT / "csrc").rglob(file), None)
+    result: dict[int, str] = {}
+    if found is None:
+        return result
+    current, outer, indent = "", "", None
+    for number, line in enumerate(found.read_text().splitlines(), 1):
+        if (match := _FUNCTION.match(line)) or (
+            match := re.match(r"^\s+(norm_relu_\w+_kernel)\(", line)
+        ):
+            current, indent = match[1], None
+        elif match := _LAMBDA.match(line):
+            outer, current, indent = current, match[2], match[1]
+        result[number] = current
+        if indent is not None and line.startswith(indent + "};"):
+            current, indent = outer, None
+    return result
+
+
+def part_of(places: tuple[Place, ...]) -> str:
+    """Of an instruction's places in the source, the innermost first."""
+    for file, line in places:
+        part = _PART_OF.get(functions(file).get(line, ""))
+        if part is not None:
+            return part
+    return OTHER
