@@ -59,11 +59,23 @@ def check_layer_parts(name: str, parts: LayerParts) -> None:
     """Raises `Unsupported`, naming the part, unless norms and convolutions are torch's own."""
     check_batch_norm(f"{name}: norm1", parts.norm1)
     check_convolution(f"{name}: conv1", parts.conv1)
-    if (parts.norm2 is None) != (parts.conv2 is None):
-        raise Unsupported(f"{name} has only one of norm2 and conv2")
-    if parts.norm2 is not None and parts.conv2 is not None:
+    second = [part for part in (parts.conv2, parts.tail) if part is not None]
+    if len(second) != (0 if parts.norm2 is None else 1):
+        raise Unsupported(f"{name} has only one of norm2 and conv2, or conv2 and a tail")
+    if parts.norm2 is not None:
         check_batch_norm(f"{name}: norm2", parts.norm2)
+    if parts.conv2 is not None:
         check_convolution(f"{name}: conv2", parts.conv2)
+    if parts.tail is not None:
+        check_tail(f"{name}: the tail", parts.tail)
+
+
+def check_tail(name: str, tail: nn.Module) -> None:
+    """Raises `Unsupported` for a tail that may not run twice: with buffers, which a forward may
+    update, or dropout."""
+    for path, module in tail.named_modules():
+        if module._buffers or isinstance(module, nn.modules.dropout._DropoutNd):
+            raise Unsupported(f"{name} must be without buffers and dropout, but {path} has them")
 
 
 def check_kinds(module: nn.Module) -> None:

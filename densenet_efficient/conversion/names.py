@@ -35,6 +35,8 @@ class LayerNames:
     norm2, conv2: of a bottleneck layer; a layer without them is a plain one. relus: of the ReLU
     modules; none where forward or the norms rectify. drop: a dropout module behind the last
     convolution, or its rate as a number; may be absent. bottleneck_drop: likewise, behind conv1.
+    tail: of what stands in the place of conv2, and tail_convolution of the convolution in it that
+    has as many outputs.
     """
 
     norm1: str
@@ -44,6 +46,8 @@ class LayerNames:
     relus: tuple[str, ...] = ()
     drop: str = ""
     bottleneck_drop: str = ""
+    tail: str = ""
+    tail_convolution: str = ""
 
     def __call__(self, layer: nn.Module) -> LayerParts:
         """The layer's parts. AttributeError where norm1 or conv1 is missing."""
@@ -59,8 +63,10 @@ class LayerNames:
             conv2,
             _rate(drop),
             any(isinstance(module, _CHANNELWISE) for module in modules),
-            0.0 if conv2 is None else _rate(inner),
+            0.0 if norm2 is None else _rate(inner),
             modules[0].training if modules else None,
+            find(layer, self.tail) if self.tail else None,
+            find(layer, self.tail_convolution).out_channels if self.tail else 0,
         )
 
     def check(self, name: str, layer: nn.Module) -> None:
@@ -68,7 +74,7 @@ class LayerNames:
         are ReLU and its dropouts PyTorch's."""
         paths = [self.norm1, self.conv1, *self.relus[:1]]
         if self.norm2 and find(layer, self.norm2) is not None:
-            paths += [self.norm2, self.conv2, *self.relus[1:]]
+            paths += [self.norm2, self.conv2 or self.tail, *self.relus[1:]]
         expected = _modules_at(name, layer, paths)
         for path in self.relus:
             if path in paths:

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from ..ops.dtypes import accumulation_dtype
 from . import arena
-from .dense_layer import DenseLayerCall, Incoming
+from .dense_layer import Incoming
 from .dropout import drop
 from .exchange import correction_of
 from .layout import flat
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, scratch_table
+from .tail import layer_call
 
 
 @dataclass
@@ -86,7 +87,7 @@ def block_forward(
 
     with arena.lease(scratch_table(spec, image, x.dtype, backward=False), x.device) as scratch:
         for index, layer_spec in enumerate(spec.layers):
-            layer = DenseLayerCall(spec, index, parameters, x.dtype)
+            layer = layer_call(spec, index, parameters, x.dtype)
             inputs, slot = features[..., spec.inputs(index)], spec.slot(index)
             new = features[..., slot]
             new_stats = stats[:, slot] if spec.batch_stats else None
@@ -158,7 +159,7 @@ def block_backward(
         for index in reversed(range(len(spec.layers))):
             layer_spec = spec.layers[index]
             start = index * PARAMETERS_PER_LAYER
-            layer = DenseLayerCall(spec, index, parameters, features.dtype, wanted)
+            layer = layer_call(spec, index, parameters, features.dtype, wanted)
             before, slot = spec.inputs(index), spec.slot(index)
             outer = Incoming(gradient[..., slot])
             if spec.batch_stats:
@@ -200,6 +201,7 @@ def block_backward(
             if layer_spec.norm1.running is None:
                 operators.norm_correction(dnorm1, norm1, count, True, correction[:, before])
             gradients[start : start + PARAMETERS_PER_LAYER] = layer.parameter_gradients()
+            gradients[spec.tail_parameters(index)] = layer.tail_gradients
 
     first = spec.inputs(0)
     d_first = gradient[..., first]

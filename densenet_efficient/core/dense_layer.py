@@ -50,11 +50,12 @@ class DenseLayerCall:
         own = slice(index * PARAMETERS_PER_LAYER, (index + 1) * PARAMETERS_PER_LAYER)
         self.parameters, self.wanted = parameters[own], wanted[own]
         gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = self.parameters
-        self.norm1 = _cast(gamma1, self.acc), _cast(beta1, self.acc)
-        self.norm2 = _cast(gamma2, self.acc), _cast(beta2, self.acc)
-        self.weight1, self.bias1 = _cast(weight1, dtype), _cast(bias1, dtype)
-        self.weight2, self.bias2 = _cast(weight2, dtype), _cast(bias2, dtype)
+        self.norm1 = cast(gamma1, self.acc), cast(beta1, self.acc)
+        self.norm2 = cast(gamma2, self.acc), cast(beta2, self.acc)
+        self.weight1, self.bias1 = cast(weight1, dtype), cast(bias1, dtype)
+        self.weight2, self.bias2 = cast(weight2, dtype), cast(bias2, dtype)
         self.gradients: list[Tensor | None] = [None] * PARAMETERS_PER_LAYER
+        self.tail_gradients: list[Tensor | None] = []
 
     def fold1(self, stats: Tensor) -> Tensor:
         """norm1 [4, C_l] from the statistics of the layer's inputs."""
@@ -173,14 +174,15 @@ class DenseLayerCall:
     def parameter_gradients(self) -> list[Tensor | None]:
         """In the order and the dtypes of the parameters; None where none is wanted."""
         return [
-            None if parameter is None or not need else _cast(gradient, parameter.dtype)
+            None if parameter is None or not need else cast(gradient, parameter.dtype)
             for parameter, need, gradient in zip(
                 self.parameters, self.wanted, self.gradients, strict=True
             )
         ]
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in a dtype, contiguous."""
     if tensor is None:
         return None
     if tensor.dtype != dtype:

@@ -52,7 +52,10 @@ def dense_block(spec: BlockSpec, x: Tensor, parameters: Sequence[Tensor | None])
         new = _convolution(new, weight1, bias1, layer.conv1)
         if layer.bottleneck_drop_rate > 0:
             new = _dropped(spec, index, new, bottleneck=True)
-        if layer.norm2 is not None and weight2 is not None:
+        if layer.norm2 is not None and layer.tail is not None:
+            z = _norm_relu(new, layer.norm2, gamma2, beta2)
+            new = layer.tail.call(z, parameters[spec.tail_parameters(index)])
+        elif layer.norm2 is not None and weight2 is not None:
             new = _norm_relu(new, layer.norm2, gamma2, beta2)
             new = _convolution(new, weight2, bias2, layer.conv2)
         if layer.drop_rate > 0:

@@ -8,7 +8,7 @@ the memory plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,18 @@ class NormSpec:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """What follows a bottleneck instead of a convolution.
+
+    call: (z ``[N, K, *spatial]``, its parameters) -> new features ``[N, k, *spatial]``. count: of
+    its parameters.
+    """
+
+    call: Callable[[Tensor, Sequence[Tensor | None]], Tensor]
+    count: int
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One dense layer of a call.
 
@@ -47,7 +59,7 @@ class LayerSpec:
     conv1, conv2: None for the kernels' own geometry (1x1; 3x3 with padding 1), else the options of
     PyTorch's convolution. A plain layer's only convolution is conv1, with None meaning 3x3.
     drop_rate: probability of dropping a new value, 0 outside training. bottleneck_drop_rate: of
-    dropping a value of the bottleneck, in front of norm2.
+    dropping a value of the bottleneck, in front of norm2. tail: what conv2 is replaced by.
     """
 
     in_channels: int
@@ -60,6 +72,7 @@ class LayerSpec:
     drop_rate: float = 0.0
     channelwise_dropout: bool = False
     bottleneck_drop_rate: float = 0.0
+    tail: Tail | None = None
 
     def shares_statistics(self) -> bool:
         """Whether a norm's statistics are those of several processes."""
@@ -101,6 +114,12 @@ class BlockSpec:
         if self.newest_first:
             return slice(self.out_channels - channels, self.out_channels)
         return slice(channels)
+
+    def tail_parameters(self, index: int) -> slice:
+        """Where the parameters of a layer's tail are: after those of all layers."""
+        counts = [0 if layer.tail is None else layer.tail.count for layer in self.layers]
+        first = PARAMETERS_PER_LAYER * len(counts) + sum(counts[:index])
+        return slice(first, first + counts[index])
 
     def slot(self, index: int) -> slice:
         """The channels of F that a layer writes."""

@@ -198,7 +198,7 @@ def parts_of(
         children = children[2 if includes_relu(children[0][1]) else 3 :]
     for name, child in children:
         if isinstance(child, DenseBlockExecution):
-            new = sum((p.conv2 or p.conv1).out_channels for p in child.parts())
+            new = sum(part.growth for part in child.parts())
             add(Block, name, child, image, channels + new)
         elif isinstance(child, TransitionExecution):
             halved = (image[0], *(s // 2 for s in image[1:]))

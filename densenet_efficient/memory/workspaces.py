@@ -116,7 +116,8 @@ def block(
         if not layer.bottleneck:
             weights = 9 * layer.in_channels * layer.growth
         cast = 0 if dtype == torch.float32 else weights * dtype.itemsize
-        uses_fallback = layer.conv1 is not None or layer.conv2 is not None
+        convolutions = (layer.conv1, layer.conv2, layer.tail)
+        uses_fallback = any(other is not None for other in convolutions)
         for name, shape, channels in _operators(layer, image, backward, recompute):
             if uses_fallback:
                 size = _fallback((*image, shape[-1]), dtype)

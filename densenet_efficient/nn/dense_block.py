@@ -20,7 +20,7 @@ from ..core.specs import BlockSpec, LayerSpec
 from ..ops.dispatch import Dispatch
 from . import execution, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
-from .layers import LayerParts, layer_parameters, layer_spec, standard_parts
+from .layers import LayerParts, layer_parameters, layer_spec, standard_parts, tail_parameters
 from .norms import BatchNorm, begin_exchange, update_running_statistics
 from .options import check_memory
 from .plain import PlainDenseBlock
@@ -127,6 +127,7 @@ class DenseBlockExecution(Efficient):
         name = f"{next(iter(self.dense_layers()))}.conv1"
         channels, dims = first.norm1.num_features, len(first.conv1.kernel_size)
         parameters = [p for part in parts for p in layer_parameters(part)]
+        parameters += [p for part in parts for p in tail_parameters(part)]
         assert parameters[2] is not None
         execution.check_input(x, dims, channels, parameters[2], name)
         norm = next((norm for layer in specs for norm in layer.batch_norms()), None)

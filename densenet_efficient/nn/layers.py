@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..core.specs import LayerSpec, NormSpec
+from ..core.specs import LayerSpec, NormSpec, Tail
 from ..ops.convolution import ConvOptions
 from .norms import BatchNorm, norm_problem, norm_spec
 
@@ -22,7 +23,8 @@ class LayerParts:
     A plain layer (norm, ReLU, 3x3 convolution) has no norm2 and conv2. drop_rate is applied to the
     new features, bottleneck_drop_rate to what conv1 gives in front of norm2, both channelwise as in
     ``Dropout2d`` where asked. drops: whether they are applied at present; None: in training, by the
-    layer's own flag.
+    layer's own flag. tail: in the place of conv2, a module without buffers and randomness that
+    makes ``tail_channels`` new features of an image of the same size.
     """
 
     norm1: BatchNorm
@@ -33,6 +35,15 @@ class LayerParts:
     channelwise_dropout: bool = False
     bottleneck_drop_rate: float = 0.0
     drops: bool | None = None
+    tail: nn.Module | None = None
+    tail_channels: int = 0
+
+    @property
+    def growth(self) -> int:
+        """New channels."""
+        if self.tail is not None:
+            return self.tail_channels
+        return (self.conv1 if self.conv2 is None else self.conv2).out_channels
 
     def norms(self) -> list[BatchNorm]:
         """norm1, and norm2 of a bottleneck layer."""
@@ -84,7 +95,7 @@ def layer_spec(
     for index, conv in enumerate(convs):
         if type(conv) not in CONVOLUTIONS:
             return None, f"{name}'s conv{index + 1} is a {type(conv).__name__}"
-        kernel = 1 if part.conv2 is not None and index == 0 else 3
+        kernel = 1 if part.norm2 is not None and index == 0 else 3
         geometry[index], problem = _geometry(conv, f"{name}'s conv{index + 1}", kernel)
         if problem:
             return None, problem
@@ -92,8 +103,8 @@ def layer_spec(
     norm2: NormSpec | None = None if part.norm2 is None else norm_spec(part.norm2, dtype)
     return LayerSpec(
         in_channels=channels,
-        growth=convs[-1].out_channels,
-        bottleneck=part.conv1.out_channels if part.conv2 is not None else 0,
+        growth=part.growth,
+        bottleneck=part.conv1.out_channels if part.norm2 is not None else 0,
         norm1=norm_spec(part.norm1, dtype),
         norm2=norm2,
         conv1=geometry[0],
@@ -101,12 +112,30 @@ def layer_spec(
         drop_rate=part.drop_rate if drops else 0.0,
         channelwise_dropout=part.channelwise_dropout,
         bottleneck_drop_rate=part.bottleneck_drop_rate if drops else 0.0,
+        tail=None if part.tail is None else _tail(part.tail),
     ), None
+
+
+def _tail(module: nn.Module) -> Tail:
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(z: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
+        given = {name: p for name, p in zip(names, parameters, strict=True) if p is not None}
+        return torch.func.functional_call(module, given, (z,))
+
+    return Tail(call, len(names))
+
+
+def tail_parameters(part: LayerParts) -> list[Tensor | None]:
+    """The parameters of the layer's tail, if it has one."""
+    return [] if part.tail is None else list(part.tail.parameters())
 
 
 def layer_parameters(part: LayerParts) -> list[Tensor | None]:
     """The layer's parameters in the order of `specs.PARAMETERS_PER_LAYER`, each read once."""
     first = [part.norm1.weight, part.norm1.bias, part.conv1.weight, part.conv1.bias]
-    if part.norm2 is None or part.conv2 is None:
+    if part.norm2 is None:
         return [*first, None, None, None, None]
+    if part.conv2 is None:
+        return [*first, part.norm2.weight, part.norm2.bias, None, None]
     return [*first, part.norm2.weight, part.norm2.bias, part.conv2.weight, part.conv2.bias]

@@ -36,7 +36,7 @@ def _chunks(x: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _normalise(x: Tensor, norm: Tensor) -> Tensor:
+def normalise(x: Tensor, norm: Tensor) -> Tensor:
     """a x + s in the accumulation dtype; the sign decides the ReLU mask."""
     return torch.addcmul(norm[1], x.to(norm.dtype), norm[0])
 
@@ -58,12 +58,12 @@ def _rows(x: Tensor) -> tuple[int, ...]:  # of x [..., C]: what per-channel sums
     return tuple(range(x.dim() - 1))
 
 
-def _masked(dh: Tensor, normalised: Tensor) -> Tensor:
+def masked(dh: Tensor, normalised: Tensor) -> Tensor:
     """dz: dh [..., C] in the accumulation dtype, zero where the ReLU cut."""
     return torch.ops.aten.threshold_backward(dh.to(normalised.dtype), normalised, 0)
 
 
-def _norm_sums(dz: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+def norm_sums(dz: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """dnorm [2, C]: dgamma and dbeta of dz (accumulation dtype), x [..., C]."""
     centred = x.to(norm.dtype) - norm[2]
     dgamma = centred.mul_(dz).sum(_rows(dz)).mul_(norm[3])
@@ -131,7 +131,7 @@ def norm_relu_conv_forward(
 ) -> None:
     """y [N, *spatial, K] = conv(relu(a x + s)) for any geometry that keeps the image size."""
     for images in _chunks(x):
-        z = _normalise(x[images], norm).relu_().to(x.dtype)
+        z = normalise(x[images], norm).relu_().to(x.dtype)
         y[images].copy_(options.forward(_operand(z), weight, bias).movedim(1, -1))
 
 
@@ -163,15 +163,15 @@ def norm_relu_conv_backward(
             part = torch.where(correction[0] == 1, dithered(part, x.dtype, first), part)
         if dbias is not None:
             dbias += part.to(dbias.dtype).sum(_rows(part))
-        normalised = _normalise(x[images], norm)
+        normalised = normalise(x[images], norm)
         z = normalised.relu().to(x.dtype)
         dz, dw = options.backward(
             _operand(part.to(x.dtype)), _operand(z), weight, dweight is not None
         )
         if dweight is not None and dw is not None:
             dweight += dw
-        dz = _masked(dz.movedim(1, -1), normalised)
-        dnorm += _norm_sums(dz, x[images], norm)
+        dz = masked(dz.movedim(1, -1), normalised)
+        dnorm += norm_sums(dz, x[images], norm)
         if accumulate:
             dx[images] += dz.mul_(norm[0])
         else:
@@ -183,7 +183,7 @@ def norm_relu_conv1x1_forward(
 ) -> None:
     """See `interface.Operators.norm_relu_conv1x1_forward`."""
     for rows in _chunks(x):
-        z = _normalise(x[rows], norm).relu_().to(x.dtype)
+        z = normalise(x[rows], norm).relu_().to(x.dtype)
         torch.mm(z, weight.t(), out=y[rows])
     if stats is not None:
         channel_stats(y, stats)
@@ -206,11 +206,11 @@ def norm_relu_conv1x1_backward(
         dweight.zero_()
     for rows in _chunks(x):
         dy = _corrected(dz_y[rows], y[rows], correction).to(x.dtype)
-        normalised = _normalise(x[rows], norm)
+        normalised = normalise(x[rows], norm)
         if dweight is not None:
             dweight += torch.mm(dy.t(), normalised.relu().to(x.dtype))
-        dz = _masked(torch.mm(dy, weight), normalised)
-        dnorm += _norm_sums(dz, x[rows], norm)
+        dz = masked(torch.mm(dy, weight), normalised)
+        dnorm += norm_sums(dz, x[rows], norm)
         dx[rows] += dz.mul_(norm[0])
 
 
@@ -266,7 +266,7 @@ def transition_forward(
 ) -> None:
     """See `interface.Operators.transition_forward`; any number of dimensions."""
     for images in _chunks(x):
-        pooled = _average(_normalise(x[images], norm).relu_()).to(x.dtype)
+        pooled = _average(normalise(x[images], norm).relu_()).to(x.dtype)
         y[images].copy_(torch.matmul(pooled, weight.t()))
     if stats is not None:
         channel_stats(y, stats)
@@ -287,13 +287,13 @@ def transition_backward(
     if dweight is not None:
         dweight.zero_()
     for images in _chunks(x):
-        normalised = _normalise(x[images], norm)
+        normalised = normalise(x[images], norm)
         if dweight is not None:
             pooled = _average(normalised.relu()).to(x.dtype)
             dweight += torch.mm(dy[images].flatten(0, -2).t(), pooled.flatten(0, -2))
         dpooled = torch.matmul(dy[images], weight).to(norm.dtype)
-        dz = _masked(_spread(dpooled, x.shape[1:-1]), normalised)
-        dnorm += _norm_sums(dz, x[images], norm)
+        dz = masked(_spread(dpooled, x.shape[1:-1]), normalised)
+        dnorm += norm_sums(dz, x[images], norm)
         dx[images].copy_(dz)
     _through_norm(dx, x, norm, count, dnorm)
 
@@ -311,7 +311,7 @@ _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
     """See `interface.Operators.stem_forward`; any number of dimensions."""
     for images in _chunks(x):
-        z = _channels_first(_normalise(x[images], norm).relu_())
+        z = _channels_first(normalise(x[images], norm).relu_())
         y[images].copy_(_MAX_POOL[x.dim() - 2](z, 3, 2, 1).movedim(1, -1))
     if stats is not None:
         channel_stats(y, stats)
@@ -324,12 +324,12 @@ def stem_backward(
     pool = _MAX_POOL[x.dim() - 2]
     dnorm.zero_()
     for images in _chunks(x):
-        normalised = _normalise(x[images], norm)
+        normalised = normalise(x[images], norm)
         with torch.enable_grad():
             leaf = _channels_first(normalised.relu()).requires_grad_()
             pooled = pool(leaf, 3, 2, 1)
         (dz,) = torch.autograd.grad(pooled, leaf, _channels_first(dy[images]).to(norm.dtype))
-        dz = _masked(dz.movedim(1, -1), normalised)
-        dnorm += _norm_sums(dz, x[images], norm)
+        dz = masked(dz.movedim(1, -1), normalised)
+        dnorm += norm_sums(dz, x[images], norm)
         dx[images].copy_(dz)
     _through_norm(dx, x, norm, count, dnorm)

@@ -24,7 +24,7 @@ from densenet_efficient import (
 from densenet_efficient.conversion.libraries import cifar, d2l
 from densenet_efficient.conversion.names import LayerNames, named_block
 from densenet_efficient.nn.dense_block import DenseBlockExecution
-from tests.support import zoo, zoo_plain
+from tests.support import zoo, zoo_plain, zoo_speech
 from tests.support.conversion_cases import CASES, DROPOUT_CASES, Case
 from tests.support.conversion_comparison import (
     Replay,
@@ -100,11 +100,16 @@ def reloaded() -> nn.Module:
     return load("timm").create_model("rdnet_tiny", pretrained=False)
 
 
-def spoken() -> nn.Module:
-    block = type(
-        "CAMDenseTDNNBlock", (nn.ModuleList,), {"__module__": "speakerlab.models.campplus.layers"}
-    )
-    return nn.Sequential(block([nn.Conv1d(4, 4, 1)]))
+def speaking_with_state() -> nn.Module:
+    block = zoo_speech.CamBlock(6, 4)
+    block.tdnnd2.cam_layer.linear2 = nn.Sequential(nn.Conv1d(8, 4, 1), nn.BatchNorm1d(4))
+    return nn.Sequential(block)
+
+
+def speaking_with_dropout() -> nn.Module:
+    block = zoo_speech.CamBlock(6, 4)
+    block.tdnnd3.cam_layer.relu = nn.Dropout(0.1)
+    return nn.Sequential(block)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,8 @@ def spoken() -> nn.Module:
         (libauc_with_elu, "denselayer1: elu1 is ELU; only ReLU"),
         (lazy_book, r"net\.0\.0 is lazy and not initialised; run one batch first"),
         (reloaded, "nothing to convert in RDNet: left.*layer norms and pointwise MLPs"),
-        (spoken, r"CAM\+\+ gates a convolution of its own"),
+        (speaking_with_state, r"tail must be without buffers and dropout, but linear2\.1 has"),
+        (speaking_with_dropout, "tail must be without buffers and dropout, but relu has"),
     ],
 )
 def test_refused_with_the_reason_and_one_line_a_kind(
@@ -294,8 +300,9 @@ def test_data_parallel_training_over_processes() -> None:
         distributed.destroy_process_group()
 
 
-def test_a_transition_with_bias_is_differentiated_twice() -> None:
-    plain, ours, x = pair(case_of("zoo: 11 d2l"))
+@pytest.mark.parametrize("name", ["zoo: 11 d2l", "zoo: 15 CAM++"])
+def test_biases_and_tails_are_differentiated_twice(name: str) -> None:
+    plain, ours, x = pair(case_of(name))
     found = []
     for model in (plain, ours):
         parameters = list(model.parameters())

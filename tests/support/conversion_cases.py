@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from densenet_efficient import register_adapter
-from densenet_efficient.conversion.libraries import cifar, d2l, tiramisu, torchvision
-from tests.support import zoo, zoo_plain
+from densenet_efficient.conversion.libraries import cifar, d2l, speech, tiramisu, torchvision
+from tests.support import zoo, zoo_plain, zoo_speech
 from tests.support.libraries import load
 from tests.support.zoo import Net, growing
 
@@ -133,6 +133,15 @@ CASES = [
     Case("12 kuangliu, newest first", "", _zoo(zoo.bare_block(zoo.NewestFirstLayer),
          zoo.BareTransition), IMAGE),
 ]  # fmt: skip
+SOUND = {"convolution": nn.Conv1d}
+CASES += [
+    Case("15 CAM++", "", _zoo(zoo_speech.CamBlock, zoo_speech.Transit, **SOUND), (2, 3, 23),
+         transitions=0),
+    Case("15 with checkpoints", "", _zoo(lambda c, k: zoo_speech.CamBlock(c, k, True),
+         zoo_speech.Transit, **SOUND), (2, 3, 23), transitions=0),
+    Case("15 D-TDNN", "", _zoo(zoo_speech.TdnnBlock, zoo_speech.Transit, **SOUND), (2, 3, 23),
+         transitions=0),
+]  # fmt: skip
 DROPOUT_CASES = [
     Case("1 torchvision", "torchvision", lambda: _torchvision(drop_rate=0.3)),
     Case("2 one dimension", "monai", lambda: _monai(1, 0.3), (2, 2, 65)),
@@ -168,6 +177,8 @@ def register_zoo() -> None:
     register_adapter(zoo_plain.TiramisuBlock, tiramisu.bfortuner_dense_block)
     register_adapter(zoo_plain.BaldassarreBlock, tiramisu.baldassarre_dense_block)
     register_adapter(zoo_plain.BookBlock, d2l.dense_block)
+    register_adapter(zoo_speech.CamBlock, speech.cam_dense_tdnn_block)
+    register_adapter(zoo_speech.TdnnBlock, speech.dense_tdnn_block)
 
 
 register_zoo()
