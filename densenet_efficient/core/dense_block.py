@@ -72,7 +72,7 @@ def block_forward(
     columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
     acc = accumulation_dtype(x.dtype)
     kept = Kept(spec, features, torch.zeros((2, columns), dtype=acc, device=x.device))
-    stats = kept.stats
+    stats, exchange = kept.stats, spec.exchange
 
     first = features[..., spec.inputs(0)]
     first.copy_(x.movedim(1, -1))
@@ -82,8 +82,8 @@ def block_forward(
             first_stats.copy_(known_stats)
         else:
             spec.operators.channel_stats(flat(first), first_stats)
-        if not (known_stats is not None and spec.known_shared):
-            _share(spec, first_stats)
+        if exchange is not None and not (known_stats is not None and spec.known_shared):
+            exchange.moments(first_stats)
 
     with arena.lease(scratch_table(spec, image, x.dtype, backward=False), x.device) as scratch:
         for index, layer_spec in enumerate(spec.layers):
@@ -111,7 +111,8 @@ def block_forward(
                         spec.operators.channel_stats(flat(b), wanted)
                 else:
                     layer.conv1_forward(inputs, norm1, b, wanted)
-                _share(spec, wanted)
+                if exchange is not None and wanted is not None:
+                    exchange.moments(wanted)
                 layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
             else:
                 layer.conv1_forward(inputs, norm1, new, fused_stats)
@@ -119,14 +120,9 @@ def block_forward(
                 drop(spec, index, new, scratch)
                 if new_stats is not None:
                     spec.operators.channel_stats(flat(new), new_stats)
-            _share(spec, new_stats)
+            if exchange is not None and new_stats is not None:
+                exchange.moments(new_stats)
     return kept
-
-
-def _share(spec: BlockSpec, stats: Tensor | None) -> None:
-    """Statistics taken here become those of all processes that share them."""
-    if spec.exchange is not None and stats is not None:
-        spec.exchange.moments(stats)
 
 
 def block_backward(

@@ -74,12 +74,6 @@ class LayerSpec:
     bottleneck_drop_rate: float = 0.0
     tail: Tail | None = None
 
-    def shares_statistics(self) -> bool:
-        """Whether a norm's statistics are those of several processes."""
-        return self.norm1.group is not None or (
-            self.norm2 is not None and self.norm2.group is not None
-        )
-
     def batch_norms(self) -> list[NormSpec]:
         """The norms that use the batch's statistics."""
         norms = (self.norm1, self.norm2)

@@ -93,6 +93,7 @@ class DenseBlockExecution(Efficient):
         parts = self.parts()
         dtype = execution.working_dtype(x)
         specs: list[LayerSpec] = []
+        shares = False
         channels = parts[0].norm1.num_features
         for (name, layer), part in zip(self.dense_layers().items(), parts, strict=True):
             spec, problem = layer_spec(part, name, channels, dtype, layer.training)
@@ -100,10 +101,9 @@ class DenseBlockExecution(Efficient):
                 return Dispatch(ORIGINAL, problem or ""), parts, ()
             specs.append(spec)
             channels += spec.growth
-        if (
-            any(layer.shares_statistics() for layer in specs)
-            and len({norm.group for layer in specs for norm in layer.batch_norms()}) > 1
-        ):
+            norm1, norm2 = spec.norm1, spec.norm2
+            shares |= norm1.group is not None or (norm2 is not None and norm2.group is not None)
+        if shares and len({norm.group for layer in specs for norm in layer.batch_norms()}) > 1:
             reason = "its norms take their statistics over different processes"
             return Dispatch(ORIGINAL, reason), parts, ()
         dims = len(parts[0].conv1.kernel_size)

@@ -45,12 +45,13 @@ _methods |= {
     getattr(nn, name): _methods_of(getattr(nn, name))
     for kind in ("Conv{}d", "BatchNorm{}d", "AvgPool{}d", "MaxPool{}d", "ReLU")
     for name in {kind.format(dims) for dims in (1, 2, 3)}
-} | {nn.SyncBatchNorm: _methods_of(nn.SyncBatchNorm)}
+}
+_synchronised = _methods_of(nn.SyncBatchNorm)  # looked at where there is one
 
 
 def know(cls: type) -> None:
     """Takes the methods of a class as they are now for its own."""
-    _methods.setdefault(cls, _methods_of(cls))
+    _methods.setdefault(cls, _synchronised if cls is nn.SyncBatchNorm else _methods_of(cls))
 
 
 def know_all(structure: Structure) -> None:
@@ -108,8 +109,10 @@ def change(
         path = f"{where}.{name}" if where else name
         if name != known:
             return f"{path} is where {known} was"
-        if type(child) is not cls and not (type(child) is nn.SyncBatchNorm and cls in _BATCH_NORMS):
-            return f"{path} was replaced by a {type(child).__name__}"
+        if type(child) is not cls:
+            if type(child) is not nn.SyncBatchNorm or cls not in _BATCH_NORMS:
+                return f"{path} was replaced by a {type(child).__name__}"
+            know(nn.SyncBatchNorm)
         assert child is not None
         reason = own_change(child)
         if reason is not None:
