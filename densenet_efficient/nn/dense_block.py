@@ -132,9 +132,9 @@ class DenseBlockExecution(Efficient):
         execution.check_input(x, dims, channels, parameters[2], name)
         norm = next((norm for layer in specs for norm in layer.batch_norms()), None)
         group = None if norm is None else norm.group
-        exchange = None if norm is None else begin_exchange(group, x)
+        stats, known = handover.known_stats(x, group)
+        exchange = None if norm is None else begin_exchange(group, x, known)
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
-        stats, shared = handover.known_stats(x, group)
         dtype = execution.working_dtype(x)
         if contiguous is None:
             contiguous = handover.prefers_contiguous(x)
@@ -148,7 +148,7 @@ class DenseBlockExecution(Efficient):
             seed = int(torch.randint(1 << 48, (), device="cpu"))
         newest_first = self._efficient.newest_first
         spec = BlockSpec(
-            specs, chosen.operators, self.memory, seed, newest_first, exchange, shared
+            specs, chosen.operators, self.memory, seed, newest_first, exchange, known is not None
         )  # fmt: skip
         result = Result()
         y = DenseBlockFunction.apply(spec, x, stats, result, *parameters)
@@ -162,7 +162,7 @@ class DenseBlockExecution(Efficient):
         with_input = self._efficient.with_input
         if with_input is not None and not with_input(self):
             y, stats = handover.new_features(y, stats, spec)
-        return handover.hand_over(y, stats, contiguous, group)
+        return handover.hand_over(y, stats, contiguous, exchange)
 
 
 class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore[misc]

@@ -143,7 +143,7 @@ class FeaturesExecution(Efficient):
         execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
         x = _convolution(conv, handover.match_layout(x) if contiguous else x, weight)
         want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
-        exchange = begin_exchange(own.group, x) if want else None
+        exchange = begin_exchange(own.group, x, None) if want else None
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
         spec = PoolSpec(own, chosen.operators, want, exchange)
         result = Result()

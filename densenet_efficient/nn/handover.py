@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.exchange import Exchange
 from ..core.functions import MatchLayoutFunction
 from ..core.specs import BlockSpec
 
@@ -81,24 +82,26 @@ def new_features(y: Tensor, stats: Tensor | None, spec: BlockSpec) -> tuple[Tens
     return new_y, None if stats is None else stats[:, new]
 
 
-def hand_over(y: Tensor, stats: Tensor | None, contiguous: bool, group: Any = None) -> Tensor:
+def hand_over(
+    y: Tensor, stats: Tensor | None, contiguous: bool, exchange: Exchange | None = None
+) -> Tensor:
     """y ``[N, C, *spatial]``, which the caller must not write to, as a tensor that it may write to,
-    with the statistics ``[2, C]`` of its values: of this process, or of all processes of a
-    group."""
+    with the statistics ``[2, C]`` of its values: of this process, or of all that exchanged
+    them."""
     given = torch._lazy_clone(y.contiguous() if contiguous else y)
     if stats is not None:
-        setattr(given, _STATS, (stats, _data_address(given), group))
+        setattr(given, _STATS, (stats, _data_address(given), exchange))
     return given
 
 
-def known_stats(x: Tensor, group: Any = None) -> tuple[Tensor | None, bool]:
+def known_stats(x: Tensor, group: Any = None) -> tuple[Tensor | None, Exchange | None]:
     """The statistics that x was handed over with, for a module that shares them with a group of
-    processes or keeps to its own, and whether they are the group's already. None where there are
-    none of use, or somebody has written to x since."""
+    processes or keeps to its own, and the exchange that made them the group's already. None where
+    there are none of use, or somebody has written to x since."""
     entry = getattr(x, _STATS, None)
     if entry is None or not _is_cow_tensor(x):
-        return None, False
-    stats, address, known_group = entry
-    if _data_address(x) != address or (known_group is not None and known_group is not group):
-        return None, False
-    return stats, known_group is not None
+        return None, None
+    stats, address, exchange = entry
+    if _data_address(x) != address or (exchange is not None and exchange.group is not group):
+        return None, None
+    return stats, exchange

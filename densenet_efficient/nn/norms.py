@@ -87,10 +87,12 @@ def process_group(norm: nn.Module, training: bool | None = None) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def begin_exchange(group: Any, x: Tensor) -> Exchange | None:
+def begin_exchange(group: Any, x: Tensor, known: Exchange | None) -> Exchange | None:
     """What a call of norms with batch statistics of x ``[N, C, *spatial]`` needs of other
-    processes, None without a group. ValueError where the batch, all processes together, is a
-    single value a channel."""
+    processes, None without a group. known: the exchange by which x's statistics are shared
+    already. ValueError where the batch, all processes together, is a single value a channel."""
+    if known is not None:
+        return known
     count = x.numel() // x.shape[1]
     if group is None:
         check_count(count, tuple(x.shape))
@@ -196,11 +198,11 @@ def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
 
 
 def _shared_batch_norm(norm: BatchNorm, x: Tensor, group: Any) -> Tensor:
-    exchange = begin_exchange(group, x)
+    stats, known = known_stats(x, group)
+    exchange = begin_exchange(group, x, known)
     assert exchange is not None
-    stats, shared = known_stats(x, group)
     operators = dispatch.choose(x.device, x.dtype).operators
-    spec = PoolSpec(norm_spec(norm, x.dtype), operators, False, exchange, shared)
+    spec = PoolSpec(norm_spec(norm, x.dtype), operators, False, exchange, known is not None)
     result = Result()
     y = SharedNormFunction.apply(spec, x, stats, result, norm.weight, norm.bias)
     assert result.used is not None

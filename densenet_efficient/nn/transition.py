@@ -128,15 +128,15 @@ class TransitionExecution(Efficient):
             )
         want, dtype = uses_batch_statistics(norm), execution.working_dtype(x)
         own = norm_spec(norm, dtype)
-        exchange = begin_exchange(own.group, x) if want else None
+        stats, known = handover.known_stats(x, own.group)
+        exchange = begin_exchange(own.group, x, known) if want else None
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
-        stats, shared = handover.known_stats(x, own.group)
         if contiguous is None:
             contiguous = handover.prefers_contiguous(x)
             x = handover.match_layout(x) if contiguous else x
         if x.dtype != dtype:
             x, stats = x.to(dtype), None
-        spec = PoolSpec(own, chosen.operators, want, exchange, shared)
+        spec = PoolSpec(own, chosen.operators, want, exchange, known is not None)
         result = Result()
         y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight, bias)
         if exchange is None and result.has_overflowed():

@@ -48,12 +48,13 @@ def test_nothing_is_exchanged_in_eval_mode(found):
 
 def test_a_stage_whose_gradient_may_be_seen_leaves_no_correction_to_another(found):
     """The transition's norm and the last one then exchange two sums a channel themselves, in each
-    of two steps; behind a backward hook, which makes another tensor, two moments as well."""
+    of two steps; after a backward hook, which makes another tensor, two moments and the number of
+    rows as well."""
     sizes = {name: sum(size for _, size in found[0]["cases"][name][1]) for name in CASES}
-    channels = 16 + 20
-    more = 2 * 2 * channels * 8
-    assert sizes["forward hooks"] - sizes["two processes"] == more
-    assert sizes["backward hooks"] - sizes["two processes"] == 2 * more
+    steps, norms, channels, item = 2, 2, 16 + 20, 8
+    sums = steps * 2 * channels * item
+    assert sizes["forward hooks"] - sizes["two processes"] == sums
+    assert sizes["backward hooks"] - sizes["two processes"] == 2 * sums + steps * norms * item
 
 
 def test_explain_says_how_many_processes_share(found):

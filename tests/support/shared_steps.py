@@ -26,7 +26,8 @@ class Case:
     """batches: images of each process; fewer than all processes make a group of their own.
     memory, momentum, affine, tracks: options of blocks and norms. convert_first: before the norms
     become synchronised. hooked: the kind of hooks on every block and transition, so that nothing is
-    left to another stage. trained: as against eval mode. frozen_block: in eval mode."""
+    left to another stage. trained: as against eval mode. frozen_block: in eval mode. size: of an
+    image."""
 
     batches: tuple[int, ...]
     memory: str = "recompute"
@@ -37,6 +38,7 @@ class Case:
     hooked: str = ""
     trained: bool = True
     frozen_block: bool = False
+    size: int = 32
 
 
 CASES = {
@@ -45,7 +47,7 @@ CASES = {
     "two processes, one without images": Case((3, 0)),
     "four processes": Case((4, 2, 1, 1), momentum=None),
     "four processes, one without images": Case((2, 0, 3, 1), convert_first=True),
-    "a single image each": Case((1, 1), affine=False),
+    "a single pixel each in the last block": Case((1, 1), affine=False, size=8),
     "no running statistics": Case((2, 1), tracks=False),
     "forward hooks": Case((1, 2), hooked="forward"),
     "backward hooks": Case((3, 1), hooked="full_backward"),
@@ -75,7 +77,9 @@ def plain_network(case: Case) -> nn.Module:
 def whole_batch(case: Case) -> Tensor:
     """The images of all processes."""
     generator = torch.Generator().manual_seed(6)
-    return torch.randn(sum(case.batches), 3, 32, 32, dtype=torch.float64, generator=generator)
+    return torch.randn(
+        sum(case.batches), 3, case.size, case.size, dtype=torch.float64, generator=generator
+    )
 
 
 def step(model: nn.Module, x: Tensor) -> Results:
