@@ -37,6 +37,16 @@ def test_every_process_issues_the_same_collectives(name, found):
     assert all(own == calls[0] for own in calls)
 
 
+def test_a_channel_is_exchanged_once_forward_and_once_backward(found):
+    """Two numbers each time, whatever number of layers read it; and rows are counted for the stem
+    and either block."""
+    stem, growth, bottleneck, transition = 8 + 8, 4, 16, 8
+    channels = stem + transition + (2 + 3) * (growth + bottleneck)
+    steps, item = 2, 8
+    size = sum(size for _, size in found[0]["cases"]["two processes"][1])
+    assert size == steps * (2 * 2 * channels + 3) * item
+
+
 def test_the_bottleneck_computed_again_is_not_exchanged_again(found):
     cases = found[0]["cases"]
     assert cases["two processes"][1] == cases["two processes, store"][1]
