@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from tests.support.processes import results_of
-from tests.support.shared_steps import CASES, plain_network, run, step, whole_batch
+from tests.support.shared_steps import (
+    CASES,
+    other_orders,
+    plain_network,
+    run,
+    step,
+    whole_batch,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,17 @@ def test_results_are_those_of_one_process_with_the_whole_batch(name, found):
             together[key] = values[0]
         else:
             together[key] = torch.cat(values) if key in ("y", "dx") else sum(values)
+    torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_other_orders_of_backward_passes_give_the_same(found):
+    case = CASES["two processes"]
+    expected = other_orders(plain_network(case), whole_batch(case))
+    first, second = (found[rank]["other orders"] for rank in range(2))
+    together = {
+        name: {key: first[name][key] + second[name][key] for key in gradients}
+        for name, gradients in expected.items()
+    }
     torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-9)
 
 

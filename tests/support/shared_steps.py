@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from densenet_efficient import convert, explain
 from densenet_efficient.bench.accuracy import moved_norms
@@ -94,6 +95,36 @@ def step(model: nn.Module, x: Tensor) -> Results:
     return {"y": y.detach(), "dx": x.grad, **gradients, **dict(model.named_buffers())}
 
 
+def other_orders(model: nn.Module, x: Tensor) -> dict[str, Results]:
+    """The parameters' gradients of backward passes in other orders than one after each forward."""
+    found = {}
+
+    def keep(name: str) -> None:
+        found[name] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    model.zero_grad()
+    for reentrant in (False, True):
+        checkpoint(loss, x.clone().requires_grad_(), use_reentrant=reentrant).backward()
+        keep(f"checkpointed, reentrant {reentrant}")
+    first, second = loss(x), loss(2 * x)
+    second.backward()
+    first.backward()
+    keep("two forwards first")
+    again = loss(x)
+    again.backward(retain_graph=True)
+    again.backward()
+    keep("backward twice")
+    for name in ("conv0", "norm0", "denseblock1"):
+        model.features.get_submodule(name).requires_grad_(False)  # type: ignore[union-attr,operator]
+    loss(x).backward()
+    keep("frozen at the beginning")
+    return found
+
+
 def shared_model(case: Case, group: Any) -> nn.Module:
     """The network of a case, converted, with synchronised norms."""
     model = plain_network(case)
@@ -116,6 +147,9 @@ def run(rank: int) -> dict[str, Any]:
     pair = dist.new_group([0, 1])
     found: dict[str, Any] = {"cases": _run_cases(rank, pair)}
     if rank < 2:
+        case = CASES["two processes"]
+        own = whole_batch(case).split(case.batches)[rank]
+        found["other orders"] = other_orders(shared_model(case, pair), own)
         found["explained"] = _explained(pair)
         found["refused"] = _refused(pair)
     found["moments"] = _moments(rank)
