@@ -104,8 +104,7 @@ class Case:
             raise ValueError(f"peers: expected some of {', '.join(PEERS)}, got {peer!r}")
         execution = peer
         if peer not in OURS:
-            plain = self.network.small_inputs or self.network.in_channels != 3
-            execution = "reference" if plain else "torchvision"
+            execution = "torchvision" if self.network.in_torchvision else "reference"
             execution += "-checkpoint" if peer == "checkpoint" else ""
         torch.manual_seed(seed)
         return self.network.build(execution).to(

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..models.catalogue import CATALOGUE
 from ..models.networks import CIFAR, NETWORKS, NetworkSpec
 from ..train.device import device_memory_bytes
 
@@ -21,6 +22,7 @@ __all__ = [
     "add_command",
     "budget",
     "count",
+    "is_small",
     "network_from",
     "network_options",
     "number",
@@ -28,6 +30,7 @@ __all__ = [
     "whole_number",
 ]
 
+CIFAR_NAMES = tuple(name for name, entry in CATALOGUE.items() if entry.network.small_inputs)
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>%|([kmgt]i?)?b?)", re.IGNORECASE)
@@ -129,7 +132,10 @@ def network_options(parser: argparse.ArgumentParser, default: str | None) -> Non
     """--model and the options that belong to it. default: None leaves the choice to the command."""
     group = parser.add_argument_group("network")
     chosen = "" if default else f" (default: {CIFAR}; densenet121 for --data imagefolder)"
-    group.add_argument("--model", choices=NETWORKS, default=default, help=f"which DenseNet{chosen}")
+    group.add_argument(
+        "--model", choices=(*NETWORKS, *CIFAR_NAMES), default=default, metavar="NAME",
+        help=f"which DenseNet, one of those that `list` shows, or {CIFAR}{chosen}",
+    )  # fmt: skip
     group.add_argument(
         "--depth", type=count, metavar="N", help=f"{CIFAR} only: layers (default: 100)"
     )
@@ -151,28 +157,48 @@ def network_options(parser: argparse.ArgumentParser, default: str | None) -> Non
     group.add_argument(
         "--drop-rate",
         type=number,
-        default=0.0,
         metavar="P",
-        help="dropout after every 3x3 convolution",
+        help="dropout after the last convolution of every layer (default: 0)",
     )
+    group.add_argument(
+        "--drop-everywhere", action="store_true",
+        help="dropout after every convolution but the first, as in the paper",
+    )  # fmt: skip
 
 
 def network_from(
     options: argparse.Namespace, classes: int | None = None, channels: int = 3
 ) -> NetworkSpec:
     """What the options of `network_options` say. classes: None is what the papers train it on."""
+    small = is_small(options.model)
     if classes is None:
-        classes = 10 if options.model == CIFAR else 1000
+        classes = 10 if small else 1000
+    given = {
+        "depth": options.depth,
+        "growth_rate": options.growth_rate,
+        "bottleneck": False if options.no_bottleneck else None,
+        "compression": options.compression,
+    }
+    name = options.model
+    if name in CIFAR_NAMES:
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"{option}: expected only with model {CIFAR}, got it with {name}")
+        published = CATALOGUE[name].network
+        name, given = CIFAR, {option: getattr(published, option) for option in given}
     return NetworkSpec(
-        options.model,
-        depth=options.depth,
-        growth_rate=options.growth_rate,
-        bottleneck=False if options.no_bottleneck else None,
-        compression=options.compression,
-        drop_rate=options.drop_rate,
+        name,
+        **given,
+        drop_rate=options.drop_rate or 0.0,
         num_classes=classes,
         in_channels=channels,
+        drop_everywhere=options.drop_everywhere,
     )
+
+
+def is_small(model: str) -> bool:
+    """Whether the network of that name is for CIFAR."""
+    return model == CIFAR or model in CIFAR_NAMES
 
 
 def size_options(parser: argparse.ArgumentParser, batch: int) -> None:

@@ -14,12 +14,13 @@ from ..models.networks import CIFAR
 from ..nn.options import MEMORY_MODES
 from ..train.checkpoint import CheckpointError, read_checkpoint
 from ..train.data import DATASETS, Data, load_data
-from ..train.recipes import SCHEDULES, Recipe, recipe_for
+from ..train.recipes import PUBLISHED, SCHEDULES, Recipe, recipe_for
 from ..train.trainer import AMP, CHECKPOINT, Trainer, TrainingOptions
 from .parser import (
     Parser,
     add_command,
     count,
+    is_small,
     network_from,
     network_options,
     number,
@@ -124,6 +125,10 @@ def _data_options(group: Any) -> None:
 
 
 def _recipe_options(group: Any) -> None:
+    group.add_argument(
+        "--recipe", choices=PUBLISHED, metavar="NAME",
+        help=f"a published recipe instead of the data set's: {', '.join(PUBLISHED)}",
+    )  # fmt: skip
     group.add_argument("--epochs", type=count, metavar="N", help="passes over the training images")
     group.add_argument(
         "--batch",
@@ -167,7 +172,9 @@ def _run(parser: Parser, options: argparse.Namespace, words: list[str]) -> int:
             f"data: expected one name, or imagefolder and its PATH, got {' '.join(options.data)!r}"
         )
     options.model = options.model or ("densenet121" if name == "imagefolder" else CIFAR)
-    recipe = recipe or recipe_for(name, **_recipe_values(options))
+    if options.recipe and PUBLISHED[options.recipe].drop_rate and options.drop_rate is None:
+        options.drop_rate, options.drop_everywhere = PUBLISHED[options.recipe].drop_rate, True
+    recipe = recipe or recipe_for(options.recipe or name, **_recipe_values(options))
     data = _load(options, name, rest[0] if rest else None, recipe)
     trainer = Trainer(
         TrainingOptions(
@@ -237,5 +244,5 @@ def _load(options: argparse.Namespace, name: str, path: str | None, recipe: Reci
         augment=recipe.augment,
         download=options.download,
         limit=options.limit,
-        shape=(3, 10 if options.model == CIFAR else 1000),
+        shape=(3, 10 if is_small(options.model) else 1000),
     )

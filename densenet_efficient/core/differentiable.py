@@ -78,8 +78,10 @@ def transition(
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """x ``[N, C, *spatial]`` -> ``[N, K, *(spatial // 2)]``."""
+    """x ``[N, C, *spatial]`` -> ``[N, K, *(spatial // 2)]``; without pooling ``*spatial``."""
     y = _convolution(_norm_relu(x, spec.norm, gamma, beta), weight, bias, None)
+    if not spec.pools:
+        return y
     return _AVG_POOL[x.dim() - 3](y, 2, 2)
 
 

@@ -80,14 +80,20 @@ def transition_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """x [N, *spatial, C], stats [2, C] of x, weight [K, C, 1, ...], bias [K] ->
     y [N, K, *(spatial // 2)] and its stats [2, K], where they are wanted. A bias passes the pooling
-    unchanged, so it is added to what the operator gives."""
-    image = (x.shape[0], *(size // 2 for size in x.shape[1:-1]))
+    unchanged, so it is added to what the operator gives. Without pooling y is [N, K, *spatial]."""
+    image = (x.shape[0], *(size // 2 if spec.pools else size for size in x.shape[1:-1]))
     y = layout.empty(image, weight.shape[0], x.dtype, x.device)
     y_stats = stats.new_zeros((2, weight.shape[0])) if spec.want_stats else None
     norm = _fold(spec, stats, gamma, beta)
     matrix = _matrix(weight, x.dtype)
     rows = y.movedim(1, -1)
-    spec.operators.transition_forward(x, norm, matrix, rows, None if bias is not None else y_stats)
+    own_stats = None if bias is not None else y_stats
+    if spec.pools:
+        spec.operators.transition_forward(x, norm, matrix, rows, own_stats)
+    else:
+        spec.operators.norm_relu_conv1x1_forward(
+            layout.flat(x), norm, matrix, layout.flat(rows), own_stats
+        )
     if bias is not None:
         rows.add_(bias.detach().to(y.dtype))
         if y_stats is not None:
@@ -113,12 +119,42 @@ def transition_backward(
     dnorm = norm.new_empty((2, x.shape[-1]))
     matrix = _matrix(weight, x.dtype)
     dweight = norm.new_empty(matrix.shape) if want_dweight else None
-    rows = layout.channels_last(dy)
-    spec.operators.transition_backward(
-        rows, x, norm, matrix, _count(spec, x), dx.movedim(1, -1), dweight, dnorm
-    )
+    rows, dx_rows = layout.channels_last(dy), dx.movedim(1, -1)
+    if spec.pools:
+        spec.operators.transition_backward(
+            rows, x, norm, matrix, _count(spec, x), dx_rows, dweight, dnorm
+        )
+    else:
+        _pointwise_backward(spec, rows, x, norm, matrix, dx_rows, dweight, dnorm)
     dstats = _through_statistics(spec, dx.movedim(1, -1), x, norm, dnorm, defer)
     return dx, dnorm, None if dweight is None else dweight.view(weight.shape), dstats
+
+
+def _pointwise_backward(
+    spec: PoolSpec,
+    dy: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    matrix: Tensor,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dnorm: Tensor,
+) -> None:
+    """`transition_backward` without pooling, through the operator of a block's 1x1 convolution:
+    nothing is corrected in dy, and dx begins at 0."""
+    nothing = norm.new_zeros((4, matrix.shape[0]))
+    nothing[0] = 1
+    flat_dy, flat_x, flat_dx = layout.flat(dy), layout.flat(x), layout.flat(dx)
+    flat_dx.zero_()
+    spec.operators.norm_relu_conv1x1_backward(
+        flat_dy, flat_dy, nothing, flat_x, norm, matrix, flat_dx, dweight, dnorm
+    )
+    count = _count(spec, x)
+    if count:
+        correction = torch.empty_like(norm)
+        spec.operators.norm_correction(dnorm, norm, count, False, correction)
+        correction[0].fill_(1)
+        spec.operators.norm_correction_apply(flat_dx, flat_x, correction)
 
 
 def stem_forward(

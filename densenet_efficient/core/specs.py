@@ -144,7 +144,8 @@ class PoolSpec:
     """One call of a transition, a stem or a norm by itself.
 
     norm: as in a block. operators: what runs it. want_stats: whether to take the statistics of the
-    result, which are this process' own. exchange, known_shared: as in `BlockSpec`.
+    result, which are this process' own. exchange, known_shared: as in `BlockSpec`. pools: False for
+    a transition that keeps the resolution.
     """
 
     norm: NormSpec
@@ -152,6 +153,7 @@ class PoolSpec:
     want_stats: bool
     exchange: Exchange | None = None
     known_shared: bool = False
+    pools: bool = True
 
 
 def scratch_table(

@@ -7,6 +7,7 @@ that arrived.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from ..core import arena, layout
 from ..core.arena import Buffer
 from ..core.specs import BlockSpec, kept_table, scratch_table
 from ..nn.dense_block import DenseBlockExecution
-from ..nn.features import FeaturesExecution
+from ..nn.features import POOLS, FeaturesExecution
 from ..nn.layers import layer_spec
 from ..nn.norms import includes_relu, is_batch_norm
 from ..nn.transition import TransitionExecution
@@ -107,10 +108,57 @@ class Stem(Part):
 
 
 class Transition(Part):
-    """A transition, which keeps nothing but its input, the block's feature buffer."""
+    """A transition, which keeps nothing but its input, the block's feature buffer. One that drops
+    out pools after that, and keeps the mask and what the pooling reads."""
 
-    operator = "transition"
     pads_gradient = True
+
+    def _drops(self) -> bool:
+        assert isinstance(self.module, TransitionExecution)
+        return self.module.parts().drop_rate > 0
+
+    def forward(self, timeline: Timeline, training: bool) -> str | None:
+        """See `Part.forward`."""
+        if not self._drops():
+            return super().forward(timeline, training)
+        where = f"the forward of {self.name}"
+        full = (*self.image, self._output_row())
+        product = Buffer(f"{self.name} convolution", full, self.dtype, "transient")
+        timeline.allocate(product, where)
+        timeline.mark(where, self._workspace("forward"))
+        mask = self.dtype if self.device.type == "cpu" else torch.bool
+        pools = self.image != self.out_image
+        lifetime = "kept" if training else "transient"
+        timeline.allocate(Buffer(f"{self.name} mask", full, mask, lifetime), where)
+        if pools:
+            timeline.allocate(Buffer(f"{self.name} dropped", full, self.dtype, lifetime), where)
+            timeline.free(product.name)
+            return super().forward(timeline, training)
+        timeline.allocate(Buffer(f"{self.name} output", full, self.dtype, "transient"), where)
+        timeline.free(product.name)
+        return f"{self.name} output"
+
+    def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
+        """See `Part.backward`."""
+        if self._drops():
+            where = f"the backward of {self.name}"
+            full = (*self.image, self.out_channels)
+            before = Buffer(f"gradient of {self.name} convolution", full, self.dtype, "transient")
+            timeline.allocate(before, where)
+            timeline.free(arriving, f"{self.name} mask")
+            if self.image != self.out_image:
+                timeline.free(f"{self.name} dropped")
+            arriving = before.name
+        return super().backward(timeline, arriving, follows)
+
+    def _workspace(self, way: str) -> int:
+        if self.image != self.out_image and not self._drops():
+            name, shape = "transition", (*self.image, self.channels)
+        else:  # the operator of a block's first convolution
+            name, shape = "norm_relu_conv1x1", (math.prod(self.image), self.channels)
+        return workspaces.operator(
+            f"{name}_{way}", shape, self.out_channels, self.dtype, self.device
+        )
 
     def _output_row(self) -> int:
         return layout.row_length(self.out_channels, self.dtype, self.device)
@@ -194,17 +242,24 @@ def parts_of(
         raise TypeError(f"model must begin with a convolution, got {type(conv).__name__}")
     add(Convolution, name, conv, _image_after(conv, image), conv.out_channels)
     if is_batch_norm(children[0][1]):
-        add(Stem, "stem", children[0][1], (image[0], *(-(-s // 2) for s in image[1:])), channels)
-        children = children[2 if includes_relu(children[0][1]) else 3 :]
+        after = 1 if includes_relu(children[0][1]) else 2
+        if type(children[after][1]) in POOLS:
+            halved = (image[0], *(-(-s // 2) for s in image[1:]))
+            add(Stem, "stem", children[0][1], halved, channels)
+            after += 1
+        else:  # PyTorch's norm, which keeps its input, and its ReLU in place
+            add(Norm, "stem", children[0][1], image, channels)
+        children = children[after:]
     for name, child in children:
         if isinstance(child, DenseBlockExecution):
             new = sum(part.growth for part in child.parts())
             add(Block, name, child, image, channels + new)
         elif isinstance(child, TransitionExecution):
-            halved = (image[0], *(s // 2 for s in image[1:]))
-            if min(halved) < 1:
+            pools = type(child.parts().pool) is not nn.Identity
+            out = (image[0], *(s // 2 if pools else s for s in image[1:]))
+            if min(out) < 1:
                 raise ValueError(f"input_shape is too small: no pixel is left at {name}")
-            add(Transition, name, child, halved, child.parts().conv.out_channels)
+            add(Transition, name, child, out, child.parts().conv.out_channels)
         elif is_batch_norm(child):
             add(Norm, name, child, image, channels)
         elif isinstance(child, nn.Identity):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -47,6 +47,15 @@ class EfficientDenseNet(DenseNetBase):
         bottleneck: False: layers are one 3x3 convolution.
         in_channels: channels of the input.
         global_pool: False: logits (or features) at every place of the last map.
+        spatial_squeeze: False: pooled logits keep their two places, [N, num_classes, 1, 1].
+        features_only: no classifier; a list of maps comes out, one for each resolution
+            (`feature_info` says which).
+        output_stride: of the last map, reached by leaving later poolings out and dilating the 3x3
+            convolutions after them (x2 for each).
+        initial_output_stride: of the stem, 4, or 2 without its max-pooling.
+        drop_everywhere: dropout after every convolution but the first, as in the paper, not only
+            after the last of every layer, as in torchvision.
+        bias: of every convolution. eps: of every norm.
         init_mode: "fan_in" (torchvision) or "fan_out" (the paper's CIFAR code).
         memory: "recompute" keeps only the feature buffers for the backward pass, "store" the
             bottlenecks too: more memory, a little less time.
@@ -69,9 +78,8 @@ class EfficientDenseNet(DenseNetBase):
         compression: float = 0.5,
         bottleneck: bool = True,
         in_channels: int = 3,
-        global_pool: bool = True,
-        init_mode: Literal["fan_in", "fan_out"] = "fan_in",
         memory: str = "recompute",
+        **options: Any,
     ) -> None:
         self._memory = check_memory(memory)
         super().__init__(
@@ -86,15 +94,16 @@ class EfficientDenseNet(DenseNetBase):
             compression=compression,
             bottleneck=bottleneck,
             in_channels=in_channels,
-            global_pool=global_pool,
-            init_mode=init_mode,
+            **options,
         )
 
     def _make_block(self, **options: Any) -> nn.Module:
         return EfficientDenseBlock(**options, memory=self._memory)
 
-    def _make_transition(self, num_input_features: int, num_output_features: int) -> nn.Module:
-        return EfficientTransition(num_input_features, num_output_features)
+    def _make_transition(
+        self, num_input_features: int, num_output_features: int, **options: Any
+    ) -> nn.Module:
+        return EfficientTransition(num_input_features, num_output_features, **options)
 
     def _make_features(self, children: OrderedDict[str, nn.Module]) -> nn.Module:
         return EfficientFeatures(children)

@@ -38,7 +38,7 @@ class NetworkSpec:
 
     name: one of `NETWORKS`. depth, growth_rate, bottleneck, compression: of `densenet_cifar` only
     (None: 100, 12, True, and 0.5 with bottlenecks or 1 without, as in the paper).
-    drop_rate: 0..1. num_classes, in_channels: positive.
+    drop_rate: 0..1. drop_everywhere: see `EfficientDenseNet`. num_classes, in_channels: positive.
     """
 
     name: str = "densenet121"
@@ -49,6 +49,7 @@ class NetworkSpec:
     drop_rate: float = 0.0
     num_classes: int = 1000
     in_channels: int = 3
+    drop_everywhere: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
@@ -65,6 +66,11 @@ class NetworkSpec:
     def small_inputs(self) -> bool:
         """Whether the stem keeps the resolution (CIFAR)."""
         return self.name == CIFAR
+
+    @property
+    def in_torchvision(self) -> bool:
+        """Whether torchvision's DenseNet can express it."""
+        return not (self.small_inputs or self.in_channels != 3 or self.drop_everywhere)
 
     @property
     def default_image_size(self) -> int:
@@ -97,6 +103,7 @@ class NetworkSpec:
             "drop_rate": self.drop_rate,
             "num_classes": self.num_classes,
             "in_channels": self.in_channels,
+            "drop_everywhere": self.drop_everywhere,
         }
         if not self.small_inputs:
             return {**CONFIGURATIONS[self.name], **common}
@@ -134,12 +141,14 @@ class NetworkSpec:
         options["memory_efficient"] = bool(checkpointed)
         if source == "reference":
             return reference.DenseNet(**options)
-        if self.small_inputs or self.in_channels != 3:
+        if not self.in_torchvision:
             raise ValueError(
                 "execution: expected 'reference' for networks with a CIFAR stem or other than 3 "
-                f"input channels, which torchvision does not have, got {execution!r}"
+                "input channels, or dropout after every convolution, which torchvision does not "
+                "have, got "
+                f"{execution!r}"
             )
-        del options["in_channels"]
+        del options["in_channels"], options["drop_everywhere"]
         return import_torchvision("torchvision.models").DenseNet(**options)
 
     def describe(self) -> dict[str, Any]:

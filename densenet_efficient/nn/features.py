@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..core.functions import Result, StemFunction
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
 from . import execution, handover, watch
+from .architecture import STEM, plain_outputs
 from .dense_block import DenseBlockExecution
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .layers import CONVOLUTIONS
@@ -27,11 +29,11 @@ from .norms import (
 )
 from .transition import once
 
-_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
-    if type(pool) not in _POOLS:
+    if type(pool) not in POOLS:
         return False
     options = [once(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
     return options == [3, 2, 1, 1] and not pool.ceil_mode and not pool.return_indices
@@ -85,22 +87,52 @@ class FeaturesExecution(Efficient):
             return self.original_class.forward(self, input)
         return self._efficient_forward(input)
 
+    def named_outputs(self, input: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """As the forward; returns the outputs of the children named in `wanted`, of the last part
+        of the stem as "stem", and the last child's."""
+        if torch.compiler.is_exporting():
+            return plain_outputs(self, input, wanted)
+        return self._named_outputs(input, wanted)
+
+    @torch.compiler.disable
+    def _named_outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        if self._input_problem(x) or self._patch():
+            return plain_outputs(self, x, wanted)
+        outputs: dict[str, Tensor] = {}
+        self._run(x, outputs, wanted)
+        return outputs
+
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def _efficient_forward(self, x: Tensor) -> Tensor:
         reason = self._input_problem(x) or self._patch()
         if reason is not None:
             execution.check_synchronised(self, x, reason)
             return self.original_class.forward(self, x)
+        return self._run(x, {}, ())
+
+    def _run(self, x: Tensor, outputs: dict[str, Tensor], wanted: Collection[str]) -> Tensor:
         contiguous = self._answers_contiguous(x)
-        children = list(self._modules.values())
-        stem = self.stem_path(x)
+        children: list[tuple[str, Any]] = list(self._modules.items())
+        stem = Dispatch(ORIGINAL, "its relu0 is asked for")
+        if "relu0" not in wanted:
+            stem = self.stem_path(x)
         if stem.kind != ORIGINAL:
             x = self._stem(x, stem, contiguous)
             children = children[len(self.stem_children()) :]
+            if "stem" in wanted:
+                outputs["stem"] = x.contiguous() if contiguous else x
         else:
             execution.record(self, "stem", stem)
-        for child, consumer in zip(children, [*children[1:], None], strict=False):
-            x = self._call(child, consumer, x, contiguous)  # type: ignore[arg-type]
+        last_of_stem = [name for name in self._modules if name in STEM][-1:]
+        for index, (name, child) in enumerate(children):
+            keys = [name, *["stem"] * (name in last_of_stem)]
+            taken = [key for key in keys if key in wanted]
+            after = index + 1 < len(children) and not taken
+            consumer = children[index + 1][1] if after else None
+            x = self._call(child, consumer, x, contiguous)
+            outputs.update(dict.fromkeys(taken, x))
+        if children:
+            outputs[children[-1][0]] = x
         return x
 
     @staticmethod

@@ -58,6 +58,7 @@ def standard_parts(layer: nn.Module) -> LayerParts:
         getattr(layer, "norm2", None),
         getattr(layer, "conv2", None),
         float(getattr(layer, "drop_rate", 0.0)),
+        bottleneck_drop_rate=float(getattr(layer, "bottleneck_drop_rate", 0.0)),
     )
 
 

@@ -30,6 +30,7 @@ def dense_layer_children(
     momentum: float | None = 0.1,
     dilation: int = 1,
     dims: int = 2,
+    bias: bool = False,
 ) -> dict[str, nn.Module]:
     """norm1, relu1, conv1 (1x1), norm2, relu2, conv2 (3x3), or without bottleneck norm1, relu1,
     conv1 (3x3), for images of `dims` dimensions. ValueError for an option out of its range."""
@@ -43,7 +44,7 @@ def dense_layer_children(
     if dims not in _CONVOLUTIONS:
         raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
     convolution, norm = _CONVOLUTIONS[dims], _NORMS[dims]
-    spatial: dict[str, Any] = dict(kernel_size=3, padding=dilation, dilation=dilation, bias=False)
+    spatial: dict[str, Any] = dict(kernel_size=3, padding=dilation, dilation=dilation, bias=bias)
     children: dict[str, nn.Module] = {
         "norm1": norm(num_input_features, eps=eps, momentum=momentum),
         "relu1": nn.ReLU(inplace=True),
@@ -52,23 +53,36 @@ def dense_layer_children(
         children["conv1"] = convolution(num_input_features, growth_rate, **spatial)
         return children
     width = bn_size * growth_rate
-    children["conv1"] = convolution(num_input_features, width, kernel_size=1, bias=False)
+    children["conv1"] = convolution(num_input_features, width, kernel_size=1, bias=bias)
     children["norm2"] = norm(width, eps=eps, momentum=momentum)
     children["relu2"] = nn.ReLU(inplace=True)
     children["conv2"] = convolution(width, growth_rate, **spatial)
     return children
 
 
-def transition_children(num_input_features: int, num_output_features: int) -> dict[str, nn.Module]:
-    """norm, relu, conv (1x1), pool (2x2 average). ValueError for an option out of its range."""
+def transition_children(
+    num_input_features: int,
+    num_output_features: int,
+    *,
+    drop_rate: float = 0.0,
+    pool: bool = True,
+    bias: bool = False,
+    eps: float = 1e-5,
+) -> dict[str, nn.Module]:
+    """norm, relu, conv (1x1), with a drop_rate drop, pool (2x2 average; without pooling the
+    identity). ValueError for an option out of its range."""
     check_count("num_input_features", num_input_features)
     check_count("num_output_features", num_output_features)
-    return {
-        "norm": nn.BatchNorm2d(num_input_features),
+    drop_rate = check_drop_rate(drop_rate)
+    children: dict[str, nn.Module] = {
+        "norm": nn.BatchNorm2d(num_input_features, eps=eps),
         "relu": nn.ReLU(inplace=True),
-        "conv": nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False),
-        "pool": nn.AvgPool2d(kernel_size=2, stride=2),
+        "conv": nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=bias),
     }
+    if drop_rate > 0:
+        children["drop"] = nn.Dropout(drop_rate)
+    children["pool"] = nn.AvgPool2d(kernel_size=2, stride=2) if pool else nn.Identity()
+    return children
 
 
 class PlainDenseLayer(nn.Module):
@@ -80,20 +94,26 @@ class PlainDenseLayer(nn.Module):
         growth_rate: int,
         bn_size: int,
         drop_rate: float,
+        *,
+        bottleneck_drop_rate: float = 0.0,
         **options: Any,
     ) -> None:
         children = dense_layer_children(num_input_features, growth_rate, bn_size, **options)
         drop_rate = check_drop_rate(drop_rate)
+        bottleneck_drop_rate = check_drop_rate(bottleneck_drop_rate)
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
         self.drop_rate = drop_rate
+        self.bottleneck_drop_rate = bottleneck_drop_rate if "norm2" in children else 0.0
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         """[N, C, *spatial], or all earlier outputs -> [N, growth_rate, *spatial]."""
         several = isinstance(features, (list, tuple))
         y: Tensor = torch.cat(list(features), 1) if several else features  # type: ignore[assignment]
-        for child in self.children():
+        for name, child in self.named_children():
+            if name == "norm2" and self.bottleneck_drop_rate > 0:
+                y = F.dropout(y, self.bottleneck_drop_rate, self.training)
             y = child(y)
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
 

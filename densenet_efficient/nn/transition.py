@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.functions import Result, TransitionFunction
@@ -27,6 +28,7 @@ from .norms import (
 from .plain import transition_children
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
 def is_pool_by_two(pool: nn.Module) -> bool:
@@ -52,8 +54,9 @@ def once(value: Any) -> Any:
 @dataclass(frozen=True)
 class TransitionParts:
     """The modules of a transition, whatever its class calls them: norm, ReLU, 1x1 convolution,
-    average pooling by 2. pool: None where the forward of the class pools by itself. drop_rate: of a
-    dropout after the convolution, which the operators do not have."""
+    average pooling by 2. pool: None where the forward of the class pools by itself; an identity
+    where nothing pools. drop_rate: of a dropout between convolution and pooling, 0 where it is not
+    applied at present."""
 
     norm: BatchNorm
     conv: Convolution
@@ -63,7 +66,9 @@ class TransitionParts:
 
 def standard_transition_parts(transition: nn.Module) -> TransitionParts:
     """Parts of a transition with torchvision's attribute names."""
-    return TransitionParts(transition.norm, transition.conv, transition.pool)  # type: ignore[arg-type]
+    drop: Any = getattr(transition, "drop", None)
+    drop_rate = drop.p if drop is not None and drop.training else 0.0
+    return TransitionParts(transition.norm, transition.conv, transition.pool, drop_rate)  # type: ignore[arg-type]
 
 
 class TransitionExecution(Efficient):
@@ -94,18 +99,18 @@ class TransitionExecution(Efficient):
     def _geometry_problem(self) -> str | None:
         parts = self.parts()
         conv: Any = parts.conv
-        if parts.drop_rate > 0:
-            return "it drops out"
         if type(conv) not in CONVOLUTIONS or conv.groups != 1:
             return "conv is not a plain convolution"
         if set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
             return "conv is not pointwise"
-        if parts.pool is not None and not is_pool_by_two(parts.pool):
+        if parts.pool is not None and not (
+            type(parts.pool) is nn.Identity or is_pool_by_two(parts.pool)
+        ):
             return f"pool is {parts.pool}, not an average over 2 pixels in every direction"
         return None
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, *spatial] -> [N, K, *(spatial // 2)]."""
+        """[N, C, *spatial] -> [N, K, *(spatial // 2)]; without pooling [N, K, *spatial]."""
         if torch.compiler.is_exporting():
             return self.original_class.forward(self, input)
         return self._efficient_forward(input)
@@ -122,7 +127,8 @@ class TransitionExecution(Efficient):
         original = x
         gamma, beta, weight, bias = norm.weight, norm.bias, conv.weight, conv.bias
         execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
-        if min(x.shape[2:]) < 2:
+        pools, drops = type(parts.pool) is not nn.Identity, parts.drop_rate > 0
+        if pools and min(x.shape[2:]) < 2:
             raise ValueError(
                 f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
             )
@@ -136,7 +142,10 @@ class TransitionExecution(Efficient):
             x = handover.match_layout(x) if contiguous else x
         if x.dtype != dtype:
             x, stats = x.to(dtype), None
-        spec = PoolSpec(own, chosen.operators, want, exchange, known is not None)
+        takes_stats, fused = want and not drops, pools and not drops
+        spec = PoolSpec(
+            own, chosen.operators, takes_stats, exchange, known is not None, pools=fused
+        )
         result = Result()
         y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight, bias)
         if exchange is None and result.has_overflowed():
@@ -144,6 +153,9 @@ class TransitionExecution(Efficient):
         if want:
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)
+        if drops:  # it does not commute with the pooling, which is fused otherwise
+            y = F.dropout(y, parts.drop_rate)
+            y = _AVG_POOL[y.dim() - 3](y, 2, 2) if pools else y
         return handover.hand_over(y, result.stats, contiguous)
 
 
@@ -154,12 +166,14 @@ class EfficientTransition(TransitionExecution, nn.Sequential):
     torchvision's ``_Transition``: children norm, relu, conv, pool. Pooling and a pointwise
     convolution commute, so the product runs on a quarter of the pixels. Only the input is kept for
     backward. Input ``[N, C, *spatial]``, output ``[N, K, *(spatial // 2)]``; layouts, dtypes and
-    errors as in `EfficientDenseBlock`.
+    errors as in `EfficientDenseBlock`. By keyword: drop_rate (between convolution and pooling,
+    which then run one after the other), pool=False (as for an output stride that has been reached),
+    bias, eps.
     """
 
     original_class = nn.Sequential
 
-    def __init__(self, num_input_features: int, num_output_features: int) -> None:
-        children = transition_children(num_input_features, num_output_features)
+    def __init__(self, num_input_features: int, num_output_features: int, **options: Any) -> None:
+        children = transition_children(num_input_features, num_output_features, **options)
         nn.Sequential.__init__(self, OrderedDict(children))
         self._adopt(standard_transition_parts)

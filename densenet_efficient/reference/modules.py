@@ -34,11 +34,13 @@ class DenseLayer(nn.Module):
         memory_efficient: bool = False,
         *,
         bottleneck: bool = True,
+        bottleneck_drop_rate: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__()
         self.bottleneck = bottleneck
         self.drop_rate = check_drop_rate(drop_rate)
+        self.bottleneck_drop_rate = check_drop_rate(bottleneck_drop_rate) if bottleneck else 0.0
         self.memory_efficient = memory_efficient
         children = dense_layer_children(
             num_input_features, growth_rate, bn_size, bottleneck=bottleneck, **options
@@ -60,6 +62,8 @@ class DenseLayer(nn.Module):
         else:
             y = self._first_convolution(*inputs)
         if self.bottleneck:
+            if self.bottleneck_drop_rate > 0:
+                y = F.dropout(y, p=self.bottleneck_drop_rate, training=self.training)
             for name in ("norm2", "relu2", "conv2"):
                 y = self.get_submodule(name)(y)
         if self.drop_rate > 0:
@@ -104,8 +108,9 @@ class DenseBlock(nn.ModuleDict):
 class Transition(nn.Sequential):
     """norm-relu-conv(1x1)-pool(2x2 average) between two blocks."""
 
-    def __init__(self, num_input_features: int, num_output_features: int) -> None:
-        super().__init__(OrderedDict(transition_children(num_input_features, num_output_features)))
+    def __init__(self, num_input_features: int, num_output_features: int, **options: Any) -> None:
+        children = transition_children(num_input_features, num_output_features, **options)
+        super().__init__(OrderedDict(children))
 
 
 class DenseNet(DenseNetBase):
@@ -114,5 +119,7 @@ class DenseNet(DenseNetBase):
     def _make_block(self, **options: Any) -> nn.Module:
         return DenseBlock(**options)
 
-    def _make_transition(self, num_input_features: int, num_output_features: int) -> nn.Module:
-        return Transition(num_input_features, num_output_features)
+    def _make_transition(
+        self, num_input_features: int, num_output_features: int, **options: Any
+    ) -> nn.Module:
+        return Transition(num_input_features, num_output_features, **options)

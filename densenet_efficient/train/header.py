@@ -11,7 +11,7 @@ from ..memory.planner import plan
 from .data import Data
 from .device import device_memory_bytes
 from .options import TrainingOptions
-from .recipes import Recipe
+from .recipes import Recipe, schedule_text
 
 __all__ = ["check_memory", "describe_run", "planned_bytes"]
 
@@ -80,12 +80,8 @@ def _recipe_line(recipe: Recipe) -> str:
     words = [f"{recipe.epochs} epochs", f"batches of {recipe.batch_size}"]
     words.append(f"SGD at {recipe.learning_rate:g}, momentum {recipe.momentum:g}")
     words.append(f"weight decay {recipe.weight_decay:g}")
-    schedule = f"{recipe.schedule} schedule"
-    if recipe.schedule == "step":
-        schedule += f" at {', '.join(f'{m:.0%}' for m in recipe.milestones)}"
-    words.append(schedule)
+    words.append(f"{recipe.schedule} schedule ({schedule_text(recipe)})")
     optional: dict[str, Any] = {
-        f"warm-up of {recipe.warmup_epochs:g} epochs": recipe.warmup_epochs,
         f"label smoothing {recipe.label_smoothing:g}": recipe.label_smoothing,
         "augmentation": recipe.augment,
     }

@@ -19,13 +19,16 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 __all__ = [
+    "PUBLISHED",
     "RECIPES",
     "SCHEDULES",
+    "PublishedRecipe",
     "Recipe",
     "advance",
     "build_optimizer",
     "build_schedule",
     "recipe_for",
+    "schedule_text",
 ]
 
 SCHEDULES = ("step", "cosine", "constant")
@@ -116,15 +119,66 @@ RECIPES = {
     ),
     "synthetic": Recipe(epochs=1, batch_size=32, schedule="constant", augment=False),
 }
+"""The default of every data set."""
+
+
+@dataclass(frozen=True)
+class PublishedRecipe:
+    """source: where it was published, for what. drop_rate: dropout after every convolution but the
+    first, which belongs to it."""
+
+    recipe: Recipe
+    source: str
+    drop_rate: float = 0.0
+
+
+_IMAGENET = Recipe(epochs=90, batch_size=256, milestones=(1 / 3, 2 / 3))
+PUBLISHED = {
+    "cifar+": PublishedRecipe(_CIFAR, "arXiv 1608.06993: C10+ and C100+, crops and flips"),
+    "cifar": PublishedRecipe(
+        dataclasses.replace(_CIFAR, augment=False),
+        "arXiv 1608.06993: C10 and C100, no augmentation",
+        0.2,
+    ),
+    "imagenet": PublishedRecipe(_IMAGENET, "arXiv 1608.06993: ImageNet"),
+    "imagenet-cosine": PublishedRecipe(
+        dataclasses.replace(_IMAGENET, schedule="cosine"),
+        "the authors' DenseNet-cosine-264: ImageNet",
+    ),
+    "pleiss": PublishedRecipe(
+        _CIFAR, "the demonstration of efficient_densenet_pytorch: CIFAR-10, BC-100-12"
+    ),
+    "d2l": PublishedRecipe(
+        Recipe(
+            epochs=10, batch_size=256, momentum=0.0, weight_decay=0.0, schedule="constant",
+            augment=False,
+        ),
+        "Dive into Deep Learning: Fashion-MNIST at 96 px",
+    ),
+}  # fmt: skip
+"""Recipes by name, whatever the data."""
+
+
+def schedule_text(recipe: Recipe) -> str:
+    """The learning rate over the epochs, in words: "0.1 to epoch 150, 0.01 to 225"."""
+    rate = f"{recipe.learning_rate:g}"
+    rise = f"rising for {recipe.warmup_epochs:g} epochs, " if recipe.warmup_epochs else ""
+    if recipe.schedule == "constant":
+        return f"{rise}{rate} to epoch {recipe.epochs}"
+    if recipe.schedule == "cosine":
+        return f"{rise}{rate} to 0 at epoch {recipe.epochs}, as a cosine"
+    ends = [*(m * recipe.epochs for m in recipe.milestones), recipe.epochs]
+    steps = [f"{recipe.learning_rate / 10**i:g} to {end:g}" for i, end in enumerate(ends)]
+    return rise + ", ".join(steps).replace(" to ", " to epoch ", 1)
 
 
 def recipe_for(data: str, **overrides: Any) -> Recipe:
-    """The recipe of a data set, with the values that are given instead (None: not given). The
-    warm-up, where it is not given, keeps its share of the epochs. ValueError for unknown data or
-    a value out of its range."""
-    if data not in RECIPES:
+    """The recipe of a data set, or the published one of that name, with the values that are given
+    instead (None: not given). The warm-up, where it is not given, keeps its share of the epochs.
+    ValueError for unknown data or a value out of its range."""
+    if data not in RECIPES and data not in PUBLISHED:
         raise ValueError(f"data: expected one of {', '.join(RECIPES)}, got {data!r}")
-    recipe = RECIPES[data]
+    recipe = RECIPES[data] if data in RECIPES else PUBLISHED[data].recipe
     epochs = overrides.get("epochs")
     if isinstance(epochs, int) and overrides.get("warmup_epochs") is None:
         share = recipe.warmup_epochs / recipe.epochs
