@@ -235,15 +235,10 @@ class DenseNetBase(nn.Module):
         """For each of `feature_names`: name, num_chs and reduction, as timm calls them."""
         entries, stride = [], self.output_stride
         for name in reversed(self.feature_names):
-            if name == "relu0":
-                channels = self.features.get_submodule("norm0").num_features
-            elif name == "features":
-                channels = self.num_features
-            else:
-                channels = self.features.get_submodule(
-                    f"transition{name.removeprefix('denseblock')}.norm"
-                ).num_features
-            entries.append({"name": name, "num_chs": channels, "reduction": stride})
+            before = {"relu0": "norm0", "features": "norm5"}
+            default = f"transition{name.removeprefix('denseblock')}.norm"
+            norm: Any = self.features.get_submodule(before.get(name, default))
+            entries.append({"name": name, "num_chs": norm.num_features, "reduction": stride})
             stride //= 2
         return entries[::-1]
 
