@@ -4,11 +4,10 @@
 #pragma once
 
 #include "checks.h"
+#include "image.h"
 #include "views.h"
 
 namespace densenet_efficient::arguments {
-
-using Shape = std::initializer_list<int64_t>;
 
 // The leading tensor, x or a table, decides about the dtype and the device of all others.
 struct Arguments {
@@ -16,33 +15,32 @@ struct Arguments {
   ScalarType arithmetic;  // the dtype of tables and weight gradients
 
  protected:
-  Arguments(const Arg& lead, int64_t dim)
+  explicit Arguments(const Arg& lead)
       : lead(lead),
         arithmetic(lead.tensor.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                                   : ScalarType::Float) {
-    check_dim(lead, dim);
-  }
+                                                                   : ScalarType::Float) {}
+  Arguments(const Arg& lead, int64_t dim) : Arguments(lead) { check_dim(lead, dim); }
 
   Strided leading_activation() const {
     check_activation_dtype(lead);
     return strided(lead);
   }
-  Strided activation(const char* name, const Tensor& tensor, Shape shape) const {
+  Strided activation(const char* name, const Tensor& tensor, const Shape& shape) const {
     return strided(checked(name, tensor, shape, lead.tensor.scalar_type()));
   }
-  Strided activation(const char* name, const OptionalTensor& tensor, Shape shape) const {
+  Strided activation(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
     return tensor ? activation(name, *tensor, shape) : Strided{};
   }
 
   // Per-channel vectors [rows, C] (norm, stats, dnorm, correction): contiguous, except that a table
   // may be a column slice of a wider one.
-  Strided table(const char* name, const Tensor& tensor, Shape shape) const {
+  Strided table(const char* name, const Tensor& tensor, const Shape& shape) const {
     return strided(checked(name, tensor, shape, arithmetic));
   }
-  Strided table(const char* name, const OptionalTensor& tensor, Shape shape) const {
+  Strided table(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
     return tensor ? table(name, *tensor, shape) : Strided{};
   }
-  Strided contiguous(const char* name, const OptionalTensor& tensor, Shape shape) const {
+  Strided contiguous(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
     if (!tensor) return {};
     const Arg arg = checked(name, *tensor, shape, arithmetic);
     check_contiguous(arg);
@@ -54,7 +52,7 @@ struct Arguments {
     check_dim({lead.op, "weight", weight}, dim);
     return weight.size(0);
   }
-  const Tensor& checked_weight(const Tensor& weight, Shape shape) const {
+  const Tensor& checked_weight(const Tensor& weight, const Shape& shape) const {
     return checked("weight", weight, shape, lead.tensor.scalar_type()).tensor;
   }
 
@@ -64,7 +62,7 @@ struct Arguments {
   }
 
  private:
-  Arg checked(const char* name, const Tensor& tensor, Shape shape, ScalarType dtype) const {
+  Arg checked(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) const {
     const Arg arg{lead.op, name, tensor};
     check_shape(arg, shape);
     check_dtype(arg, dtype);
@@ -91,12 +89,45 @@ struct RowArguments : Arguments {
       : Arguments({op, "x", x}, 2), M(x.size(0)), C(x.size(1)) {}
 };
 
-// Led by x [N, H, W, C].
-struct ImageArguments : Arguments {
-  int64_t N, H, W, C;
+// Led by x [N, *spatial, C] of one to three spatial dimensions.
+struct ImageArguments : Arguments, Image {
+  int64_t C;
 
   ImageArguments(const char* op, const Tensor& x)
-      : Arguments({op, "x", x}, 4), N(x.size(0)), H(x.size(1)), W(x.size(2)), C(x.size(3)) {}
+      : Arguments({op, "x", x}), Image(image_of(lead)), C(x.size(x.dim() - 1)) {}
+
+ protected:
+  // [N, *spatial, channels] for the pixels of an image.
+  Shape shape(const Image& image, int64_t channels) const {
+    Shape found{image.N};
+    if (dims > 2) found.add(image.D);
+    found.add(image.H);
+    if (dims > 1) found.add(image.W);
+    found.add(channels);
+    return found;
+  }
+  Shape shape(int64_t channels) const { return shape(*this, channels); }
+
+  // [outputs, C] and the kernel of a convolution over `n` pixels in every direction.
+  Shape kernel(int64_t outputs, int64_t n) const {
+    Shape found{outputs, C};
+    for (int64_t d = 0; d < dims; ++d) found.add(n);
+    return found;
+  }
+
+ private:
+  static Image image_of(const Arg& lead) {
+    const Tensor& x = lead.tensor;
+    const int64_t dims = x.dim() - 2;
+    if (dims < 1 || dims > 3)
+      fail(lead, "must have 3, 4 or 5 dimensions, got shape ", shape_text(x));
+    const int64_t height = dims > 2 ? 2 : 1;
+    return {.dims = dims,
+            .N = x.size(0),
+            .D = dims > 2 ? x.size(1) : 1,
+            .H = x.size(height),
+            .W = dims > 1 ? x.size(height + 1) : 1};
+  }
 };
 
 struct ChannelStats : RowArguments {
@@ -203,11 +234,11 @@ struct NormReluConv3x3Forward : ImageArguments {
   NormReluConv3x3Forward(const Tensor& x, const Tensor& norm, const Tensor& weight, const Tensor& y,
                          const OptionalTensor& stats)
       : ImageArguments("norm_relu_conv3x3_forward", x),
-        K(outputs(weight, 4)),
+        K(outputs(weight, dims + 2)),
         x(leading_activation()),
         norm(table("norm", norm, {kNormRows, C})),
-        weight(checked_weight(weight, {K, C, 3, 3})),
-        y(activation("y", y, {N, H, W, K})),
+        weight(checked_weight(weight, kernel(K, 3))),
+        y(activation("y", y, shape(K))),
         stats(table("stats", stats, {kStatsRows, K})) {}
 };
 
@@ -222,22 +253,22 @@ struct NormReluConv3x3Backward : ImageArguments {
                           const Tensor& weight, const Tensor& dx, const OptionalTensor& dweight,
                           const Tensor& dnorm)
       : ImageArguments("norm_relu_conv3x3_backward", x),
-        K(outputs(weight, 4)),
+        K(outputs(weight, dims + 2)),
         x(leading_activation()),
-        dy(activation("dy", dy, {N, H, W, K})),
+        dy(activation("dy", dy, shape(K))),
         y(given_with(correction, y)),
         correction(table("correction", correction, {kCorrectionRows, K})),
         norm(table("norm", norm, {kNormRows, C})),
-        weight(checked_weight(weight, {K, C, 3, 3})),
-        dx(activation("dx", dx, {N, H, W, C})),
-        dweight(contiguous("dweight", dweight, {K, C, 3, 3})),
+        weight(checked_weight(weight, kernel(K, 3))),
+        dx(activation("dx", dx, shape(C))),
+        dweight(contiguous("dweight", dweight, kernel(K, 3))),
         dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
 
  private:
   Strided given_with(const OptionalTensor& correction, const OptionalTensor& y) const {
     if (y.has_value() != correction.has_value())
       fail({lead.op, "y", lead.tensor}, "and correction must be given together");
-    return activation("y", y, {N, H, W, K});
+    return activation("y", y, shape(K));
   }
 };
 
@@ -254,7 +285,7 @@ struct TransitionForward : ImageArguments {
         x(leading_activation()),
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, {K, C})),
-        y(activation("y", y, {N, H / 2, W / 2, K})),
+        y(activation("y", y, shape(halved(), K))),
         stats(table("stats", stats, {kStatsRows, K})) {}
 };
 
@@ -271,11 +302,11 @@ struct TransitionBackward : ImageArguments {
       : ImageArguments("transition_backward", x),
         K(outputs(weight, 2)),
         x(leading_activation()),
-        dy(activation("dy", dy, {N, H / 2, W / 2, K})),
+        dy(activation("dy", dy, shape(halved(), K))),
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, {K, C})),
         count(checked_count(count)),
-        dx(activation("dx", dx, {N, H, W, C})),
+        dx(activation("dx", dx, shape(C))),
         dweight(contiguous("dweight", dweight, {K, C})),
         dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
 };
@@ -287,7 +318,7 @@ struct StemForward : ImageArguments {
       : ImageArguments("stem_forward", x),
         x(leading_activation()),
         norm(table("norm", norm, {kNormRows, C})),
-        y(activation("y", y, {N, (H + 1) / 2, (W + 1) / 2, C})),
+        y(activation("y", y, shape(halved_up(), C))),
         stats(table("stats", stats, {kStatsRows, C})) {}
 };
 
@@ -300,10 +331,10 @@ struct StemBackward : ImageArguments {
                const Tensor& dx, const Tensor& dnorm)
       : ImageArguments("stem_backward", x),
         x(leading_activation()),
-        dy(activation("dy", dy, {N, (H + 1) / 2, (W + 1) / 2, C})),
+        dy(activation("dy", dy, shape(halved_up(), C))),
         norm(table("norm", norm, {kNormRows, C})),
         count(checked_count(count)),
-        dx(activation("dx", dx, {N, H, W, C})),
+        dx(activation("dx", dx, shape(C))),
         dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
 };
 

@@ -2,6 +2,7 @@
 // what came; nothing is written before every check has passed (arguments.h).
 #pragma once
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -43,15 +44,22 @@ template <typename... Parts>
   throw std::runtime_error(text.str());
 }
 
-inline void check_shape(const Arg& arg, std::initializer_list<int64_t> expected) {
-  bool same = arg.tensor.dim() == static_cast<int64_t>(expected.size());
-  int64_t d = 0;
-  for (auto it = expected.begin(); same && it != expected.end(); ++it, ++d)
-    same = arg.tensor.size(d) == *it;
+// The shape that a tensor must have.
+struct Shape {
+  int64_t sizes[5], dim = 0;
+
+  Shape(std::initializer_list<int64_t> list) {
+    for (const int64_t size : list) add(size);
+  }
+  void add(int64_t size) { sizes[dim++] = size; }
+};
+
+inline void check_shape(const Arg& arg, const Shape& expected) {
+  bool same = arg.tensor.dim() == expected.dim;
+  for (int64_t d = 0; same && d < expected.dim; ++d) same = arg.tensor.size(d) == expected.sizes[d];
   if (same) return;
   std::ostringstream text;
-  for (auto it = expected.begin(); it != expected.end(); ++it)
-    text << (it == expected.begin() ? "" : ", ") << *it;
+  for (int64_t d = 0; d < expected.dim; ++d) text << (d ? ", " : "") << expected.sizes[d];
   fail(arg, "must have shape [", text.str(), "], got ", shape_text(arg.tensor));
 }
 

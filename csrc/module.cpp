@@ -25,13 +25,16 @@ const std::map<std::string, std::string> kBuildInfo = {
 }
 
 CallShape call_shape(const std::vector<int64_t>& shape, int64_t channels) {
-  if (shape.size() != 2 && shape.size() != 4)
-    throw std::invalid_argument("shape must be [M, C] or [N, H, W, C], got " +
+  const int64_t dims = static_cast<int64_t>(shape.size()) - 2;
+  if (dims < 0 || dims > 3)
+    throw std::invalid_argument("shape must be [M, C] or [N, *spatial, C], got " +
                                 std::to_string(shape.size()) + " dimensions");
-  const bool image = shape.size() == 4;
-  return {.N = shape[0],
-          .H = image ? shape[1] : 1,
-          .W = image ? shape[2] : 1,
+  const int64_t height = dims > 2 ? 2 : 1;
+  return {.x = {.dims = dims > 0 ? dims : 2,
+                .N = shape[0],
+                .D = dims > 2 ? shape[1] : 1,
+                .H = dims > 0 ? shape[height] : 1,
+                .W = dims > 1 ? shape[height + 1] : 1},
           .C = shape.back(),
           .K = channels};
 }
@@ -76,11 +79,12 @@ PYBIND11_MODULE(_module, module) {
   module.def(
       "build_info", [] { return kBuildInfo; },
       "What the library was built from and for: a dict of texts, lists separated by spaces.");
-  module.def("workspace_bytes", &cpu_bytes, py::arg("op"), py::arg("shape"),
-             py::arg("channels") = 0, py::arg("element_bytes") = 4, py::arg("threads") = 1,
-             "The most bytes of scratch that a CPU operator of csrc/ops.cpp holds at a time, for x "
-             "of `shape` ([M, C] or [N, H, W, C]) and `channels` channels of y. element_bytes: 4, "
-             "or 8 for float64. ValueError where an argument is out of range.");
+  module.def(
+      "workspace_bytes", &cpu_bytes, py::arg("op"), py::arg("shape"), py::arg("channels") = 0,
+      py::arg("element_bytes") = 4, py::arg("threads") = 1,
+      "The most bytes of scratch that a CPU operator of csrc/ops.cpp holds at a time, for x "
+      "of `shape` ([M, C] or [N, *spatial, C]) and `channels` channels of y. element_bytes: 4, "
+      "or 8 for float64. ValueError where an argument is out of range.");
   module.def("cuda_workspace_bytes", &cuda_bytes, py::arg("op"), py::arg("shape"),
              py::arg("channels") = 0, py::arg("element_bytes") = 2,
              py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 << 10,

@@ -3,7 +3,9 @@
 // Conventions
 //   rows       a pixel is a row: [M, C] with M = N * H * W. Row tensors are channels last: the last
 //              stride is 1 and the row stride may exceed C, so a tensor may be a channel slice of a
-//              larger feature buffer. Four-dimensional arguments are [N, H, W, C] likewise.
+//              larger feature buffer. Images are [N, H, W, C] likewise; on the CPU they may also
+//              have one or three spatial dimensions, and kernels and windows as many: then read
+//              3x3 as 3 or 3x3x3.
 //   norm       [4, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd.
 //              A normalised value is a * x + s; x_hat is (x - mean) * rstd.
 //   stats      [2, C]: mean and biased variance over the rows, of the values as stored.

@@ -11,17 +11,18 @@
 #include "cuda/tiling/conv1x1.h"
 #include "cuda/tiling/conv3x3.h"
 #include "cuda/tiling/pool.h"
+#include "image.h"
 
 namespace densenet_efficient {
 
 // The shape of a call. A row tensor [M, C] is N = M images of one pixel.
 struct CallShape {
-  int64_t N, H, W, C;  // x
-  int64_t K;           // channels of y, 0 where y is no product
+  Image x;
+  int64_t C, K;  // channels of x and of y, 0 where y is no product
 
-  int64_t rows() const { return N * H * W; }
-  int64_t windows() const { return N * (H / 2) * (W / 2); }  // that a transition pools
-  tiling::Images3x3 images() const { return {N, H, W}; }
+  int64_t rows() const { return x.pixels(); }
+  int64_t windows() const { return x.halved().pixels(); }  // that a transition pools
+  tiling::Images3x3 images() const { return {x.N, x.H, x.W}; }
 };
 
 // What else decides about the scratch of a CPU operator.
@@ -55,7 +56,7 @@ inline const WorkspaceSizes<CpuCall>& cpu_workspaces() {
         tiling::ProductBackward(rows, c.C, c.K, c.size, c.threads).bytes);
   };
   static const auto stem = [](const CpuCall& c) {
-    return tiling::allocation_bytes(tiling::Stem(c.N, c.H, c.W, c.C, c.size, c.threads).bytes);
+    return tiling::allocation_bytes(tiling::Stem(c.x, c.C, c.size, c.threads).bytes);
   };
   static const WorkspaceSizes<CpuCall> sizes = {
       {"channel_stats",
@@ -68,12 +69,12 @@ inline const WorkspaceSizes<CpuCall>& cpu_workspaces() {
       {"norm_relu_conv3x3_forward",
        [](const CpuCall& c) {
          return tiling::allocation_bytes(
-             tiling::Conv3x3Forward(c.N, c.H, c.W, c.C, c.K, c.size, c.threads).bytes);
+             tiling::Conv3x3Forward(c.x, c.C, c.K, c.size, c.threads).bytes);
        }},
       {"norm_relu_conv3x3_backward",
        [](const CpuCall& c) {
          return tiling::allocation_bytes(
-             tiling::Conv3x3Backward(c.N, c.H, c.W, c.C, c.K, c.size, c.threads).bytes);
+             tiling::Conv3x3Backward(c.x, c.C, c.K, c.size, c.threads).bytes);
        }},
       {"transition_forward", [](const CpuCall& c) { return forward(c.windows(), c); }},
       {"transition_backward",
@@ -126,12 +127,13 @@ inline const WorkspaceSizes<CudaCall>& cuda_workspaces() {
        }},
       {"stem_forward",
        [](const CudaCall& c) {
-         return tiling::StemForward(c.N, c.H, c.W, c.C, c.size, c.alignment, c.optional_output)
+         return tiling::StemForward(c.x.N, c.x.H, c.x.W, c.C, c.size, c.alignment,
+                                    c.optional_output)
              .bytes;
        }},
       {"stem_backward",
        [](const CudaCall& c) {
-         return tiling::StemBackward(c.N, c.H, c.W, c.C, c.size, c.alignment).bytes;
+         return tiling::StemBackward(c.x.N, c.x.H, c.x.W, c.C, c.size, c.alignment).bytes;
        }},
   };
   return sizes;

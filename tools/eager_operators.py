@@ -14,6 +14,9 @@ from torch import Tensor
 from densenet_efficient import reference
 
 EPS = 1e-5
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
 def _nchw(x: Tensor) -> Tensor:
@@ -25,9 +28,11 @@ def _nhwc(x: Tensor) -> Tensor:
 
 
 def _pool(y: Tensor) -> Tensor:
-    """avg_pool2d, which refuses images without a single window."""
-    height, width = y.shape[2] // 2, y.shape[3] // 2
-    return F.avg_pool2d(y, 2) if height and width else y[:, :, :height, :width]
+    """Average pooling by 2, which refuses images without a single window."""
+    sizes = [size // 2 for size in y.shape[2:]]
+    if all(sizes):
+        return _AVG_POOL[y.dim() - 3](y, 2)
+    return y[(slice(None), slice(None), *(slice(size) for size in sizes))]
 
 
 class _Norm:
@@ -76,8 +81,17 @@ class _Result(torch.autograd.Function):
 
 
 def convolution(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
-    """x [N, C, H, W], weight [K, C, kh, kw]; float32 as on a GPU that may use TF32."""
-    return _Result.apply(F.conv2d(_Operand.apply(x), _Operand.apply(weight), padding=padding))
+    """x [N, C, *spatial], weight [K, C, *kernel]; float32 as on a GPU that may use TF32."""
+    convolve = _CONV[x.dim() - 3]
+    return _Result.apply(convolve(_Operand.apply(x), _Operand.apply(weight), padding=padding))
+
+
+def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    return convolution(x, weight.view(*weight.shape, *(1 for _ in x.shape[2:])))
+
+
+def _pool_by_max(x: Tensor) -> Tensor:
+    return _MAX_POOL[x.dim() - 3](x, 3, 2, 1)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -174,7 +188,7 @@ def norm_relu_conv3x3_backward(
 
 def transition_forward(x: Tensor, norm: Tensor, weight: Tensor, **_: Any) -> dict[str, Tensor]:
     h = F.relu(_Norm(norm)(_nchw(x)))
-    return _with_stats(_nhwc(_pool(convolution(h, weight[:, :, None, None]))).detach())
+    return _with_stats(_nhwc(_pool(_pointwise(h, weight))).detach())
 
 
 def transition_backward(
@@ -182,7 +196,7 @@ def transition_backward(
 ) -> dict[str, Tensor]:
     layer, x, weight = _Norm(norm), _nchw(x).requires_grad_(), weight.requires_grad_()
     h = F.relu(layer(x, training=count > 0))
-    output = _pool(convolution(h, weight[:, :, None, None]))
+    output = _pool(_pointwise(h, weight))
     wanted = (x, weight, layer.gamma, layer.beta)
     dx, dweight, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
     return {"dx": _nhwc(dx), "dweight": dweight, "dnorm": torch.stack([dgamma, dbeta])}
@@ -190,12 +204,12 @@ def transition_backward(
 
 def stem_forward(x: Tensor, norm: Tensor, **_: Any) -> dict[str, Tensor]:
     h = F.relu(_Norm(norm)(_nchw(x)))
-    return _with_stats(_nhwc(F.max_pool2d(h, 3, 2, 1)).detach())
+    return _with_stats(_nhwc(_pool_by_max(h)).detach())
 
 
 def stem_backward(dy: Tensor, x: Tensor, norm: Tensor, count: int, **_: Any) -> dict[str, Tensor]:
     layer, x = _Norm(norm), _nchw(x).requires_grad_()
-    output = F.max_pool2d(F.relu(layer(x, training=count > 0)), 3, 2, 1)
+    output = _pool_by_max(F.relu(layer(x, training=count > 0)))
     wanted = (x, layer.gamma, layer.beta)
     dx, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
     return {"dx": _nhwc(dx), "dnorm": torch.stack([dgamma, dbeta])}

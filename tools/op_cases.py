@@ -174,55 +174,64 @@ def _conv1x1_backward(m: _Maker, M: int, C: int, K: int) -> tuple[dict[str, Any]
     return arguments, ("dx", "dweight", "dnorm")
 
 
+def _kernel(image: tuple[int, ...]) -> list[int]:
+    return [3 for _ in image[1:]]
+
+
+def _halved(image: tuple[int, ...], up: int = 0) -> list[int]:
+    """(N, *spatial) as a pooling by 2 leaves it, whose windows may stick out by `up` pixels."""
+    return [image[0], *((size + up) // 2 for size in image[1:])]
+
+
 def _conv3x3_forward(
-    m: _Maker, N: int, H: int, W: int, C: int, K: int
+    m: _Maker, image: tuple[int, ...], C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random("x", N, H, W, C)
-    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C, 3, 3)}
-    return arguments | {"y": m.empty("y", N, H, W, K), "stats": m.table(2, K)}, ("y", "stats")
+    x = m.random("x", *image, C)
+    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C, *_kernel(image))}
+    return arguments | {"y": m.empty("y", *image, K), "stats": m.table(2, K)}, ("y", "stats")
 
 
 def _conv3x3_backward(
-    m: _Maker, N: int, H: int, W: int, C: int, K: int
+    m: _Maker, image: tuple[int, ...], C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x, y = m.random("x", N, H, W, C), m.random("y", N, H, W, K)
+    x, y = m.random("x", *image, C), m.random("y", *image, K)
     arguments = {
-        "dy": m.random("dy", N, H, W, K),
+        "dy": m.random("dy", *image, K),
         "y": y,
         "correction": m.correction(y),
         "x": x,
         "norm": m.norm(x),
-        "weight": m.weight(K, C, 3, 3),
+        "weight": m.weight(K, C, *_kernel(image)),
         "accumulate": False,
-        "dx": m.random("dx", N, H, W, C),
-        "dweight": m.sums(K, C, 3, 3),
+        "dx": m.random("dx", *image, C),
+        "dweight": m.sums(K, C, *_kernel(image)),
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dweight", "dnorm")
 
 
 def _transition_forward(
-    m: _Maker, N: int, H: int, W: int, C: int, K: int
+    m: _Maker, image: tuple[int, ...], C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random("x", N, H, W, C)
+    x = m.random("x", *image, C)
     arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C)}
-    return arguments | {"y": m.empty("y", N, H // 2, W // 2, K), "stats": m.table(2, K)}, (
+    return arguments | {"y": m.empty("y", *_halved(image), K), "stats": m.table(2, K)}, (
         "y",
         "stats",
     )
 
 
 def _transition_backward(
-    m: _Maker, N: int, H: int, W: int, C: int, K: int
+    m: _Maker, image: tuple[int, ...], C: int, K: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random("x", N, H, W, C)
+    x = m.random("x", *image, C)
     arguments = {
-        "dy": m.random("dy", N, H // 2, W // 2, K),
+        "dy": m.random("dy", *_halved(image), K),
         "x": x,
         "norm": m.norm(x),
         "weight": m.weight(K, C),
-        "count": N * H * W,
-        "dx": m.empty("dx", N, H, W, C),
+        "count": math.prod(image),
+        "dx": m.empty("dx", *image, C),
         "dweight": m.sums(K, C),
         "dnorm": m.table(2, C),
     }
@@ -230,23 +239,23 @@ def _transition_backward(
 
 
 def _stem_forward(
-    m: _Maker, N: int, H: int, W: int, C: int
+    m: _Maker, image: tuple[int, ...], C: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random("x", N, H, W, C)
-    y = m.empty("y", N, (H + 1) // 2, (W + 1) // 2, C)
+    x = m.random("x", *image, C)
+    y = m.empty("y", *_halved(image, 1), C)
     return {"x": x, "norm": m.norm(x), "y": y, "stats": m.table(2, C)}, ("y", "stats")
 
 
 def _stem_backward(
-    m: _Maker, N: int, H: int, W: int, C: int
+    m: _Maker, image: tuple[int, ...], C: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    x = m.random("x", N, H, W, C)
+    x = m.random("x", *image, C)
     arguments = {
-        "dy": m.random("dy", N, (H + 1) // 2, (W + 1) // 2, C),
+        "dy": m.random("dy", *_halved(image, 1), C),
         "x": x,
         "norm": m.norm(x),
-        "count": N * H * W,
-        "dx": m.empty("dx", N, H, W, C),
+        "count": math.prod(image),
+        "dx": m.empty("dx", *image, C),
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dnorm")
@@ -270,8 +279,19 @@ OPERATORS = tuple(_MAKERS)
 
 
 def dimensions(op: str) -> tuple[str, ...]:
-    """The names of an operator's sizes, such as ("M", "C", "K")."""
-    return tuple(inspect.signature(_MAKERS[op]).parameters)[1:]
+    """The names of an operator's sizes, such as ("M", "C", "K"). An image may have one or three
+    spatial dimensions, too: (N, W, ...) or (N, D, H, W, ...)."""
+    names = tuple(inspect.signature(_MAKERS[op]).parameters)[1:]
+    return ("N", "H", "W", *names[1:]) if names[0] == "image" else names
+
+
+def _makers_sizes(op: str, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+    names = tuple(inspect.signature(_MAKERS[op]).parameters)[1:]
+    if names[0] != "image":
+        return sizes if len(sizes) == len(names) else ()
+    channels = len(names) - 1
+    image = sizes[: len(sizes) - channels]
+    return (image, *sizes[-channels:]) if 2 <= len(image) <= 4 else ()
 
 
 def kernel_file(op: str) -> str:
@@ -299,10 +319,11 @@ def make(
         widths: channels of the buffer of an activation, by its name, where not to the next sector.
         changes: arguments to set otherwise, such as stats=None or accumulate=True.
     """
-    if len(sizes) != len(dimensions(op)):
+    own_sizes = _makers_sizes(op, sizes)
+    if not own_sizes:
         raise ValueError(f"{op} takes {' '.join(dimensions(op))}, got {len(sizes)} sizes")
     maker = _Maker(dtype, before, table_margin, widths or {}, torch.device(device))
-    arguments, written = _MAKERS[op](maker, *sizes)
+    arguments, written = _MAKERS[op](maker, *own_sizes)
     unknown = changes.keys() - arguments.keys()
     if unknown:
         raise ValueError(f"{op} has no argument {', '.join(sorted(unknown))}")

@@ -1,13 +1,14 @@
-// stem: y [N, ceil(H/2), ceil(W/2), C] = max_pool(relu(a * x + s), kernel 3, stride 2, padding 1)
-// and its gradient. The normalised tensor is never written.
+// stem: y [N, ceil(D/2), ceil(H/2), ceil(W/2), C] = max_pool(relu(a * x + s), kernel 3, stride 2,
+// padding 1) and its gradient; sizes of missing dimensions are 1. The normalised tensor is never
+// written.
 //
 // Forward: an output row reads three rows of x, one of which its neighbour reads too (from the
-// cache). Backward, first pass: the maximum of each window, found again, gives the sums of dz and
-// dz * (x - mean). Second pass: a task walks down input rows in pairs; for each row of windows it
-// keeps which tap won (first maximum, row-major), and every input pixel gathers dy from the up to
-// four windows it may have won: dx is written once, in order. Values are compared in the arithmetic
-// type, unrounded; where a window's maximum is not positive the ReLU is inactive, whichever pixel
-// won.
+// cache), in up to three planes. Backward, first pass: the maximum of each window, found again,
+// gives the sums of dz and dz * (x - mean). Second pass: a task walks down input rows in pairs; for
+// each row of windows it keeps which tap won (first maximum, row-major), and every input pixel
+// gathers dy from the windows it may have won, up to two in every direction: dx is written once, in
+// order. Values are compared in the arithmetic type, unrounded; where a window's maximum is not
+// positive the ReLU is inactive, whichever pixel won.
 #include <limits>
 
 #include "rows/epilogue.h"
@@ -22,35 +23,53 @@ struct Stem {
   using A = Arithmetic<T>;
   using V = Vector<A>;
 
-  Rows<const T> x;  // [N, H, W, C]
+  Rows<const T> x;  // [N, D, H, W, C]
   Rows<const A> norm;
-  int64_t N, H, W, C;
+  Image of;
+  int64_t C;
+  Image out = of.halved_up();  // windows
 
-  int64_t out_height() const { return (H + 1) / 2; }
-  int64_t out_width() const { return (W + 1) / 2; }
+  // A row of windows: windows (t, v, 0 ...) of an image.
+  struct Line {
+    int64_t image, t, v;
+  };
+  Line line(int64_t index) const {
+    return {index / (out.D * out.H), index / out.H % out.D, index % out.H};
+  }
+  int64_t first_window(const Line& l) const {
+    return ((l.image * out.D + l.t) * out.H + l.v) * out.W;
+  }
 
-  // The pixels of a window that lie inside the image, in row-major order, and their taps (0 .. 8).
-  struct Window {
-    const T* pixels[9];
-    int taps[9];
+  // Pixel (d, i, j) as seen from window (t, v, u): 0 .. 26, row-major.
+  static int tap(int64_t d, int64_t i, int64_t j, int64_t t, int64_t v, int64_t u) {
+    return static_cast<int>(((d - 2 * t + 1) * 3 + i - 2 * v + 1) * 3 + j - 2 * u + 1);
+  }
+
+  // The pixels of a window that lie inside the image, in row-major order, and their taps.
+  struct Pixels {
+    const T* pixels[27];
+    int taps[27];
     int count;
   };
 
-  Window window(int64_t image, int64_t v, int64_t u) const {
-    Window w;
+  Pixels window(const Line& l, int64_t u) const {
+    const auto first = [](int64_t at) { return std::max<int64_t>(0, 2 * at - 1); };
+    const auto last = [](int64_t at, int64_t size) { return std::min(size, 2 * at + 2); };
+    Pixels w;
     w.count = 0;
-    for (int64_t i = std::max<int64_t>(0, 2 * v - 1); i < std::min(H, 2 * v + 2); ++i)
-      for (int64_t j = std::max<int64_t>(0, 2 * u - 1); j < std::min(W, 2 * u + 2); ++j) {
-        w.pixels[w.count] = x[(image * H + i) * W + j];
-        w.taps[w.count++] = static_cast<int>((i - 2 * v + 1) * 3 + j - 2 * u + 1);
-      }
+    for (int64_t d = first(l.t); d < last(l.t, of.D); ++d)
+      for (int64_t i = first(l.v); i < last(l.v, of.H); ++i)
+        for (int64_t j = first(u); j < last(u, of.W); ++j) {
+          w.pixels[w.count] = x[((l.image * of.D + d) * of.H + i) * of.W + j];
+          w.taps[w.count++] = tap(d, i, j, l.t, l.v, u);
+        }
     return w;
   }
 
   // Visits a window by vectors of channels: the largest a * x + s (a NaN wins, as it does in
   // PyTorch), the x it came from and its tap, the first of several.
   template <typename Visit>
-  void winners(const Window& w, const Visit& visit) const {
+  void winners(const Pixels& w, const Visit& visit) const {
     for_vectors<A>(C, [&](int64_t c, int64_t count) {
       const V scale = load_vector(norm[kScale] + c, count);
       const V shift = load_vector(norm[kShift] + c, count);
@@ -71,9 +90,8 @@ struct Stem {
 template <typename T>
 void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y, Rows<Arithmetic<T>> stats) {
   using A = Arithmetic<T>;
-  const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
-  const int64_t slots = threads();
-  const tiling::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
+  const int64_t C = stem.C, width = stem.out.W, slots = threads();
+  const tiling::Stem plan(stem.of, C, sizeof(A), slots);
   Workspace workspace(like, plan.bytes);
   GroupMoments moments(workspace, plan.groups.groups, C);
   A* spares = workspace.take<A>(slots * moments.kSpare * C);
@@ -81,7 +99,7 @@ void forward(const Stem<T>& stem, const Tensor& like, Rows<T> y, Rows<Arithmetic
     A* spare = spares + own_slot(slots) * moments.kSpare * C;
     for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
       for (int64_t u = 0; u < width; ++u)
-        stem.winners(stem.window(line / height, line % height, u),
+        stem.winners(stem.window(stem.line(line), u),
                      [&](int64_t c, int64_t count, auto best, auto, auto) {
                        store_vector(relu_vector(best), y[line * width + u] + c, count);
                      });
@@ -103,7 +121,7 @@ struct Backward {
 
   void run(const Tensor& like, int64_t count) const {
     const int64_t C = stem.C, slots = threads();
-    const tiling::Stem plan(stem.N, stem.H, stem.W, C, sizeof(A), slots);
+    const tiling::Stem plan(stem.of, C, sizeof(A), slots);
     Workspace workspace(like, plan.bytes);
     double* sums = workspace.take_zeros<double>(plan.groups.groups * 2 * C);
     A* line_sums = workspace.take<A>(slots * 2 * plan.width);
@@ -118,68 +136,82 @@ struct Backward {
  private:
   // Sums of dz and dz * (x - mean) over the windows.
   void take_sums(const tiling::Stem& plan, A* line_sums, double* sums) const {
-    const int64_t C = stem.C, height = stem.out_height(), width = stem.out_width();
-    const int64_t slots = threads();
+    const int64_t C = stem.C, width = stem.out.W, slots = threads();
     parallel(plan.groups.groups, [&](int64_t group) {
       A* dgamma = line_sums + own_slot(slots) * 2 * plan.width;
       A* dbeta = dgamma + plan.width;
       for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
         std::fill_n(dgamma, 2 * plan.width, A(0));
         for (int64_t u = 0; u < width; ++u)
-          stem.winners(stem.window(line / height, line % height, u), [&](int64_t c, int64_t count,
-                                                                         V best, V chosen, V) {
-            const V dz = relu_mask_vector(load_vector(dy[line * width + u] + c, count), best);
-            const V mean = load_vector(stem.norm[kMean] + c, count);
-            store_whole(load_whole(dgamma + c) + dz * (chosen - mean), dgamma + c);
-            store_whole(load_whole(dbeta + c) + dz, dbeta + c);
-          });
+          stem.winners(
+              stem.window(stem.line(line), u), [&](int64_t c, int64_t count, V best, V chosen, V) {
+                const V dz = relu_mask_vector(load_vector(dy[line * width + u] + c, count), best);
+                const V mean = load_vector(stem.norm[kMean] + c, count);
+                store_whole(load_whole(dgamma + c) + dz * (chosen - mean), dgamma + c);
+                store_whole(load_whole(dbeta + c) + dz, dbeta + c);
+              });
         add_to(dgamma, C, sums + 2 * group * C);
         add_to(dbeta, C, sums + (2 * group + 1) * C);
       }
     });
   }
 
+  // Which taps won, for the row of windows (t, v) and its later neighbours: [t' - t][v' - v].
+  struct Winners {
+    A* lines[2][2];
+  };
+
   void write_dx(const tiling::Stem& plan, A* winners, Rows<const A> correction) const {
-    const int64_t height = stem.out_height(), slots = threads();
+    const Image& of = stem.of;
+    const int64_t slots = threads(), pitch = stem.out.W * plan.width;
+    const int64_t deep = of.D > 1 ? 2 : 1;  // lines of windows in depth that a pixel may lie in
     parallel(plan.groups.groups, [&](int64_t group) {
-      A* upper = winners + own_slot(slots) * plan.winners;
-      A* lower = upper + plan.winners / 2;
-      int64_t known = -1;  // the line of windows that `lower` describes
-      for (int64_t line = plan.groups.first(group); line < plan.groups.first(group + 1); ++line) {
-        const int64_t image = line / height, v = line % height;
-        std::swap(upper, lower);
-        if (known != line) find_winners(image, v, plan.width, upper);
-        if (v + 1 < height) find_winners(image, v + 1, plan.width, lower);
-        known = v + 1 < height ? line + 1 : -1;
-        for (int64_t i = 2 * v; i < std::min(stem.H, 2 * v + 2); ++i)
-          for (int64_t j = 0; j < stem.W; ++j)
-            write_pixel(image, i, j, plan.width, upper, lower, correction);
+      A* own = winners + own_slot(slots) * plan.winners;
+      Winners won{};
+      for (int64_t t = 0; t < deep; ++t)
+        for (int64_t v = 0; v < 2; ++v) won.lines[t][v] = own + (2 * t + v) * pitch;
+      int64_t known = -1;  // the line of windows whose winners are known
+      for (int64_t index = plan.groups.first(group); index < plan.groups.first(group + 1);
+           ++index) {
+        const auto l = stem.line(index);
+        for (int64_t t = 0; t < deep && l.t + t < stem.out.D; ++t) {
+          auto& [upper, lower] = won.lines[t];
+          std::swap(upper, lower);
+          if (known != index) find_winners({l.image, l.t + t, l.v}, plan.width, upper);
+          if (l.v + 1 < stem.out.H) find_winners({l.image, l.t + t, l.v + 1}, plan.width, lower);
+        }
+        known = l.v + 1 < stem.out.H ? index + 1 : -1;
+        for (int64_t d = 2 * l.t; d < std::min(of.D, 2 * l.t + 2); ++d)
+          for (int64_t i = 2 * l.v; i < std::min(of.H, 2 * l.v + 2); ++i)
+            for (int64_t j = 0; j < of.W; ++j) write_pixel(l, d, i, j, plan.width, won, correction);
       }
     });
   }
 
   // The winning taps of a line of windows, `pitch` channels each.
-  void find_winners(int64_t image, int64_t v, int64_t pitch, A* won) const {
-    for (int64_t u = 0; u < stem.out_width(); ++u)
-      stem.winners(stem.window(image, v, u),
+  void find_winners(const typename Stem<T>::Line& line, int64_t pitch, A* won) const {
+    for (int64_t u = 0; u < stem.out.W; ++u)
+      stem.winners(stem.window(line, u),
                    [&](int64_t c, int64_t, V, V, V tap) { store_whole(tap, won + u * pitch + c); });
   }
 
-  // Input pixel (i, j) lies in the windows v = i / 2 and, for odd i, v + 1; the same for j.
-  void write_pixel(int64_t image, int64_t i, int64_t j, int64_t pitch, const A* upper,
-                   const A* lower, Rows<const A> correction) const {
-    const int64_t height = stem.out_height(), width = stem.out_width();
-    const A* won[4];
-    const T* dy_of[4];
-    A tap[4];
+  // Input pixel (d, i, j) lies in the windows t = d / 2 and, for odd d, t + 1; so in every
+  // direction.
+  void write_pixel(const typename Stem<T>::Line& l, int64_t d, int64_t i, int64_t j, int64_t pitch,
+                   const Winners& known, Rows<const A> correction) const {
+    const Image &of = stem.of, &out = stem.out;
+    const A* won[8];
+    const T* dy_of[8];
+    A tap[8];
     int windows = 0;
-    for (int64_t v = i / 2; v <= std::min((i + 1) / 2, height - 1); ++v)
-      for (int64_t u = j / 2; u <= std::min((j + 1) / 2, width - 1); ++u) {
-        won[windows] = (v == i / 2 ? upper : lower) + u * pitch;
-        dy_of[windows] = dy[(image * height + v) * width + u];
-        tap[windows++] = A((i - 2 * v + 1) * 3 + j - 2 * u + 1);
-      }
-    const int64_t pixel = (image * stem.H + i) * stem.W + j;
+    for (int64_t t = d / 2; t <= std::min((d + 1) / 2, out.D - 1); ++t)
+      for (int64_t v = i / 2; v <= std::min((i + 1) / 2, out.H - 1); ++v)
+        for (int64_t u = j / 2; u <= std::min((j + 1) / 2, out.W - 1); ++u) {
+          won[windows] = known.lines[t - l.t][v - l.v] + u * pitch;
+          dy_of[windows] = dy[stem.first_window({l.image, t, v}) + u];
+          tap[windows++] = A(stem.tap(d, i, j, t, v, u));
+        }
+    const int64_t pixel = ((l.image * of.D + d) * of.H + i) * of.W + j;
     const T* x = stem.x[pixel];
     for_vectors<A>(stem.C, [&](int64_t c, int64_t count) {
       V dh = {};
@@ -193,8 +225,7 @@ struct Backward {
 
 template <typename T, typename Call>
 Stem<T> stem(const Call& call) {
-  return {
-      input_rows<T>(call.x), input_rows<Arithmetic<T>>(call.norm), call.N, call.H, call.W, call.C};
+  return {input_rows<T>(call.x), input_rows<Arithmetic<T>>(call.norm), call, call.C};
 }
 
 void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../image.h"
 #include "../integers.h"
 
 namespace densenet_efficient::cpu::tiling {
@@ -54,27 +55,34 @@ inline RowTiles row_tiles(int64_t rows, int64_t row_bytes, int64_t tile_bytes, i
   return {rows, tile_rows, ceil_div(rows, tile_rows)};
 }
 
-// An image cut into bands of whole rows: a band with its halo of one pixel is a tile.
+// An image cut into planes, and these into bands of whole rows: a band with its halo of one pixel
+// is a tile. A row of the halo lies in as many planes as the kernel, side by side.
 struct Bands {
-  int64_t images, height, band_rows, per_image;
-  int64_t tiles() const { return images * per_image; }
+  Window kernel;
+  int64_t planes, depth, height, band_rows, per_plane;
+  int64_t tiles() const { return planes * per_plane; }
 
   struct Band {
-    int64_t image, first, rows;
+    int64_t image, plane, first, rows;  // the plane within the image
   };
   Band at(int64_t tile) const {
-    const int64_t first = tile % per_image * band_rows;
-    return {tile / per_image, first, std::min(band_rows, height - first)};
+    const int64_t plane = tile / per_plane, first = tile % per_plane * band_rows;
+    return {plane / depth, plane % depth, first, std::min(band_rows, height - first)};
   }
+  int64_t halo_rows(int64_t rows) const { return (rows + kernel.height - 1) * kernel.depth; }
+  // Rows of a band that lie side by side without a halo between them: one product serves them all.
+  int64_t joined_rows() const { return kernel.width == 1 ? band_rows : 1; }
 };
 
-inline Bands bands(int64_t images, int64_t height, int64_t pixel_row_bytes) {
-  const int64_t tallest =
-      std::max<int64_t>(1, kTileBytes / std::max<int64_t>(pixel_row_bytes, 1) - 2);
-  int64_t per_image = std::max<int64_t>(1, ceil_div(height, tallest));
-  while (images * per_image < 8 && height / (per_image + 1) >= 4) ++per_image;
-  const int64_t band_rows = std::max<int64_t>(1, ceil_div(height, per_image));
-  return {images, height, band_rows, std::max<int64_t>(1, ceil_div(height, band_rows))};
+inline Bands bands(const Image& x, const Window& kernel, int64_t pixel_row_bytes) {
+  const int64_t planes = x.N * x.D, halo = kernel.height - 1;
+  const int64_t row_bytes = std::max<int64_t>(pixel_row_bytes * kernel.depth, 1);
+  const int64_t tallest = std::max<int64_t>(1, kTileBytes / row_bytes - halo);
+  int64_t per_plane = std::max<int64_t>(1, ceil_div(x.H, tallest));
+  while (planes * per_plane < 8 && x.H / (per_plane + 1) >= 4) ++per_plane;
+  const int64_t band_rows = std::max<int64_t>(1, ceil_div(x.H, per_plane));
+  return {kernel, planes,    std::max<int64_t>(1, x.D),
+          x.H,    band_rows, std::max<int64_t>(1, ceil_div(x.H, band_rows))};
 }
 
 // Bytes that Workspace (parallel.h) asks torch for, so that pieces of `bytes` in all begin at a
@@ -159,22 +167,26 @@ inline int64_t transition_correction_bytes(int64_t C, int64_t size) {
   return 5 * C * size + 2 * 64;
 }
 
-// norm_relu_conv3x3_forward: a tile is a band of an image with its halo.
+// norm_relu_conv3x3_forward: a tile is a band of an image with its halo, `width` pixels to a row of
+// it.
 struct Conv3x3Forward {
   Bands bands;
   Groups groups;
+  int64_t width;
   int64_t weight, operand, result;  // packed weight; a thread's normalised band, one row's product
   int64_t bytes;
 
-  Conv3x3Forward(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size,
-                 int64_t threads)
-      : bands(tiling::bands(N, H, (W + 2) * round_up(C, 2) * size)),
+  Conv3x3Forward(const Image& x, int64_t C, int64_t K, int64_t size, int64_t threads)
+      : bands(tiling::bands(x, x.window(3), width_of(x) * round_up(C, 2) * size)),
         groups(groups_of(bands.tiles(), kMaxGroups)),
-        weight(9 * pad(K) * round_up(C, 2)),
-        operand((bands.band_rows + 2) * (W + 2) * round_up(C, 2)),
-        result(W * pad(K)),
+        width(width_of(x)),
+        weight(bands.kernel.size() * pad(K) * round_up(C, 2)),
+        operand(bands.halo_rows(bands.band_rows) * width * round_up(C, 2)),
+        result(bands.joined_rows() * x.W * pad(K)),
         bytes(size * (weight + threads * (operand + result)) + 3 * 64 +
               moments_bytes(groups.groups, K, size, threads)) {}
+
+  static int64_t width_of(const Image& x) { return x.W + x.window(3).width - 1; }
 };
 
 // norm_relu_conv3x3_backward: columns pass in blocks of kColumns; each group has its own weight
@@ -183,22 +195,26 @@ struct Conv3x3Backward {
   Bands bands;
   Groups groups;
   int64_t columns;                            // C, whole panels
+  int64_t width;                              // pixels to a row with its halo
   int64_t weight, dy, dy_units, operand, dh;  // dy .. dh per thread
   int64_t dweight;                            // per group
   int64_t bytes;
 
-  Conv3x3Backward(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size,
-                  int64_t threads)
-      : bands(tiling::bands(N, H, (W + 2) * (std::min(pad(C), kColumns) + 2 * K) * size)),
-        groups(
-            groups_of(bands.tiles(), kPartialBytes / std::max<int64_t>(1, 9 * K * pad(C) * size))),
+  Conv3x3Backward(const Image& x, int64_t C, int64_t K, int64_t size, int64_t threads)
+      : bands(tiling::bands(
+            x, x.window(3),
+            Conv3x3Forward::width_of(x) * (std::min(pad(C), kColumns) + 2 * K) * size)),
+        groups(groups_of(
+            bands.tiles(),
+            kPartialBytes / std::max<int64_t>(1, bands.kernel.size() * K * pad(C) * size))),
         columns(pad(C)),
-        weight(9 * columns * round_up(K, 2)),
-        dy((bands.band_rows + 2) * (W + 2) * round_up(K, 2)),
-        dy_units(round_up(bands.band_rows, 2) * W * K),
-        operand((bands.band_rows + 2) * (W + 2) * std::min(columns, kColumns)),
-        dh(std::max(C, W * std::min(columns, kColumns))),
-        dweight(9 * K * columns),
+        width(Conv3x3Forward::width_of(x)),
+        weight(bands.kernel.size() * columns * round_up(K, 2)),
+        dy(bands.halo_rows(bands.band_rows) * width * round_up(K, 2)),
+        dy_units(round_up(bands.band_rows, 2) * x.W * K),
+        operand(bands.halo_rows(bands.band_rows) * width * std::min(columns, kColumns)),
+        dh(std::max(C, bands.joined_rows() * x.W * std::min(columns, kColumns))),
+        dweight(bands.kernel.size() * K * columns),
         bytes(size * (weight + threads * (dy + dy_units + operand + dh + 2 * kColumns) +
                       groups.groups * dweight) +
               8 * groups.groups * 2 * C + 8 * 64) {}
@@ -208,13 +224,13 @@ struct Conv3x3Backward {
 struct Stem {
   Groups groups;
   int64_t width;    // C, whole vectors
-  int64_t winners;  // per thread: which tap won, for two rows of windows
+  int64_t winners;  // per thread: which tap won, for a row of windows and its later neighbours
   int64_t bytes;
 
-  Stem(int64_t N, int64_t H, int64_t W, int64_t C, int64_t size, int64_t threads)
-      : groups(groups_of(N * ceil_div(H, 2), kMaxGroups)),
+  Stem(const Image& x, int64_t C, int64_t size, int64_t threads)
+      : groups(groups_of(x.N * x.halved_up().D * x.halved_up().H, kMaxGroups)),
         width(pad(C)),
-        winners(2 * ceil_div(W, 2) * width),
+        winners((x.D > 1 ? 4 : 2) * x.halved_up().W * width),
         bytes(moments_bytes(groups.groups, C, size, threads) +
               size * (threads * (2 * width + winners) + 4 * C) + 4 * 64) {}
 };

@@ -45,6 +45,12 @@ struct LaunchShape {
 
 using tiling::Device;
 
+// The CUDA kernels know images of two dimensions.
+inline void check_two_dimensional(const arguments::ImageArguments& call) {
+  if (call.dims != 2)
+    fail(call.lead, "must have 4 dimensions, got shape ", shape_text(call.lead.tensor));
+}
+
 #if defined(DE_EMULATE)
 
 class Launcher {

@@ -77,6 +77,7 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
                                 Tensor norm, Tensor weight, bool accumulate, Tensor dx,
                                 OptionalTensor dweight, Tensor dnorm) {
   const Call call(dy, y, correction, x, norm, weight, dx, dweight, dnorm);
+  check_two_dimensional(call);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
     const tiling::Images3x3 of{call.N, call.H, call.W};

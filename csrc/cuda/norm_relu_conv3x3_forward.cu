@@ -186,6 +186,7 @@ void launch_forward(const Launcher& launcher, const LaunchShape& shape, const Fo
 void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                                OptionalTensor stats) {
   const arguments::NormReluConv3x3Forward call(x, norm, weight, y, stats);
+  check_two_dimensional(call);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     if (call.K == 0) return;
     const Launcher launcher(call.lead);

@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 void stem_backward(Tensor dy, Tensor x, Tensor norm, int64_t count, Tensor dx, Tensor dnorm) {
   const arguments::StemBackward call(dy, x, norm, count, dx, dnorm);
+  check_two_dimensional(call);
   if (call.C == 0) return;
   const Launcher launcher(call.lead);
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {

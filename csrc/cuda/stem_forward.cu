@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 void stem_forward(Tensor x, Tensor norm, Tensor y, OptionalTensor stats) {
   const arguments::StemForward call(x, norm, y, stats);
+  check_two_dimensional(call);
   if (call.C == 0) return;
   const Launcher launcher(call.lead);
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {

@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 void transition_backward(Tensor dy, Tensor x, Tensor norm, Tensor weight, int64_t count, Tensor dx,
                          OptionalTensor dweight, Tensor dnorm) {
   const arguments::TransitionBackward call(dy, x, norm, weight, count, dx, dweight, dnorm);
+  check_two_dimensional(call);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const int64_t C = call.C, K = call.K;
     const auto weight_tensor = weight_rows(call);

@@ -237,6 +237,7 @@ void launch_forward(const Launcher& launcher, const Forward& args, const Tiling&
 
 void transition_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats) {
   const arguments::TransitionForward call(x, norm, weight, y, stats);
+  check_two_dimensional(call);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const PoolWindows pool(call, true);
     const Launcher launcher(call.lead);

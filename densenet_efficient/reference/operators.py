@@ -6,7 +6,8 @@ Nothing here needs the compiled library, and every function works in float64.
 
 Conventions, as in csrc/ops.cpp:
 
-    rows        x is [M, C] or [N, H, W, C]: channels last, one row per pixel.
+    rows        x is [M, C] or [N, H, W, C]: channels last, one row per pixel. Images may have one
+                or three spatial dimensions, too, and kernels and windows as many.
     norm        [4, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd.
     stats       [2, C]: mean and biased variance over the rows, of the values as stored.
     dnorm       [2, C]: dgamma = sum dz * x_hat and dbeta = sum dz over the rows.
@@ -21,10 +22,18 @@ are rounded to the activations' dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn import grad
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_CONV_INPUT = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)
+_CONV_WEIGHT = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)
+_MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,11 +56,16 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
+    return x.movedim(-1, 1)
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
+    return x.movedim(1, -1)
+
+
+def _of(functions: tuple[Callable[..., Tensor], ...], x: Tensor) -> Callable[..., Tensor]:
+    """The function for as many spatial dimensions as x [N, *spatial, C] has."""
+    return functions[x.dim() - 3]
 
 
 def _mean_of_rows(x: Tensor) -> Tensor:
@@ -146,7 +160,7 @@ def norm_relu_conv3x3_forward(x: Tensor, norm: Tensor, weight: Tensor) -> tuple[
     """(y [N, H, W, K], stats of y) with y = conv3x3(relu(a * x + s), weight), stride 1, padding 1:
     the padding is zero after the ReLU. x [N, H, W, C], weight [K, C, 3, 3]."""
     h = _rounded(_norm_relu(x, norm)[1], x.dtype)
-    y = _nhwc(F.conv2d(_nchw(h), _wide(weight), padding=1)).to(x.dtype)
+    y = _nhwc(_of(_CONV, x)(_nchw(h), _wide(weight), padding=1)).to(x.dtype)
     return y, channel_stats(_rows(y))
 
 
@@ -173,8 +187,8 @@ def norm_relu_conv3x3_backward(
     wide_dy = _nchw(_rounded(wide_dy, x.dtype))
     z, h = _norm_relu(x, norm)
     h = _nchw(_rounded(h, x.dtype))
-    dh = conv2d_input(list(h.shape), _wide(weight), wide_dy, padding=1)
-    dweight = conv2d_weight(h, list(weight.shape), wide_dy, padding=1)
+    dh = _of(_CONV_INPUT, x)(list(h.shape), _wide(weight), wide_dy, padding=1)
+    dweight = _of(_CONV_WEIGHT, x)(h, list(weight.shape), wide_dy, padding=1)
     dz = _relu_mask(_nhwc(dh), z)
     dx = norm[0] * dz if accumulate else dz
     return dx.to(x.dtype), dweight, _dnorm(dz, x, norm)
@@ -199,9 +213,10 @@ def transition_backward(
     dweight = _rows(_wide(dy)).t() @ _rows(pooled)
     dpooled = _wide(dy) @ _wide(weight)
     dh = torch.zeros_like(h)
-    height, width = 2 * dpooled.shape[1], 2 * dpooled.shape[2]
-    spread = dpooled.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    dh[:, :height, :width] = spread / 4
+    spread = dpooled / 2 ** (x.dim() - 2)
+    for dim in range(1, x.dim() - 1):
+        spread = spread.repeat_interleave(2, dim=dim)
+    dh[tuple(slice(size) for size in spread.shape)] = spread
     dz = _relu_mask(dh, z)
     dnorm = _dnorm(dz, x, norm)
     dx = _correct(dz, x, norm_correction(dnorm, norm, count))
@@ -210,16 +225,21 @@ def transition_backward(
 
 def _pool(h: Tensor) -> Tensor:
     """[N, H, W, C] -> [N, H/2, W/2, C], the mean of each 2 x 2 window."""
-    height, width = h.shape[1] // 2, h.shape[2] // 2
-    windows = h[:, : 2 * height, : 2 * width].unflatten(1, (height, 2)).unflatten(3, (width, 2))
-    return windows.mean(dim=(2, 4))
+    for dim in range(1, h.dim() - 1):
+        size = h.shape[dim] // 2
+        h = h.narrow(dim, 0, 2 * size).unflatten(dim, (size, 2)).mean(dim + 1)
+    return h
+
+
+def _max_pool(h: Tensor, **options: Any) -> Any:
+    return _of(_MAX_POOL, h)(_nchw(h), kernel_size=3, stride=2, padding=1, **options)
 
 
 def stem_forward(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """(y [N, ceil(H/2), ceil(W/2), C], stats of y) with
     y = max_pool(relu(a * x + s), kernel 3, stride 2, padding 1); x [N, H, W, C]."""
     h = _norm_relu(x, norm)[1]
-    y = _nhwc(F.max_pool2d(_nchw(h), kernel_size=3, stride=2, padding=1)).to(x.dtype)
+    y = _nhwc(_max_pool(h)).to(x.dtype)
     return y, channel_stats(_rows(y))
 
 
@@ -228,9 +248,9 @@ def stem_backward(dy: Tensor, x: Tensor, norm: Tensor, count: int) -> tuple[Tens
     window (row-major) takes its gradient; the norm's statistics were taken over `count` rows
     (0: constant)."""
     z, h = _norm_relu(x, norm)
-    _, winners = F.max_pool2d(_nchw(h), kernel_size=3, stride=2, padding=1, return_indices=True)
+    _, winners = _max_pool(h, return_indices=True)
     dh = torch.zeros_like(_nchw(h).contiguous()).flatten(2)
     dh.scatter_add_(2, winners.flatten(2), _nchw(_wide(dy)).flatten(2))
-    dz = _relu_mask(_nhwc(dh.unflatten(2, tuple(x.shape[1:3]))), z)
+    dz = _relu_mask(_nhwc(dh.unflatten(2, tuple(x.shape[1:-1]))), z)
     dnorm = _dnorm(dz, x, norm)
     return _correct(dz, x, norm_correction(dnorm, norm, count)).to(x.dtype), dnorm

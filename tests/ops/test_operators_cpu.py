@@ -77,6 +77,19 @@ CASES: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("stem_backward", (3, 7, 5, 19), {}),
     ("stem_backward", (3, 7, 6, 19), CONSTANT),
     ("stem_backward", (1, 1, 1, 3), CONSTANT),
+    *(  # one and three dimensions; odd edges in every direction, and images of one pixel
+        (op, (n, *spatial, 19, *channels), changes)
+        for op, channels, changes in (
+            ("norm_relu_conv3x3_forward", (7,), {}),
+            ("norm_relu_conv3x3_backward", (7,), {}),
+            ("norm_relu_conv3x3_backward", (7,), UNCORRECTED | ADDING),
+            ("transition_forward", (9,), {}),
+            ("transition_backward", (9,), {}),
+            ("stem_forward", (), {}),
+            ("stem_backward", (), {}),
+        )
+        for n, spatial in ((3, (7,)), (1, (400,)), (2, (5, 7, 6)), (3, (1, 1, 1)), (1, (8, 1, 9)))
+    ),
 ]
 
 
@@ -86,7 +99,7 @@ def make_case(
     """Odd offsets everywhere; the weight of a 3x3 convolution in channels-last memory, because any
     dense layout is accepted."""
     case = make(op, sizes, dtype, before=3, table_margin=2, **changes or {})
-    if op == "norm_relu_conv3x3_backward":
+    if op == "norm_relu_conv3x3_backward" and len(sizes) == 5:
         weight = case.arguments["weight"]
         case.arguments["weight"] = weight.contiguous(memory_format=torch.channels_last)
     return case
