@@ -56,7 +56,8 @@ class LayerSpec:
     """One dense layer of a call.
 
     in_channels C_l, growth k, bottleneck K (0: a plain layer, norm1 and conv1 only).
-    conv1, conv2: None for the kernels' own geometry (1x1; 3x3 with padding 1), else the options of
+    conv1, conv2: None for the kernels' own geometry (1x1; 3x3, in one and three dimensions 3 and
+    3x3x3, with padding 1), else the options of
     PyTorch's convolution. A plain layer's only convolution is conv1, with None meaning 3x3.
     drop_rate: probability of dropping a new value, 0 outside training. bottleneck_drop_rate: of
     dropping a value of the bottleneck, in front of norm2. tail: what conv2 is replaced by.

@@ -215,7 +215,7 @@ class Block(Part):
                 raise TypeError(f"model's {name} has no plan: {reason}")
             layers.append(layer)
             channels += layer.growth
-        operators = choose(self.device, self.dtype).operators
+        operators = choose(self.device, self.dtype, len(self.image) - 1).operators
         return BlockSpec(tuple(layers), operators, block.memory)
 
 

@@ -36,8 +36,8 @@ def operator(
     accumulate: as in ``norm_relu_conv3x3_backward``. On CUDA, for rows aligned to 16 bytes and 3x3
     weights that are contiguous, as those of the modules are; others need less.
     """
-    has_kernels = len(shape) in (2, 4)  # rows, or images of two dimensions
-    if not has_kernels or choose(device, dtype).operators is not compiled:
+    dims = len(shape) - 2 or 2  # rows are the same to all
+    if choose(device, dtype, dims).operators is not compiled:
         return _fallback(shape, dtype)
     if device.type != "cuda":
         return _cpu(name, shape, channels, dtype, torch.get_num_threads())
@@ -112,9 +112,10 @@ def block(
     worst = 0
     recompute = spec.memory == "recompute"
     for layer in spec.layers:
-        weights = layer.bottleneck * layer.in_channels + 9 * layer.bottleneck * layer.growth
+        taps = 3 ** (len(image) - 1)
+        weights = layer.bottleneck * layer.in_channels + taps * layer.bottleneck * layer.growth
         if not layer.bottleneck:
-            weights = 9 * layer.in_channels * layer.growth
+            weights = taps * layer.in_channels * layer.growth
         cast = 0 if dtype == torch.float32 else weights * dtype.itemsize
         convolutions = (layer.conv1, layer.conv2, layer.tail)
         uses_fallback = any(other is not None for other in convolutions)

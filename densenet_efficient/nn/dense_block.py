@@ -107,7 +107,7 @@ class DenseBlockExecution(Efficient):
             reason = "its norms take their statistics over different processes"
             return Dispatch(ORIGINAL, reason), parts, ()
         dims = len(parts[0].conv1.kernel_size)
-        return execution.choose(x, dims, "dense block", any_dims=True), parts, tuple(specs)
+        return execution.choose(x, dims), parts, tuple(specs)
 
     def forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         """[N, C, *spatial] (or a list of tensors to concatenate) -> all features."""

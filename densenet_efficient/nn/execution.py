@@ -179,13 +179,9 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def choose(x: Tensor, dims: int, what: str, *, any_dims: bool = False) -> Dispatch:
-    """Which operators run a module of ``dims`` image dimensions on x: ``what`` has kernels for
-    two-dimensional images only, unless any_dims."""
-    chosen = dispatch.choose(x.device, working_dtype(x))
-    if chosen.kind == "kernels" and dims != 2 and not any_dims:
-        return Dispatch("fallback", f"{what} kernels are two-dimensional, the input has {dims}")
-    return chosen
+def choose(x: Tensor, dims: int) -> Dispatch:
+    """Which operators run a module of ``dims`` image dimensions on x."""
+    return dispatch.choose(x.device, working_dtype(x), dims)
 
 
 def check_input(x: Tensor, dims: int, channels: int, weight: Tensor, name: str) -> None:

@@ -52,7 +52,7 @@ class FeaturesExecution(Efficient):
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
         conv = next(iter(self._modules.values()))
-        return execution.choose(x, len(conv.kernel_size), "stem")  # type: ignore[union-attr,arg-type]
+        return execution.choose(x, len(conv.kernel_size))  # type: ignore[union-attr,arg-type]
 
     def stem_children(self) -> list[tuple[str, Any]]:
         """The first children, up to where the pooling would be: convolution, norm, ReLU unless the
@@ -209,17 +209,14 @@ class EfficientFeatures(FeaturesExecution, nn.Sequential):
 
 
 def _convolution(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """conv(x) in channels-last memory. The weight's format decides, so no copy of x is kept."""
-    if conv.padding_mode != "zeros" or len(conv.kernel_size) != 2:
+    """conv(x) in channels-last memory. The weight's strides decide, so no copy of x is kept; those
+    of one input channel would be ambiguous, and are set by a view."""
+    dims = len(conv.kernel_size)
+    if conv.padding_mode != "zeros" or dims == 1:
         return conv(x)
     if weight.is_contiguous():  # its gradient is to be contiguous, too
         weight = handover.match_layout(weight)
-    return nn.functional.conv2d(
-        x,
-        weight.contiguous(memory_format=torch.channels_last),
-        conv.bias,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
+    rows = weight.movedim(1, -1)
+    weight = rows.reshape(-1).view(rows.shape).movedim(-1, 1)
+    convolve = nn.functional.conv2d if dims == 2 else nn.functional.conv3d
+    return convolve(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -76,7 +76,7 @@ def _geometry(conv: Convolution, name: str, kernel: int) -> tuple[ConvOptions | 
     if any(s != 1 for s in conv.stride) or not same:
         return None, f"{name} changes the image size"
     own = conv.groups == 1 and conv.bias is None and conv.kernel_size == (kernel,) * dims
-    if own and (kernel == 1 or (dims == 2 and conv.dilation == (1, 1))):
+    if own and (kernel == 1 or set(conv.dilation) == {1}):
         return None, None
     return ConvOptions(tuple(conv.padding), tuple(conv.dilation), conv.groups), None
 

@@ -89,7 +89,7 @@ class TransitionExecution(Efficient):
         reason = self._input_problem(x) or self._change() or self._problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
-        return execution.choose(x, len(self.parts().conv.kernel_size), "transition")
+        return execution.choose(x, len(self.parts().conv.kernel_size))
 
     def _problem(self) -> str | None:
         """Why the operators cannot replace the modules, in words."""

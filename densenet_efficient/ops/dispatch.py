@@ -1,4 +1,5 @@
-"""Which implementation of the operators serves a device and dtype, and why.
+"""Which implementation of the operators serves a device, a dtype and images of so many dimensions,
+and why.
 
 ``kernels`` are the compiled operators, ``fallback`` PyTorch's operators in bounded chunks,
 ``original`` the plain forward of the wrapped modules. Nothing is silent: `densenet_efficient.info`
@@ -17,7 +18,6 @@ from . import compiled, fallback, library, mixed
 from .interface import Operators
 
 _COMPILED = cast(Operators, compiled)
-_MIXED = cast(Operators, mixed)
 _FALLBACK = cast(Operators, fallback)
 
 
@@ -34,15 +34,16 @@ class Dispatch:
     operators: Any = _FALLBACK
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> Dispatch:
-    """The implementation for activations of ``dtype`` on ``device``. On a GPU float32 takes the
+def choose(device: torch.device, dtype: torch.dtype, dims: int = 2) -> Dispatch:
+    """The implementation for activations of ``dtype`` on ``device``, images of ``dims`` dimensions.
+    On a GPU float32 takes the
     kernels, whose products are TF32, exactly where cuDNN's convolutions would use TF32 too."""
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return _choose(device, dtype, precision == "tf32")
+    return _choose(device, dtype, dims, precision == "tf32")
 
 
 @functools.lru_cache(maxsize=64)
-def _choose(device: torch.device, dtype: torch.dtype, tf32: bool) -> Dispatch:
+def _choose(device: torch.device, dtype: torch.dtype, dims: int, tf32: bool) -> Dispatch:
     if not library.is_available():
         return Dispatch("fallback", library.unavailable_reason() or "")
     if device.type not in ("cpu", "cuda"):
@@ -53,17 +54,29 @@ def _choose(device: torch.device, dtype: torch.dtype, tf32: bool) -> Dispatch:
         reason = library.cuda_unavailable_reason(device)
     if reason is not None:
         return Dispatch("fallback", reason)
-    if device.type == "cuda" and dtype == torch.float64:
-        return Dispatch("fallback", "CUDA convolution kernels do not take float64", _MIXED)
-    if device.type == "cuda" and dtype == torch.float32:
-        if not tf32:
-            reason = (
-                "CUDA convolution kernels multiply float32 in TF32, which "
-                "torch.backends.cudnn.conv.fp32_precision does not allow"
-            )
-            return Dispatch("fallback", reason, _MIXED)
-        return Dispatch("kernels", "compiled cuda kernels, float32 multiplied in TF32", _COMPILED)
+    if device.type == "cuda":
+        return _on_a_gpu(dtype, dims, tf32)
     return Dispatch("kernels", f"compiled {device.type} kernels, {_name(dtype)}", _COMPILED)
+
+
+def _on_a_gpu(dtype: torch.dtype, dims: int, tf32: bool) -> Dispatch:
+    reason = None
+    if dtype == torch.float64:
+        reason = "CUDA convolution kernels do not take float64"
+    elif dtype == torch.float32 and not tf32:
+        reason = (
+            "CUDA convolution kernels multiply float32 in TF32, which "
+            "torch.backends.cudnn.conv.fp32_precision does not allow"
+        )
+    if reason is not None:
+        flat, other = mixed.WITHOUT_CONVOLUTIONS, mixed.OTHER_DIMENSIONS_WITHOUT_CONVOLUTIONS
+        return Dispatch("fallback", reason, flat if dims == 2 else other)
+    if dims != 2:
+        reason = f"CUDA kernels of 3x3 convolutions and pooling are for 2 dimensions, not {dims}"
+        return Dispatch("fallback", reason, mixed.OTHER_DIMENSIONS)
+    if dtype == torch.float32:
+        return Dispatch("kernels", "compiled cuda kernels, float32 multiplied in TF32", _COMPILED)
+    return Dispatch("kernels", f"compiled cuda kernels, {_name(dtype)}", _COMPILED)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,9 +1,9 @@
 """The fallback: every operator through PyTorch's own operators, on any device and dtype.
 
 An implementation of `interface.Operators`. It serves whatever the compiled kernels do not: 1-D and
-3-D images, other kernel sizes, dilation, groups, bias, devices without kernels, a missing library.
-Memory stays in the same class: images are processed in chunks, so that the normalised copy that
-PyTorch's convolution needs is bounded by ``CHUNK_BYTES``. Sums and statistics are taken in the
+3-D images on a GPU, other kernel sizes, dilation, groups, bias, devices without kernels, a missing
+library. Memory stays in the same class: images are processed in chunks, so that the normalised copy
+that PyTorch's convolution needs is bounded by ``CHUNK_BYTES``. Sums and statistics are taken in the
 accumulation dtype (float32, float64 for float64).
 """
 
@@ -21,9 +21,6 @@ from .dtypes import accumulation_dtype
 
 CHUNK_BYTES = 64 << 20
 """Upper bound of one chunk's normalised copy (one image may exceed it)."""
-
-
-_CONV3X3 = ConvOptions((1, 1), (1, 1))
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -214,11 +211,16 @@ def norm_relu_conv1x1_backward(
         dx[rows] += dz.mul_(norm[0])
 
 
+def _conv3x3(x: Tensor) -> ConvOptions:
+    ones = (1,) * (x.dim() - 2)
+    return ConvOptions(ones, ones)
+
+
 def norm_relu_conv3x3_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
-    """See `interface.Operators.norm_relu_conv3x3_forward`."""
-    norm_relu_conv_forward(x, norm, weight, None, _CONV3X3, y)
+    """See `interface.Operators.norm_relu_conv3x3_forward`; any number of dimensions."""
+    norm_relu_conv_forward(x, norm, weight, None, _conv3x3(x), y)
     if stats is not None:
         channel_stats(y, stats)
 
@@ -235,9 +237,9 @@ def norm_relu_conv3x3_backward(
     dweight: Tensor | None,
     dnorm: Tensor,
 ) -> None:
-    """See `interface.Operators.norm_relu_conv3x3_backward`."""
+    """See `interface.Operators.norm_relu_conv3x3_backward`; any number of dimensions."""
     norm_relu_conv_backward(
-        dy, y, correction, x, norm, weight, _CONV3X3, accumulate, dx, dweight, None, dnorm
+        dy, y, correction, x, norm, weight, _conv3x3(x), accumulate, dx, dweight, None, dnorm
     )
 
 

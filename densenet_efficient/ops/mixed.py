@@ -1,28 +1,30 @@
-"""The operators in float64, and in float32 without TF32, on a GPU: compiled ones where they take
-these dtypes, the fallback for the convolutions. An implementation of `interface.Operators`."""
+"""Operators of two kinds: compiled ones for what the CUDA kernels take, the fallback for the rest.
+
+In float64, and in float32 without TF32, there are no convolutions; for images of one and three
+dimensions no 3x3 convolutions and no pooling. Both are implementations of `interface.Operators`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from . import compiled, fallback
 
-_COMPILED = ("channel_stats", "norm_fold", "norm_correction", "norm_correction_apply")
+_TABLES = ("channel_stats", "norm_fold", "norm_correction", "norm_correction_apply")
+_CONV1X1 = ("norm_relu_conv1x1_forward", "norm_relu_conv1x1_backward")
+_STEM = ("stem_forward", "stem_backward")
 
 
-def __getattr__(name: str) -> Any:
-    return getattr(compiled if name in _COMPILED else fallback, name)
+class Mixed:
+    """The operators ``names`` compiled, all others by the fallback."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = frozenset(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(compiled if name in self._names else fallback, name)
 
 
-def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
-    """See `interface.Operators.stem_forward`; any number of dimensions."""
-    (compiled if x.dim() == 4 else fallback).stem_forward(x, norm, y, stats)
-
-
-def stem_backward(
-    dy: Tensor, x: Tensor, norm: Tensor, count: int, dx: Tensor, dnorm: Tensor
-) -> None:
-    """See `interface.Operators.stem_backward`; any number of dimensions."""
-    (compiled if x.dim() == 4 else fallback).stem_backward(dy, x, norm, count, dx, dnorm)
+WITHOUT_CONVOLUTIONS = Mixed(*_TABLES, *_STEM)
+OTHER_DIMENSIONS = Mixed(*_TABLES, *_CONV1X1)
+OTHER_DIMENSIONS_WITHOUT_CONVOLUTIONS = Mixed(*_TABLES)
