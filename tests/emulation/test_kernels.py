@@ -197,6 +197,17 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert_refused(emulator_of(kernel_file(name)).call, name, arguments, message)
 
 
+@pytest.mark.parametrize("op", ["norm_relu_conv3x3", "transition", "stem"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_images_have_two_dimensions(op: str, way: str) -> None:
+    sizes = (1, 4, 4, 4, 6) if op == "stem" else (1, 4, 4, 4, 6, 5)
+    case = make(f"{op}_{way}", sizes, FP32)
+    arguments = tuple(case.arguments.values())
+    message = "x must have 4 dimensions, got shape"
+    with pytest.raises(RuntimeError, match=f"{case.op}: {message}"):
+        emulator_of(kernel_file(case.op)).call(case.op, *arguments)
+
+
 def test_the_convolutions_refuse_float64_before_they_write() -> None:
     for op, sizes in (
         ("norm_relu_conv1x1_forward", (9, 6, 5)),

@@ -27,7 +27,7 @@ def test_dtypes_on_a_gpu() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert dispatch.choose(CUDA, dtype).operators is compiled
     path = dispatch.choose(CUDA, torch.float64)
-    assert (path.kind, path.operators) == ("fallback", mixed)
+    assert (path.kind, path.operators) == ("fallback", mixed.WITHOUT_CONVOLUTIONS)
     assert path.reason == "CUDA convolution kernels do not take float64"
 
 
@@ -42,14 +42,29 @@ def test_float32_on_a_gpu_follows_the_convolutions_setting() -> None:
         path = dispatch.choose(CUDA, torch.float32)
     finally:
         torch.backends.cudnn.allow_tf32 = True
-    assert (path.kind, path.operators) == ("fallback", mixed)
+    assert (path.kind, path.operators) == ("fallback", mixed.WITHOUT_CONVOLUTIONS)
     assert "torch.backends.cudnn.conv.fp32_precision does not allow" in path.reason
 
 
 @pytest.mark.usefixtures("with_kernels", "no_tf32")
 def test_float32_on_a_gpu_without_tf32() -> None:
-    assert dispatch.choose(CUDA, torch.float32).operators is mixed
+    assert dispatch.choose(CUDA, torch.float32).operators is mixed.WITHOUT_CONVOLUTIONS
     assert dispatch.choose(CUDA, torch.bfloat16).operators is compiled
+
+
+@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions_on_a_gpu(dims: int) -> None:
+    """1x1 convolutions are products of rows; what knows neighbours is PyTorch's, and said so."""
+    path = dispatch.choose(CUDA, torch.bfloat16, dims)
+    assert path.kind == "fallback" and f"for 2 dimensions, not {dims}" in path.reason
+    assert path.operators.norm_relu_conv1x1_forward is compiled.norm_relu_conv1x1_forward
+    assert path.operators.norm_relu_conv3x3_forward is fallback.norm_relu_conv3x3_forward
+    assert path.operators.stem_backward is fallback.stem_backward
+    path = dispatch.choose(CUDA, torch.float64, dims)
+    assert path.operators.norm_fold is compiled.norm_fold
+    assert path.operators.norm_relu_conv1x1_forward is fallback.norm_relu_conv1x1_forward
+    assert dispatch.choose(CPU, torch.float32, dims).operators is compiled
 
 
 @pytest.mark.usefixtures("no_tf32")

@@ -73,6 +73,11 @@ BAD_CALLS: list[tuple[str, tuple, str]] = [
         "y and correction must be given together",
     ),
     (
+        "stem_forward",
+        (torch.zeros(X), torch.zeros(NORM), torch.zeros(X), None),
+        "x must have 3, 4 or 5 dimensions",
+    ),
+    (
         "transition_forward",
         (
             torch.zeros(1, 5, 5, 6),
