@@ -122,21 +122,23 @@ class _Maker:
         return reference.norm_correction(dnorm, self.norm(y), y.numel() // max(1, y.shape[-1]))
 
 
-Make = Callable[..., tuple[dict[str, Any], tuple[str, ...]]]
+Sizes = tuple[int, ...]
+Made = tuple[dict[str, Any], tuple[str, ...]]  # arguments by name, and those that are written
+Make = Callable[..., Made]
 
 
-def _channel_stats(m: _Maker, M: int, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _channel_stats(m: _Maker, M: int, C: int) -> Made:
     return {"x": m.random("x", M, C), "stats": m.table(2, C)}, ("stats",)
 
 
-def _norm_fold(m: _Maker, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _norm_fold(m: _Maker, C: int) -> Made:
     stats = torch.stack([m.draw(C), m.draw(C).abs()])
     gamma, beta = m.draw(2, C)
     arguments = {"stats": stats, "gamma": gamma, "beta": beta, "eps": EPS, "norm": m.table(4, C)}
     return arguments, ("norm",)
 
 
-def _norm_correction(m: _Maker, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _norm_correction(m: _Maker, C: int) -> Made:
     arguments = {
         "dnorm": m.draw(2, C),
         "norm": m.draw(4, C),
@@ -147,18 +149,18 @@ def _norm_correction(m: _Maker, C: int) -> tuple[dict[str, Any], tuple[str, ...]
     return arguments, ("correction",)
 
 
-def _norm_correction_apply(m: _Maker, M: int, C: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _norm_correction_apply(m: _Maker, M: int, C: int) -> Made:
     x = m.random("x", M, C)
     return {"dx": m.random("dx", M, C), "x": x, "correction": m.correction(x)}, ("dx",)
 
 
-def _conv1x1_forward(m: _Maker, M: int, C: int, K: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _conv1x1_forward(m: _Maker, M: int, C: int, K: int) -> Made:
     x = m.random("x", M, C)
     arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C), "y": m.empty("y", M, K)}
     return arguments | {"stats": m.table(2, K)}, ("y", "stats")
 
 
-def _conv1x1_backward(m: _Maker, M: int, C: int, K: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _conv1x1_backward(m: _Maker, M: int, C: int, K: int) -> Made:
     x, y = m.random("x", M, C), m.random("y", M, K)
     arguments = {
         "dz_y": m.random("dz_y", M, K),
@@ -174,26 +176,18 @@ def _conv1x1_backward(m: _Maker, M: int, C: int, K: int) -> tuple[dict[str, Any]
     return arguments, ("dx", "dweight", "dnorm")
 
 
-def _kernel(image: tuple[int, ...]) -> list[int]:
-    return [3 for _ in image[1:]]
-
-
-def _halved(image: tuple[int, ...], up: int = 0) -> list[int]:
+def _halved(image: Sizes, up: int = 0) -> list[int]:
     """(N, *spatial) as a pooling by 2 leaves it, whose windows may stick out by `up` pixels."""
     return [image[0], *((size + up) // 2 for size in image[1:])]
 
 
-def _conv3x3_forward(
-    m: _Maker, image: tuple[int, ...], C: int, K: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _conv3x3_forward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
     x = m.random("x", *image, C)
-    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C, *_kernel(image))}
+    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C, *(3 for _ in image[1:]))}
     return arguments | {"y": m.empty("y", *image, K), "stats": m.table(2, K)}, ("y", "stats")
 
 
-def _conv3x3_backward(
-    m: _Maker, image: tuple[int, ...], C: int, K: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _conv3x3_backward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
     x, y = m.random("x", *image, C), m.random("y", *image, K)
     arguments = {
         "dy": m.random("dy", *image, K),
@@ -201,29 +195,23 @@ def _conv3x3_backward(
         "correction": m.correction(y),
         "x": x,
         "norm": m.norm(x),
-        "weight": m.weight(K, C, *_kernel(image)),
+        "weight": m.weight(K, C, *(3 for _ in image[1:])),
         "accumulate": False,
         "dx": m.random("dx", *image, C),
-        "dweight": m.sums(K, C, *_kernel(image)),
+        "dweight": m.sums(K, C, *(3 for _ in image[1:])),
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dweight", "dnorm")
 
 
-def _transition_forward(
-    m: _Maker, image: tuple[int, ...], C: int, K: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _transition_forward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
     x = m.random("x", *image, C)
-    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C)}
-    return arguments | {"y": m.empty("y", *_halved(image), K), "stats": m.table(2, K)}, (
-        "y",
-        "stats",
-    )
+    y = m.empty("y", *_halved(image), K)
+    arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C), "y": y}
+    return arguments | {"stats": m.table(2, K)}, ("y", "stats")
 
 
-def _transition_backward(
-    m: _Maker, image: tuple[int, ...], C: int, K: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _transition_backward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
     x = m.random("x", *image, C)
     arguments = {
         "dy": m.random("dy", *_halved(image), K),
@@ -238,17 +226,13 @@ def _transition_backward(
     return arguments, ("dx", "dweight", "dnorm")
 
 
-def _stem_forward(
-    m: _Maker, image: tuple[int, ...], C: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _stem_forward(m: _Maker, image: Sizes, C: int) -> Made:
     x = m.random("x", *image, C)
-    y = m.empty("y", *_halved(image, 1), C)
-    return {"x": x, "norm": m.norm(x), "y": y, "stats": m.table(2, C)}, ("y", "stats")
+    arguments = {"x": x, "norm": m.norm(x), "y": m.empty("y", *_halved(image, 1), C)}
+    return arguments | {"stats": m.table(2, C)}, ("y", "stats")
 
 
-def _stem_backward(
-    m: _Maker, image: tuple[int, ...], C: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _stem_backward(m: _Maker, image: Sizes, C: int) -> Made:
     x = m.random("x", *image, C)
     arguments = {
         "dy": m.random("dy", *_halved(image, 1), C),
@@ -285,13 +269,12 @@ def dimensions(op: str) -> tuple[str, ...]:
     return ("N", "H", "W", *names[1:]) if names[0] == "image" else names
 
 
-def _makers_sizes(op: str, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+def _makers_sizes(op: str, sizes: Sizes) -> tuple[Any, ...]:
     names = tuple(inspect.signature(_MAKERS[op]).parameters)[1:]
     if names[0] != "image":
         return sizes if len(sizes) == len(names) else ()
     channels = len(names) - 1
-    image = sizes[: len(sizes) - channels]
-    return (image, *sizes[-channels:]) if 2 <= len(image) <= 4 else ()
+    return (sizes[:-channels], *sizes[-channels:]) if 2 <= len(sizes) - channels <= 4 else ()
 
 
 def kernel_file(op: str) -> str:
