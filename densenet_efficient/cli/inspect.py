@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..models.networks import check_image_size
 from ..nn.options import MEMORY_MODES
 from ..ops.info import info
 from ..report.explanation import explain
+from ..report.figure import draw_summary
 from ..report.plan_table import plan_text
 from ..report.summary import summarise
 from ..train.device import check_device
@@ -56,6 +58,9 @@ def register(commands: Any) -> None:
     size_options(parser, 1)
     parser.add_argument(
         "--classes", type=count, help="outputs of the classifier (default: 1000; CIFAR 10)"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="also draw the volumes, as png, svg or pdf"
     )
 
     parser = add_command(commands, "explain", "show which path each operator takes, and why")
@@ -147,7 +152,11 @@ def _largest_batch(
 
 def _summary(options: argparse.Namespace, words: list[str]) -> int:
     network = network_from(options, options.classes)
-    print(summarise(network, options.batch, options.image_size))
+    found = summarise(network, options.batch, options.image_size)
+    print(found)
+    if options.figure is not None:
+        draw_summary(found, options.figure)
+        print(f"figure: {options.figure}")
     return 0
 
 

@@ -1,0 +1,165 @@
+"""DenseNets under the names and options of Keras' libraries; Keras is not needed.
+
+`DenseNet` has the arguments of the widely used keras-contrib implementation, `DenseNet121` to
+`DenseNet264` those of `keras.applications`. Images are [N, C, H, W] as everywhere in PyTorch, and
+logits come out: the losses of PyTorch contain the softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..nn.architecture import CONFIGURATIONS, cifar_block_config
+from ..nn.options import check_block_config, check_compression, check_count, check_number
+from .densenet import EfficientDenseNet
+
+__all__ = ["DenseNet", "DenseNet121", "DenseNet161", "DenseNet169", "DenseNet201", "DenseNet264"]
+__all__ += ["KerasDenseNet"]
+
+APPLICATIONS_EPSILON = 1.001e-5
+CONTRIB_EPSILON = 1.1e-5
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+
+
+class KerasDenseNet(EfficientDenseNet):
+    """An `EfficientDenseNet` that knows its weight decay."""
+
+    weight_decay: float = 0.0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For an optimiser of PyTorch: what Keras' l2 regulariser does to the kernels of the
+        convolutions and the classifier, and to nothing else. A penalty w * |kernel|^2 has the
+        gradient 2 w kernel, which PyTorch calls a weight decay of 2 w."""
+        kernels = [p for p in self.parameters() if p.dim() > 1]
+        others = [p for p in self.parameters() if p.dim() <= 1]
+        return [
+            {"params": kernels, "weight_decay": 2 * self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+
+
+def DenseNet(
+    depth: int | Sequence[int] = 40,
+    nb_dense_block: int = 3,
+    growth_rate: int = 12,
+    nb_filter: int = -1,
+    nb_layers_per_block: int | Sequence[int] = -1,
+    bottleneck: bool = False,
+    reduction: float = 0.0,
+    dropout_rate: float = 0.0,
+    weight_decay: float = 1e-4,
+    subsample_initial_block: bool = False,
+    include_top: bool = True,
+    pooling: str | None = None,
+    classes: int = 10,
+    **options: Any,
+) -> KerasDenseNet:
+    """A DenseNet as keras-contrib builds it.
+
+    Args:
+        depth: 3 N + 4, or 6 N + 4 with bottlenecks, for N layers in each block; or the layers of
+            every block, in a list.
+        nb_dense_block: the number of blocks.
+        growth_rate: k. nb_filter: channels of the first convolution; -1: 2 k.
+        nb_layers_per_block: the same in every block, or a list; -1: by the depth.
+        bottleneck: layers of a 1x1 and a 3x3 convolution.
+        reduction: the share of channels that a transition drops: 1 - compression, 0 to below 1.
+        dropout_rate: after the last convolution of every layer.
+        weight_decay: kept on the model, for its `parameter_groups()`.
+        subsample_initial_block: the ImageNet stem, a 7x7 convolution and max-pooling.
+        include_top: False: no classifier; the last map comes out, or with pooling="avg" its mean.
+        classes: of the classifier.
+        options: further ones of `EfficientDenseNet`.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+    reduction = check_number("reduction", reduction, "at least 0 and below 1", 0.0, _BELOW_ONE)
+    check_number("weight_decay", weight_decay, "finite and at least 0", 0.0, float("inf"))
+    nb_dense_block = check_count("nb_dense_block", nb_dense_block)
+    compression = check_compression(1.0 - reduction)
+    if not isinstance(nb_layers_per_block, int):
+        depth = nb_layers_per_block
+    if not isinstance(depth, int):
+        blocks = check_block_config(depth)
+        if len(blocks) != nb_dense_block:
+            raise ValueError(
+                f"nb_dense_block must be the {len(blocks)} blocks listed, got {nb_dense_block}"
+            )
+    elif nb_layers_per_block != -1:
+        blocks = (check_count("nb_layers_per_block", nb_layers_per_block),) * nb_dense_block
+    else:
+        blocks = cifar_block_config(depth, bottleneck)[:1] * nb_dense_block
+    model = _build(
+        include_top,
+        pooling,
+        classes,
+        growth_rate=growth_rate,
+        block_config=blocks,
+        num_init_features=2 * growth_rate if nb_filter == -1 else nb_filter,
+        bottleneck=bottleneck,
+        compression=compression,
+        drop_rate=dropout_rate,
+        small_inputs=not subsample_initial_block,
+        **{"eps": CONTRIB_EPSILON, "init_mode": "fan_in", **options},
+    )
+    model.weight_decay = weight_decay
+    return model
+
+
+def _build(include_top: bool, pooling: str | None, classes: int, **options: Any) -> KerasDenseNet:
+    if pooling not in (None, "avg"):
+        raise ValueError(f"pooling must be None or 'avg', got {pooling!r}")
+    return KerasDenseNet(
+        **options,
+        num_classes=check_count("classes", classes) if include_top else None,
+        global_pool=include_top or pooling == "avg",
+    )
+
+
+def _application(
+    name: str,
+    include_top: bool = True,
+    weights: str | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    **options: Any,
+) -> KerasDenseNet:
+    """As `keras.applications` has it: weights is None or the path of an h5 file of theirs, see
+    `models.keras_weights`."""
+    shape = CONFIGURATIONS[name]
+    model = _build(
+        include_top, pooling, classes, **shape, **{"eps": APPLICATIONS_EPSILON, **options}
+    )
+    if weights is not None:
+        from .keras_weights import load_keras_weights
+
+        load_keras_weights(model, weights)
+    return model
+
+
+def DenseNet121(**options: Any) -> KerasDenseNet:
+    """include_top, weights (None or an h5 file), pooling, classes, options of EfficientDenseNet."""
+    return _application("densenet121", **options)
+
+
+def DenseNet161(**options: Any) -> KerasDenseNet:
+    """As `DenseNet121`."""
+    return _application("densenet161", **options)
+
+
+def DenseNet169(**options: Any) -> KerasDenseNet:
+    """As `DenseNet121`."""
+    return _application("densenet169", **options)
+
+
+def DenseNet201(**options: Any) -> KerasDenseNet:
+    """As `DenseNet121`."""
+    return _application("densenet201", **options)
+
+
+def DenseNet264(**options: Any) -> KerasDenseNet:
+    """As `DenseNet121`."""
+    return _application("densenet264", **options)
