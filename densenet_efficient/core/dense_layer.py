@@ -52,8 +52,8 @@ class DenseLayerCall:
         gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = self.parameters
         self.norm1 = cast(gamma1, self.acc), cast(beta1, self.acc)
         self.norm2 = cast(gamma2, self.acc), cast(beta2, self.acc)
-        self.weight1, self.bias1 = cast(weight1, dtype), cast(bias1, dtype)
-        self.weight2, self.bias2 = cast(weight2, dtype), cast(bias2, dtype)
+        self.weight1, self.bias1 = cast_weight(weight1, dtype), cast(bias1, dtype)
+        self.weight2, self.bias2 = cast_weight(weight2, dtype), cast(bias2, dtype)
         self.gradients: list[Tensor | None] = [None] * PARAMETERS_PER_LAYER
         self.tail_gradients: list[Tensor | None] = []
 
@@ -188,3 +188,14 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor.dtype != dtype:
         tensor = tensor.to(dtype)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def cast_weight(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The weight of a convolution in a dtype, contiguous or, in two dimensions, channels last: the
+    operators read either."""
+    if weight is None or weight.dim() != 4:
+        return cast(weight, dtype)
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return weight if dense else weight.contiguous()
