@@ -25,7 +25,6 @@ from densenet_efficient.bench.steps import (
 from densenet_efficient.bench.tables import environment, markdown_table, write_results
 from densenet_efficient.memory.process import allocator_peak_bytes
 from densenet_efficient.models.networks import NetworkSpec
-from densenet_efficient.report.summary import summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = NetworkSpec("densenet_cifar", depth=16, growth_rate=8, num_classes=10)
@@ -139,19 +138,6 @@ def test_results_carry_what_ran_where(tmp_path: Path) -> None:
 def test_markdown_tables_are_aligned() -> None:
     lines = markdown_table(["a", "b"], [["x", 1], ["long", 22.5]]).splitlines()
     assert lines == ["| a    |    b |", "| ---- | ---: |", "| x    |    1 |", "| long | 22.5 |"]
-
-
-def test_the_summary_has_the_papers_volumes() -> None:
-    found = summarise(NetworkSpec("densenet121"), batch=2)
-    shapes = {volume.name: volume.shape for volume in found.volumes}
-    assert shapes["conv0"] == (2, 64, 112, 112) and shapes["denseblock3"] == (2, 1024, 14, 14)
-    assert shapes["classifier"] == (2, 1000)
-    assert found.parameters == 7_978_856 == sum(volume.parameters for volume in found.volumes)
-    assert found.depth == 121 and found.multiply_adds / 2 == pytest.approx(2.834e9, rel=1e-3)
-    text = str(found)
-    assert "7,978,856 parameters" in text and "dense block, 24 layers" in text
-    for depth in (161, 169, 201):  # table 1's own count; its 264 layers are 265
-        assert summarise(NetworkSpec(f"densenet{depth}")).depth == depth
 
 
 @pytest.mark.slow
