@@ -3,6 +3,7 @@
 #   make demo       train on the bundled digits, compare with the reference, draw the figure
 #   make quick      the tests to run while working: every room, under two minutes
 #   make test       the whole test suite
+#   make fuzz       property-based tests: N examples (2000), SEED replays a run
 #   make lint       formatters, linters and the type checker
 #   make bench      memory and time next to torchvision's, on the CPU
 #   make cuda       compile every CUDA kernel for sm_80 and sm_90a, fail on register spills
@@ -19,7 +20,7 @@ STAMP := $(VENV)/requirements.stamp
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: demo quick test lint format bench cuda emulation gpu-check setup build clean
+.PHONY: demo quick test fuzz lint format bench cuda emulation gpu-check setup build clean
 
 # Where there is no GPU the demonstration does not wait for nvcc.
 demo: export DENSENET_EFFICIENT_CUDA := $(if $(wildcard /dev/nvidia*),$(DENSENET_EFFICIENT_CUDA),0)
@@ -31,6 +32,12 @@ quick: build
 
 test: build
 	$(PYTEST) $(PYTEST_ARGS)
+
+N ?= 2000
+SEED ?= $(shell date +%s)
+fuzz: build
+	@echo "replay this run: make fuzz N=$(N) SEED=$(SEED)"
+	FUZZ_EXAMPLES=$(N) $(PYTEST) tests/fuzz --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

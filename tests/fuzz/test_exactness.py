@@ -1,0 +1,119 @@
+"""In float64 ours is the plain module, whatever it is made of and surrounded by."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.support.fuzzing.judgement import assert_equal_in_float64
+from tests.support.fuzzing.layouts import LAYOUTS, laid_out
+from tests.support.fuzzing.profile import fuzz
+from tests.support.fuzzing.structures import (
+    NETWORKS,
+    TRANSITIONS,
+    Network,
+    Subject,
+    blocks,
+    set_mode,
+)
+from tests.support.fuzzing.surroundings import (
+    PROCEDURES,
+    Procedure,
+    Results,
+    for_the_plain_module,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FREEZING = st.lists(st.booleans(), max_size=3)
+REFUSALS = (ValueError, RuntimeError)
+
+
+def leaf(subject: Subject, seed: int, layout: str, wanted: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(subject.shape, generator=generator, dtype=torch.float64)
+    return laid_out(x, layout).detach().requires_grad_(wanted)
+
+
+def outcome(run: Procedure, model: nn.Module, x: Tensor) -> Results | Exception:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run(model, x)
+    except REFUSALS as error:
+        return error
+
+
+def closest(expected: list[Results], got: Results) -> Results:
+    """The one with got's buffers, or the first."""
+    for results in expected:
+        counters = [name for name in results if name.endswith("num_batches_tracked")]
+        if all(torch.equal(results[name], got[name]) for name in counters):
+            return results
+    return expected[0]
+
+
+def check(
+    subject: Subject,
+    procedure: str,
+    *,
+    training: bool,
+    layout: str,
+    wanted: bool,
+    frozen: list[bool],
+    seed: int,
+) -> None:
+    """One procedure on both; what PyTorch refuses ours refuses, unchanged."""
+    wanted = wanted or "reentrant" in procedure  # which differentiates nothing without
+    plain = subject.plain()
+    ours = subject.ours(plain)
+    for model in (plain, ours):
+        set_mode(model, training, getattr(subject, "norms", ()))
+        for index, parameter in enumerate(model.parameters()):
+            parameter.requires_grad_(not (frozen and frozen[index % len(frozen)]))
+    before = copy.deepcopy(ours.state_dict())
+    results = [
+        outcome(run, copy.deepcopy(plain), leaf(subject, seed, layout, wanted))
+        for run in for_the_plain_module(procedure)
+    ]
+    got = outcome(PROCEDURES[procedure], ours, leaf(subject, seed, layout, wanted))
+    expected = [result for result in results if not isinstance(result, Exception)]
+    if not expected:
+        assert isinstance(got, Exception), f"PyTorch says: {results[0]}"
+        if procedure == "ordinary":
+            for name, value in ours.state_dict().items():
+                assert torch.equal(value, before[name]), f"{name} changed"
+        return
+    if isinstance(got, Exception):
+        raise got
+    assert_equal_in_float64(closest(expected, got), got)
+
+
+COMMON = {
+    "procedure": st.sampled_from(sorted(PROCEDURES)),
+    "training": st.sampled_from([True, True, False]),
+    "layout": st.sampled_from(LAYOUTS),
+    "wanted": st.booleans(),
+    "frozen": FREEZING,
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+@fuzz(0.75, subject=blocks(), **COMMON)
+def test_blocks(subject: Subject, **options: object) -> None:
+    check(subject, **options)  # type: ignore[arg-type]
+
+
+@fuzz(0.10, subject=TRANSITIONS, **COMMON)
+def test_transitions(subject: Subject, **options: object) -> None:
+    check(subject, **options)  # type: ignore[arg-type]
+
+
+@fuzz(0.15, subject=NETWORKS, **COMMON)
+def test_networks(subject: Network, **options: object) -> None:
+    check(subject, **options)  # type: ignore[arg-type]
