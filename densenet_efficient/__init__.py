@@ -29,6 +29,7 @@ from .models.pretrained import load_weights
 from .nn.dense_block import EfficientDenseBlock
 from .nn.features import EfficientFeatures
 from .nn.layers import LayerParts
+from .nn.residual_dense_block import EfficientResidualDenseBlock
 from .nn.transition import EfficientTransition
 from .ops.build_info import MissingLibraryError
 from .ops.info import info
@@ -42,6 +43,7 @@ __all__ = [
     "EfficientDenseBlock",
     "EfficientDenseNet",
     "EfficientFeatures",
+    "EfficientResidualDenseBlock",
     "EfficientTransition",
     "LayerParts",
     "MissingLibraryError",

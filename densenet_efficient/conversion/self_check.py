@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.execution import ORIGINAL, Efficient
+from ..nn.residual_dense_block import ResidualDenseBlockExecution
 from ..nn.transition import TransitionExecution
 from .checks import Unsupported
 
@@ -28,6 +29,7 @@ _TOLERANCE = {
     torch.bfloat16: 1e-1,
     torch.float16: 2e-2,
 }
+_CHECKED = (DenseBlockExecution, TransitionExecution, ResidualDenseBlockExecution)
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -48,7 +50,7 @@ def check_view(source: nn.Module, view: Efficient, probe: Callable[[nn.Module], 
                 expected = _run("it", source, x, lambda: source(x.clone()))
             got = _run("the efficient module", view, x, lambda: view(x.clone()))
         _compare("output", expected, got, like.dtype)
-        if not isinstance(view, (DenseBlockExecution, TransitionExecution)):
+        if not isinstance(view, _CHECKED):
             return ""
         chosen = view.path(x)
         if chosen.kind == ORIGINAL:
@@ -58,7 +60,9 @@ def check_view(source: nn.Module, view: Efficient, probe: Callable[[nn.Module], 
 
 
 def _check_training(
-    source: nn.Module, view: DenseBlockExecution | TransitionExecution, x: Tensor
+    source: nn.Module,
+    view: DenseBlockExecution | TransitionExecution | ResidualDenseBlockExecution,
+    x: Tensor,
 ) -> None:
     """One training step of either, without dropout, and the dropout of the source as recorded."""
     for module in source.modules():
@@ -89,7 +93,7 @@ def _declared_dropout(view: Efficient) -> list[tuple[float, bool]]:
 def _without_dropout(view: Efficient) -> Iterator[None]:
     named = view._efficient.parts
     assert named is not None
-    rates = {"drop_rate": 0.0}
+    rates = {} if isinstance(view, ResidualDenseBlockExecution) else {"drop_rate": 0.0}
     if isinstance(view, DenseBlockExecution):
         rates["bottleneck_drop_rate"] = 0.0
     view._efficient.parts = lambda module: dataclasses.replace(named(module), **rates)

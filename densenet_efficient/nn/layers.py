@@ -81,6 +81,13 @@ def _geometry(conv: Convolution, name: str, kernel: int) -> tuple[ConvOptions | 
     return ConvOptions(tuple(conv.padding), tuple(conv.dilation), conv.groups), None
 
 
+def convolution_options(conv: nn.Module, name: str) -> tuple[ConvOptions | None, str | None]:
+    """How PyTorch's convolution runs ``conv`` on a buffer, or why it cannot."""
+    if type(conv) not in CONVOLUTIONS:
+        return None, f"{name} is a {type(conv).__name__}"
+    return _geometry(conv, name, kernel=0)  # type: ignore[arg-type]
+
+
 def layer_spec(
     part: LayerParts, name: str, channels: int, dtype: torch.dtype, training: bool
 ) -> tuple[LayerSpec | None, str | None]:

@@ -24,7 +24,7 @@ _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")
 _FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
     (home, name)
     for home, names in (
-        (F, "batch_norm relu dropout conv1d conv2d conv3d avg_pool2d max_pool2d"),
+        (F, "batch_norm relu leaky_relu dropout conv1d conv2d conv3d avg_pool2d max_pool2d"),
         (torch, "batch_norm relu dropout conv1d conv2d conv3d cat"),
     )
     for name in names.split()

@@ -28,12 +28,16 @@ class ConvOptions:
         )
 
     def backward(
-        self, dy: Tensor, z: Tensor, weight: Tensor, need_dweight: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """dy [N, K, *spatial], z [N, C, *spatial] -> dz, dweight."""
+        self,
+        dy: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        need_dweight: bool,
+        need_dbias: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """dy [N, K, *spatial], z [N, C, *spatial] -> dz, dweight, dbias."""
         dims = len(self.padding)
-        dz, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, z, weight, None, [1] * dims, self.padding, self.dilation, False, [0] * dims,
-            self.groups, [True, need_dweight, False],
+        return torch.ops.aten.convolution_backward(
+            dy, z, weight, [weight.shape[0]], [1] * dims, self.padding, self.dilation, False,
+            [0] * dims, self.groups, [True, need_dweight, need_dbias],
         )  # fmt: skip
-        return dz, dweight

@@ -162,7 +162,7 @@ def norm_relu_conv_backward(
             dbias += part.to(dbias.dtype).sum(_rows(part))
         normalised = normalise(x[images], norm)
         z = normalised.relu().to(x.dtype)
-        dz, dw = options.backward(
+        dz, dw, _ = options.backward(
             _operand(part.to(x.dtype)), _operand(z), weight, dweight is not None
         )
         if dweight is not None and dw is not None:

@@ -10,11 +10,22 @@ Classes that people copy into their own code are taught in one line:
 from __future__ import annotations
 
 from ..adapters import Adapter, LayerAdapter, register_adapter
-from . import cifar, d2l, mmpretrain, monai, pytorchcv, speech, timm, tiramisu, torchvision
+from . import cifar, d2l, esrgan, mmpretrain, monai, pytorchcv, speech, timm, tiramisu, torchvision
 
 NAMED: dict[str, Adapter | LayerAdapter] = {
     f"{module.__name__.rpartition('.')[2]}.{name}": adapter
-    for module in (torchvision, timm, monai, mmpretrain, pytorchcv, speech, cifar, tiramisu, d2l)
+    for module in (
+        torchvision,
+        timm,
+        monai,
+        mmpretrain,
+        pytorchcv,
+        speech,
+        esrgan,
+        cifar,
+        tiramisu,
+        d2l,
+    )
     for name, adapter in vars(module).items()
     if isinstance(adapter, (Adapter, LayerAdapter)) and not name.startswith("_")
 }
@@ -23,6 +34,6 @@ NAMED: dict[str, Adapter | LayerAdapter] = {
 
 def register() -> None:
     """Registers the classes that are recognised by name."""
-    for module in (torchvision, timm, monai, mmpretrain, pytorchcv, speech):
+    for module in (torchvision, timm, monai, mmpretrain, pytorchcv, speech, esrgan):
         for name, adapter in module.ADAPTERS.items():
             register_adapter(name, adapter)
