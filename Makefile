@@ -8,6 +8,8 @@
 #   make bench      memory and time next to torchvision's, on the CPU
 #   make cuda       compile every CUDA kernel for sm_80 and sm_90a, fail on register spills
 #   make emulation  run the CUDA kernels on the CPU
+#   make sanitize   the CPU operators' tests under the address, undefined-behaviour and thread
+#                   sanitizers
 #   make gpu-check  on a machine with a GPU: build, test, sanitize, measure; installs nothing
 #
 # PYTHON names the interpreter (3.10 or newer) that .venv is made with, and that gpu-check uses.
@@ -20,7 +22,7 @@ STAMP := $(VENV)/requirements.stamp
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: demo quick test fuzz lint format bench cuda emulation gpu-check setup build clean
+.PHONY: demo quick test fuzz lint format bench cuda emulation sanitize gpu-check setup build clean
 
 # Where there is no GPU the demonstration does not wait for nvcc.
 demo: export DENSENET_EFFICIENT_CUDA := $(if $(wildcard /dev/nvidia*),$(DENSENET_EFFICIENT_CUDA),0)
@@ -61,6 +63,9 @@ cuda: $(STAMP)
 
 emulation: build
 	$(PYTEST) tests/emulation $(PYTEST_ARGS)
+
+sanitize: build
+	$(BIN)/python -m tools.sanitize
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py

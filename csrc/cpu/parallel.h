@@ -8,6 +8,10 @@
 #include "../stable.h"
 #include "tiling.h"
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
 namespace densenet_efficient::cpu {
 
 using tiling::Bands;
@@ -16,14 +20,38 @@ using tiling::RowTiles;
 
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 
+// What parallel_for promises: all before it is seen by the tasks, and they by all after it. torch's
+// threads meet in an OpenMP runtime that is not instrumented, so the thread sanitizer must be told.
+// What tasks do to each other it sees for itself.
+class Meeting {
+ public:
+#if defined(__SANITIZE_THREAD__)
+  Meeting() { __tsan_release(&begun_); }
+  void enter() { __tsan_acquire(&begun_); }
+  void leave() { __tsan_release(&done_); }
+  void end() { __tsan_acquire(&done_); }
+
+ private:
+  char begun_, done_;
+#else
+  void enter() {}
+  void leave() {}
+  void end() {}
+#endif
+};
+
 // Calls f(task) for every task < tasks.
 template <typename F>
 void parallel(int64_t tasks, const F& f) {
   if (tasks <= 0) return;
   if (tasks == 1) return f(int64_t(0));
+  Meeting meeting;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    meeting.enter();
     for (int64_t task = begin; task < end; ++task) f(task);
+    meeting.leave();
   });
+  meeting.end();
 }
 
 // Which of `slots` tile scratches is the running thread's own. A call from inside somebody else's
