@@ -33,6 +33,7 @@ from tests.support.conversion_comparison import (
     recorded_masks,
     step,
 )
+from tests.support.kept_memory import NETWORKS, kept_bytes
 from tests.support.libraries import load
 
 BY_NAME = {case.name: case for case in CASES}
@@ -311,3 +312,21 @@ def test_biases_and_tails_are_differentiated_twice(name: str) -> None:
         grads = torch.autograd.grad(second, parameters, allow_unused=True)  # type: ignore[arg-type]
         found.append({str(i): g for i, g in enumerate(grads) if g is not None})
     assert largest_error(*found) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("torchvision densenet121", 0.15),
+        ("timm densenet121", 0.15),
+        ("timm, features_only", 0.2),
+        ("MONAI DenseNet121, 1-D", 0.15),
+        ("SMP densenet121 encoder", 0.25),  # its norms and ReLUs between the blocks are PyTorch's
+        ("mmpretrain DenseNet 121", 0.2),
+    ],
+)
+def test_a_converted_network_keeps_a_fraction(name: str, bound: float) -> None:
+    make, (_, channels, *image) = NETWORKS[name]
+    model, x = make(), torch.randn(2, channels, *(size // 2 for size in image))
+    before = kept_bytes(model, x)
+    assert kept_bytes(convert(model), x) < bound * before
