@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=23)
     options = parser.parse_args()
     import_torchvision()  # which spandrel imports
-    from spandrel.architectures.ESRGAN import RRDBNet
+    from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
 
     def original() -> nn.Module:
         torch.manual_seed(0)
