@@ -13,6 +13,7 @@ from .conversion import (
     register_adapter,
     unconvert,
 )
+from .conversion.registry import register_models
 from .core.arena import release
 from .memory.planner import Plan, max_batch, plan
 from .models.densenet import (
@@ -66,6 +67,7 @@ __all__ = [
     "plan",
     "reference",
     "register_adapter",
+    "register_models",
     "release",
     "unconvert",
 ]

@@ -14,7 +14,7 @@ from ..train.checkpoint import CheckpointError
 from ..train.data import DataError
 from ..train.trainer import TrainingError
 from ..version import __version__
-from . import bench, catalogue, demo, inspect, train
+from . import bench, catalogue, demo, inspect, train, weights
 from .parser import Help, Parser, UsageError
 
 __all__ = ["main"]
@@ -30,7 +30,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"densenet-efficient {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, bench, inspect, catalogue, demo):
+    for module in (train, bench, inspect, catalogue, weights, demo):
         module.register(commands)
     return parser
 

@@ -5,6 +5,7 @@ Huang et al., arXiv 1608.06993: the ImageNet networks of table 1, the CIFAR netw
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from ..nn.dense_block import EfficientDenseBlock
 from ..nn.features import EfficientFeatures
 from ..nn.options import check_memory
 from ..nn.transition import EfficientTransition
-from .pretrained import fetch_weights, load_weights
+from .pretrained import fetch_weights, load_weights, published_classes
 
 __all__ = [
     "EfficientDenseNet",
@@ -110,21 +111,34 @@ class EfficientDenseNet(DenseNetBase):
 
 
 def _build(name: str, weights: Any, progress: bool, options: dict[str, Any]) -> EfficientDenseNet:
+    pretrained = options.pop("pretrained", None)
+    if pretrained is not None:
+        if weights is not None:
+            raise ValueError(f"pretrained: expected without weights, got {pretrained!r} with them")
+        warnings.warn(
+            f"pretrained is deprecated, as in torchvision: write weights="
+            f"{'DEFAULT' if pretrained else None!r}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        weights = "DEFAULT" if pretrained else None
     if weights is None:
         return EfficientDenseNet(**CONFIGURATIONS[name], **options)
     state = fetch_weights(weights, name, progress=progress)
-    classes = options.pop("num_classes", 1000)
-    model = EfficientDenseNet(**CONFIGURATIONS[name], num_classes=1000, **options)
-    load_weights(model, state)
-    if classes != 1000:
+    classes = options.pop("num_classes", None if options.get("features_only") else 1000)
+    published = published_classes(state)
+    model = EfficientDenseNet(**CONFIGURATIONS[name], num_classes=published, **options)
+    load_weights(model, state, strict=not options.get("features_only"))
+    if classes != published:
         model.reset_classifier(classes)
     return model
 
 
 def densenet121(*, weights: Any = None, progress: bool = True, **options: Any) -> EfficientDenseNet:
-    """DenseNet-121, 8.0 M parameters. weights: None, "DEFAULT", or an entry of torchvision's
-    weights enum; with another `num_classes` the classifier is fresh. options: of
-    EfficientDenseNet."""
+    """DenseNet-121, 8.0 M parameters. weights: None, or what `fetch_weights` takes: "DEFAULT", an
+    entry of torchvision's weights enum, a file, a URL, a repository of the Hugging Face hub; with
+    another `num_classes` than theirs the classifier is fresh. options: of EfficientDenseNet;
+    pretrained=True is torchvision's old way to say weights="DEFAULT", and warns."""
     return _build("densenet121", weights, progress, options)
 
 
@@ -143,14 +157,16 @@ def densenet201(*, weights: Any = None, progress: bool = True, **options: Any) -
     return _build("densenet201", weights, progress, options)
 
 
-def densenet264(**options: Any) -> EfficientDenseNet:
-    """DenseNet-264 (k = 32), 33.3 M parameters. options: EfficientDenseNet's."""
-    return _build("densenet264", None, False, options)
+def densenet264(*, weights: Any = None, progress: bool = True, **options: Any) -> EfficientDenseNet:
+    """DenseNet-264 (k = 32), 33.3 M parameters; arguments as `densenet121`."""
+    return _build("densenet264", weights, progress, options)
 
 
-def densenet264_k48(**options: Any) -> EfficientDenseNet:
-    """DenseNet-264 (k = 48), 72.7 M parameters. options: EfficientDenseNet's."""
-    return _build("densenet264_k48", None, False, options)
+def densenet264_k48(
+    *, weights: Any = None, progress: bool = True, **options: Any
+) -> EfficientDenseNet:
+    """DenseNet-264 (k = 48), 72.7 M parameters; arguments as `densenet121`."""
+    return _build("densenet264_k48", weights, progress, options)
 
 
 def densenet_cifar(

@@ -136,7 +136,7 @@ def _application(
     if weights is not None:
         from .keras_weights import load_keras_weights
 
-        load_keras_weights(model, weights)
+        load_keras_weights(model, weights, strict=include_top)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Weights made elsewhere: old key names, wrappers' prefixes, torchvision's public checkpoints.
+"""Weights made elsewhere: other key names, wrappers' prefixes, public checkpoints, files.
 
 Our models have torchvision's keys (`features.denseblock1.denselayer1.norm1.weight`, ...). Files
 written before torchvision 0.4 say `norm.1`; files of training frameworks carry a prefix such as
@@ -7,8 +7,10 @@ written before torchvision 0.4 say `norm.1`; files of training frameworks carry 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,24 @@ from torch import Tensor, nn
 
 from ..torchvision_compat import import_torchvision
 
+HUB = "hf-hub:"
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".h5", ".hdf5", ".ckpt", ".tar")
 _OLD_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
-_CONTAINERS = ("state_dict", "model_state_dict", "model")
+_MONAI_LAYER = re.compile(r"^(.*denselayer\d+\.)layers\.(.+)$")
+_MONAI_HEAD = re.compile(r"^(.*?)class_layers\.out\.(weight|bias)$")
+_CONTAINERS = ("state_dict", "model_state_dict", "state_dict_ema", "model", "network", "net")
 
 
 def modernise_keys(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`denselayer1.norm.1.weight` -> `denselayer1.norm1.weight`, other keys as they are."""
-    return {_OLD_KEY.sub(r"\1\2", key): value for key, value in state.items()}
+    """Torchvision's keys for those of its old files (`denselayer1.norm.1.weight`) and of MONAI
+    (`denselayer1.layers.norm1.weight`, `class_layers.out.weight`); other keys as they are."""
+
+    def modern(key: str) -> str:
+        key = _OLD_KEY.sub(r"\1\2", key)
+        key = _MONAI_LAYER.sub(r"\1\2", key)
+        return _MONAI_HEAD.sub(r"\1classifier.\2", key)
+
+    return {modern(key): value for key, value in state.items()}
 
 
 def match_prefix(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,9 +62,9 @@ def match_prefix(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[
 def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> nn.Module:
     """Loads a foreign state dict into a DenseNet with torchvision's keys and returns the model.
 
-    Accepts the old `norm.1` keys, a prefix in the file or a wrapper around the model's network
-    (CheXNet's `module.densenet121.`), files that keep the state dict under `state_dict` or `model`,
-    and files without `num_batches_tracked`.
+    Accepts the old `norm.1` keys, MONAI's, a prefix in the file or a wrapper around the model's
+    network (CheXNet's `module.densenet121.`), files that keep the state dict under `state_dict` or
+    `model`, and files without `num_batches_tracked`.
 
     Args:
         model: ours, torchvision's, or one that holds one of them.
@@ -68,7 +81,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = T
             state = inner
             break
     own = model.state_dict()
-    loaded = match_prefix(modernise_keys(state), own)
+    modern = modernise_keys(state)
+    # A MONAI network as the model has MONAI's keys already.
+    loaded = match_prefix(dict(state) if set(state) <= set(own) else modern, own)
     wrong = [
         f"{key}: expected shape {list(own[key].shape)}, got "
         + (str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__)
@@ -93,39 +108,105 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = T
     return model
 
 
+def published_classes(state: Mapping[str, Any]) -> int:
+    """The number of classes that a state dict's classifier has; 0 without one."""
+    for container in _CONTAINERS:
+        if isinstance(state.get(container), Mapping):
+            return published_classes(state[container])
+    for key, value in modernise_keys(state).items():
+        if key.endswith("classifier.weight") and isinstance(value, Tensor):
+            return value.shape[0]
+    return 0
+
+
 def _shortened(keys: list[str], shown: int = 4) -> str:
     rest = len(keys) - shown
     return ", ".join(keys[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def fetch_weights(weights: Any, architecture: str, *, progress: bool = True) -> dict[str, Any]:
-    """The state dict of a torchvision weights entry, downloaded once with its hash checked.
+    """The state dict that `weights` names; what is downloaded is cached and its hash checked.
 
     Args:
         weights: a member of one of torchvision's weights enums, its name ("IMAGENET1K_V1",
-            "DEFAULT"), or the URL of a checkpoint named like torch.hub's, with its hash.
+            "DEFAULT"), the path of a file (see `read_weights`), the URL of a checkpoint named like
+            torch.hub's, with its hash, or "hf-hub:OWNER/NAME[@REVISION]", the weights of a
+            repository of the Hugging Face hub.
         architecture: "densenet121", ...: whose enum a name is looked up in.
 
     Raises:
-        ValueError: there is no such entry. RuntimeError: the file's hash is wrong.
+        ValueError: there is no such entry or file. RuntimeError: the file's hash is wrong.
+        ImportError: a library that is needed for it is missing.
     """
-    if isinstance(weights, str) and "://" in weights:
-        return torch.hub.load_state_dict_from_url(
-            weights, map_location="cpu", check_hash=True, progress=progress
-        )
-    if isinstance(weights, str):
+    if isinstance(weights, (str, os.PathLike)):
+        text = os.fspath(weights)
+        if text.startswith(HUB):
+            return read_weights(_from_hub(text.removeprefix(HUB)))
+        if "://" in text:
+            return torch.hub.load_state_dict_from_url(
+                text, map_location="cpu", check_hash=True, progress=progress
+            )
+        if isinstance(weights, os.PathLike) or Path(text).suffix in SUFFIXES:
+            return read_weights(text)
         models = import_torchvision("torchvision.models")
         if architecture not in models.list_models():
             raise ValueError(f"weights: torchvision has none for {architecture}, got {weights!r}")
         entries = models.get_model_weights(architecture)
         if weights not in entries.__members__:
             raise ValueError(
-                f"weights must be one of {', '.join(entries.__members__)} for {architecture}, "
-                f"got {weights!r}"
+                f"weights must be one of {', '.join(entries.__members__)} for {architecture}, a "
+                f"file, a URL or {HUB}OWNER/NAME, got {weights!r}"
             )
         weights = entries[weights]
     if not hasattr(weights, "get_state_dict"):
         raise ValueError(
-            f"weights must be a torchvision weights entry, its name or a URL, got {weights!r}"
+            "weights must be a torchvision weights entry, its name, a file or a URL, got "
+            f"{weights!r}"
         )
     return weights.get_state_dict(progress=progress, check_hash=True)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state dict of a file on the CPU: safetensors, an h5 file of Keras (with torchvision's
+    keys then), or what `torch.save` wrote; nothing in it is executed.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read. ImportError: a library is missing.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"weights: expected a file, got none at {path}")
+    suffix = Path(path).suffix
+    if suffix in (".h5", ".hdf5"):
+        from .keras_weights import keras_state, read_h5
+
+        return keras_state(read_h5(path))
+    try:
+        if suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged bytes lead the readers to errors of any kind
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"weights {path}: expected weights, got: {first_line}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"weights {path}: expected a state dict, got {type(state).__name__}")
+    return dict(state)
+
+
+def _from_hub(name: str) -> str:
+    """The downloaded file of a repository; huggingface_hub checks its hash and keeps it."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise ImportError(f"weights {HUB}{name}: needs huggingface_hub: {error}") from error
+    repository, _, revision = name.partition("@")
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            return hf_hub_download(repository, file, revision=revision or None)
+        except EntryNotFoundError:
+            continue
+    raise ValueError(f"weights: expected model.safetensors or pytorch_model.bin in {name}")
