@@ -66,27 +66,15 @@ __global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof
     if (tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
       const int64_t row0 = tile * kTileRows;
-      const int valid = channels_left<T>(column_chunk * kChunk<T>, args.outputs);
-      for (int row = copy_row; row < kTileRows; row += row_step) {
-        const int offset = column_chunk / 4 * kPanelBytes + panel_offset<T>(row, column_chunk % 4);
-        const int here = row0 + row < args.rows ? valid : 0;
-        copy_chunk(stage + offset, args.dz_y.at<T>(row0 + row, column_chunk * kChunk<T>), here,
-                   args.dz_y.vector);
-        copy_chunk(stage + layout.y_offset() + offset,
-                   args.y.at<T>(row0 + row, column_chunk * kChunk<T>), here, args.y.vector);
-      }
+      const int rows = static_cast<int>(min(args.rows - row0, int64_t(kTileRows)));
+      copy_gradient<T, kOutputs>(stage, layout.y_offset(), args, row0, rows, copy_row, row_step,
+                                 column_chunk);
       for (int panel = 0; panel < layout.x_panels(args.warps); ++panel) {
-        const int chunk = thread & 3;
-        const int channel = block_channel0 + panel * kPanelChannels<T> + chunk * kChunk<T>;
-        const int exist = channels_left<T>(channel, channel_end);
-        for (int row = thread >> 2; row < kTileRows; row += threads >> 2) {
-          const int offset = panel * kPanelBytes + panel_offset<T>(row, chunk);
-          const int here = row0 + row < args.rows ? exist : 0;
-          copy_chunk(stage + layout.x_offset() + offset, args.x.at<T>(row0 + row, channel), here,
-                     args.x.vector);
-          copy_chunk(stage + layout.dx_offset() + offset, args.dx.at<T>(row0 + row, channel), here,
-                     args.dx.vector);
-        }
+        const RowCopy copy{
+            0, row0, 0, rows, kTileRows, block_channel0 + panel * kPanelChannels<T>, channel_end};
+        unsigned char* to = stage + panel * kPanelBytes;
+        copy_rows<T>(to + layout.x_offset(), args.x, copy, threads);
+        copy_rows<T>(to + layout.dx_offset(), args.dx, copy, threads);
       }
     }
     cp_async_commit();

@@ -1,9 +1,10 @@
 // norm_relu_conv1x1, forward: y [M, K] = relu(a * x + s) @ weight^T, and the moments of y as
 // stored.
 //
-// Tile: 32 rows a warp, all K columns (in steps of 64, 128 or 192; more than 192 in several columns
-// of the grid), so that each element of x is normalised once, in the registers that feed the tensor
-// cores. For 192 columns two warps share their rows, and each normalises them.
+// Tile: 32 rows a warp, four warps, all K columns (in steps of 64, 128 or 192; more than 192 in
+// several columns of the grid), so that each element of x is normalised once, in the registers that
+// feed the tensor cores. For 192 columns, and where there are few rows, two or four warps share
+// their rows, and each normalises them (tiling/conv1x1.h).
 // Who owns what: a block walks over a static range of row tiles and, within a tile, over the
 // channels in panels of 32; (tile, panel) pairs form one sequence that cp.async runs ahead of, so
 // that the loads of the next tile are under way while this one is written. A warp rounds its rows
@@ -21,8 +22,11 @@
 namespace densenet_efficient {
 namespace {
 
+using Tiling = tiling::NormReluConv1x1Forward;
+
 constexpr int kStages = 3;
-constexpr int kWarpRows = 32;
+constexpr int kWarps = Tiling::kWarps, kWarpRows = Tiling::kWarpRows, kThreads = 32 * kWarps;
+constexpr int kStep = kThreads / 4;  // rows that a block's threads copy at a time
 
 struct Forward {
   device::RowTensor x;       // [M, C]
@@ -33,26 +37,89 @@ struct Forward {
   int64_t rows;              // M
   int channels;              // C
   int outputs;               // K
-  int warps;                 // of a block
   int tiles;
 };
 
 // kColumns of y per warp, kSplit warps side by side.
 template <typename T, int kColumns, int kSplit>
 struct ForwardLayout {
-  int warps;
-  DE_HOST_DEVICE int tile_rows() const { return warps / kSplit * kWarpRows; }
-  DE_HOST_DEVICE int weight_offset() const { return tile_rows() * device::kPanelRowBytes; }
-  DE_HOST_DEVICE int norm_offset() const {
-    return weight_offset() + kColumns * kSplit * device::kPanelRowBytes;
+  static constexpr int kTileRows = kWarps / kSplit * kWarpRows;
+  static constexpr int kWeightOffset = kTileRows * device::kPanelRowBytes;
+  static constexpr int kNormOffset = kWeightOffset + kColumns * kSplit * device::kPanelRowBytes;
+  static constexpr int kStageBytes = kNormOffset + device::kScaleShiftBytes<T>;
+  static constexpr int kStagingOffset = kStages * kStageBytes;
+  static constexpr int kMomentsOffset = kStagingOffset + kWarps * device::kStagingBytes;
+  static constexpr int kSharedBytes =
+      kMomentsOffset + kWarps * device::BlockMoments<kColumns>::kWarpBytes;
+};
+
+// A thread's chunk of every kStep-th row of the panels of x and the weight, ahead of the product:
+// where the next ones begin. Whole panels are copied by running addresses; what the end of the
+// rows, outputs or channels cuts, and rows not aligned to 16 bytes, by copy_rows.
+template <typename T, int kColumns, int kSplit>
+struct Loader {
+  using Layout = ForwardLayout<T, kColumns, kSplit>;
+  static constexpr int kTileRows = Layout::kTileRows, kWeightRows = kColumns * kSplit;
+  const Forward& args;
+  const int column0, panels, last_tile;
+  const bool aligned;
+  int tile, panel = 0;
+  const unsigned char *x, *weight;
+
+  __device__ __forceinline__ Loader(const Forward& args, int column0, int panels, int first_tile,
+                                    int last_tile)
+      : args(args),
+        column0(column0),
+        panels(panels),
+        last_tile(last_tile),
+        aligned(min(args.x.vector, args.weight.vector) == device::kChunk<T> &&
+                column0 + kWeightRows <= args.outputs),
+        tile(first_tile) {
+    using namespace device;
+    const int row = thread_index() >> 2, channel = (thread_index() & 3) * kChunk<T>;
+    x = reinterpret_cast<const unsigned char*>(
+        args.x.at<T>(int64_t(first_tile) * kTileRows + row, channel));
+    weight = reinterpret_cast<const unsigned char*>(args.weight.at<T>(column0 + row, channel));
   }
-  DE_HOST_DEVICE int stage_bytes() const { return norm_offset() + device::kScaleShiftBytes<T>; }
-  DE_HOST_DEVICE int staging_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int moments_offset() const {
-    return staging_offset() + warps * device::kStagingBytes;
-  }
-  DE_HOST_DEVICE int shared_bytes() const {
-    return moments_offset() + warps * device::BlockMoments<kColumns>::kWarpBytes;
+
+  // The next panel, to the stage's place.
+  __device__ __forceinline__ void load(unsigned char* stage) {
+    using namespace device;
+    if (tile < last_tile) {
+      const int channel = panel * kPanelChannels<T>;
+      const int pitch = static_cast<int>(args.x.stride) * static_cast<int>(sizeof(T));
+      const int weight_pitch = static_cast<int>(args.weight.stride) * static_cast<int>(sizeof(T));
+      const int64_t row0 = int64_t(tile) * kTileRows;
+      if (aligned && channel + kPanelChannels<T> <= args.channels &&
+          row0 + kTileRows <= args.rows) {
+        unsigned char* to = stage + panel_offset<T>(thread_index() >> 2, thread_index() & 3);
+#pragma unroll
+        for (int row = 0; row < kTileRows; row += kStep)
+          cp_async<16>(to + row * kPanelRowBytes, x + int64_t(row) * pitch);
+#pragma unroll
+        for (int row = 0; row < kWeightRows; row += kStep)
+          cp_async<16>(to + Layout::kWeightOffset + row * kPanelRowBytes,
+                       weight + int64_t(row) * weight_pitch);
+      } else {
+        const int rows = static_cast<int>(min(args.rows - row0, int64_t(kTileRows)));
+        copy_rows<T>(stage, args.x, {0, row0, 0, rows, kTileRows, channel, args.channels},
+                     kThreads);
+        copy_rows<T>(stage + Layout::kWeightOffset, args.weight,
+                     {0, column0, 0, min(args.outputs - column0, kWeightRows), kWeightRows, channel,
+                      args.channels},
+                     kThreads);
+      }
+      copy_scale_shift<T>(stage + Layout::kNormOffset, args.norm, channel, args.channels, kThreads);
+      x += kPanelRowBytes;
+      weight += kPanelRowBytes;
+      if (++panel == panels) {
+        x = advance(x, kTileRows, pitch) - panels * kPanelRowBytes;
+        weight -= panels * kPanelRowBytes;
+        panel = 0;
+        ++tile;
+      }
+    }
+    cp_async_commit();
   }
 };
 
@@ -89,13 +156,12 @@ __device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const 
 }
 
 template <typename T, int kColumns, int kSplit>
-__global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, Tiling::resident(kColumns))
     norm_relu_conv1x1_forward_kernel(Forward args) {
   using namespace device;
+  using Layout = ForwardLayout<T, kColumns, kSplit>;
   constexpr int kTiles = kColumns / 8;
-  const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
-  const int threads = 32 * args.warps, tile_rows = layout.tile_rows();
-  const int warp = warp_index(), thread = thread_index();
+  const int warp = warp_index();
   const int warp_row = warp / kSplit * kWarpRows, warp_column = warp % kSplit * kColumns;
   const int column0 = block_y() * kColumns * kSplit;
   const int panels = max(1, panels_of<T>(args.channels));
@@ -103,39 +169,13 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
   const int last_tile = static_cast<int>(int64_t(args.tiles) * (block_x() + 1) / grid_x());
   unsigned char* shared = shared_memory();
 
-  const BlockMoments<kColumns> block_moments(shared + layout.moments_offset());
+  const BlockMoments<kColumns> block_moments(shared + Layout::kMomentsOffset);
   WarpMoments moments = block_moments.start(warp);
 
-  // The panel that is loaded next, kStages - 1 ahead of the one that is multiplied.
-  int load_tile = first_tile;
-  int load_panel = 0;
-  const int load_row = thread >> 2, load_chunk = thread & 3, load_step = threads >> 2;
-  const auto load = [&](int stage) {
-    if (load_tile < last_tile) {
-      unsigned char* to = shared + stage * layout.stage_bytes();
-      const int channel = load_panel * kPanelChannels<T> + load_chunk * kChunk<T>;
-      const int valid = channels_left<T>(channel, args.channels);
-      const int64_t row0 = int64_t(load_tile) * tile_rows;
-#pragma unroll
-      for (int i = 0; i < 4 / kSplit; ++i) {
-        const int row = load_row + i * load_step;
-        copy_chunk(to + panel_offset<T>(row, load_chunk), args.x.at<T>(row0 + row, channel),
-                   row0 + row < args.rows ? valid : 0, args.x.vector);
-      }
-      for (int row = load_row; row < kColumns * kSplit; row += load_step)
-        copy_chunk(to + layout.weight_offset() + panel_offset<T>(row, load_chunk),
-                   args.weight.at<T>(column0 + row, channel),
-                   column0 + row < args.outputs ? valid : 0, args.weight.vector);
-      copy_scale_shift<T>(to + layout.norm_offset(), args.norm, load_panel * kPanelChannels<T>,
-                          args.channels, threads);
-      if (++load_panel == panels) {
-        load_panel = 0;
-        ++load_tile;
-      }
-    }
-    cp_async_commit();
-  };
-  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
+  // The panel that is loaded next is kStages - 1 ahead of the one that is multiplied.
+  Loader<T, kColumns, kSplit> loader(args, column0, panels, first_tile, last_tile);
+  for (int stage = 0; stage < kStages - 1; ++stage)
+    loader.load(shared + stage * Layout::kStageBytes);
 
   int stage = 0;
   for (int tile = first_tile; tile < last_tile; ++tile) {
@@ -143,24 +183,25 @@ __global__ void __launch_bounds__(kColumns == 64 ? 128 : 256, kColumns == 64 ? 3
     for (int panel = 0; panel < panels; ++panel) {
       cp_async_wait<kStages - 2>();
       sync_threads();
-      load(stage == 0 ? kStages - 1 : stage - 1);
-      const unsigned char* from = shared + stage * layout.stage_bytes();
+      loader.load(shared + (stage == 0 ? kStages - 1 : stage - 1) * Layout::kStageBytes);
+      const unsigned char* from = shared + stage * Layout::kStageBytes;
 #pragma unroll
       for (int step = 0; step < 2; ++step)
         multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes,
-                                 from + layout.weight_offset() + warp_column * kPanelRowBytes,
-                                 from + layout.norm_offset(), step);
+                                 from + Layout::kWeightOffset + warp_column * kPanelRowBytes,
+                                 from + Layout::kNormOffset, step);
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
-    const int64_t row0 = int64_t(tile) * tile_rows + warp_row;
+    const int64_t row0 = int64_t(tile) * Layout::kTileRows + warp_row;
+    const int rows = static_cast<int>(min(args.rows - row0, int64_t(kWarpRows)));
     const int column = column0 + warp_column;
     const int end = column + kColumns < args.outputs ? column + kColumns : args.outputs;
-    write_rows<T, kTiles>(acc, shared + layout.staging_offset() + warp * kStagingBytes, args.y,
+    write_rows<T, kTiles>(acc, shared + Layout::kStagingOffset + warp * kStagingBytes, args.y, row0,
                           column, end, args.partial != nullptr, moments,
-                          [&](int r) { return row0 + r < args.rows ? row0 + r : int64_t(-1); });
+                          [&](int r) { return r < rows ? r : -1; });
   }
   if (args.partial)
-    block_moments.template finish<kSplit>(moments, args.warps,
+    block_moments.template finish<kSplit>(moments, kWarps,
                                           args.partial + int64_t(block_x()) * 3 * args.outputs,
                                           column0, args.outputs);
 }
@@ -174,12 +215,11 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 template <typename T, int kColumns, int kSplit>
 void launch_forward(const Launcher& launcher, const Forward& args, int64_t blocks) {
-  const ForwardLayout<T, kColumns, kSplit> layout{args.warps};
   launcher.launch<&norm_relu_conv1x1_forward_kernel<T, kColumns, kSplit>>(
       {.grid_x = blocks,
        .grid_y = ceil_div(args.outputs, kColumns * kSplit),
-       .block = 32 * args.warps,
-       .shared_bytes = layout.shared_bytes(),
+       .block = kThreads,
+       .shared_bytes = ForwardLayout<T, kColumns, kSplit>::kSharedBytes,
        .tiles = args.tiles,
        .ranges = blocks},
       args);
@@ -190,22 +230,20 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
   const arguments::NormReluConv1x1Forward call(x, norm, weight, y, stats);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
-    const tiling::NormReluConv1x1Forward tiling(call.M, call.K, stats.has_value(),
-                                                launcher.device());
+    const Tiling tiling(call.M, call.K, stats.has_value(), launcher.device());
     const Workspace partial(x, tiling.bytes);
-    const Forward args{row_tensor(call.x),
-                       float_table(call.norm),
-                       weight_rows(call),
-                       output_row_tensor(call.y),
-                       partial.data<float>(),
-                       call.M,
-                       static_cast<int>(call.C),
-                       static_cast<int>(call.K),
-                       tiling.warps,
-                       static_cast<int>(tiling.tiles)};
-    const auto launch = tiling.columns == 64    ? launch_forward<T, 64, 1>
-                        : tiling.columns == 128 ? launch_forward<T, 128, 1>
-                                                : launch_forward<T, 96, 2>;
+    const Forward args{
+        row_tensor(call.x),        float_table(call.norm),   weight_rows(call),
+        output_row_tensor(call.y), partial.data<float>(),    call.M,
+        static_cast<int>(call.C),  static_cast<int>(call.K), static_cast<int>(tiling.tiles)};
+    const auto launch = tiling.columns == 128  ? launch_forward<T, 128, 1>
+                        : tiling.columns == 96 ? launch_forward<T, 96, 2>
+                        : tiling.columns == 48 ? launch_forward<T, 48, 4>
+                        : tiling.columns == 16 ? launch_forward<T, 16, 4>
+                        : tiling.columns == 32 ? tiling.split == 4 ? launch_forward<T, 32, 4>
+                                                                   : launch_forward<T, 32, 2>
+                        : tiling.split == 2    ? launch_forward<T, 64, 2>
+                                               : launch_forward<T, 64, 1>;
     if (call.M > 0 && call.K > 0) launch(launcher, args, tiling.blocks);
     launch_finish<&norm_relu_conv1x1_forward_finish_kernel>(launcher, partial.data<const float>(),
                                                             tiling.blocks, call.K, call.stats);

@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   const int lane = lane_index();
   const int column0 = block_y() * kColumns;
   const int panels = max(1, panels_of<T>(args.channels));
-  const int64_t first_tile = images.tiles * block_x() / grid_x();
-  const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
+  const int first_tile = images.first_tile(block_x(), grid_x());
+  const int last_tile = images.first_tile(block_x() + 1, grid_x());
   unsigned char* shared = shared_memory();
   unsigned char* pixels = shared + layout.pixels_offset();
 
@@ -98,22 +98,19 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
                    uint4{0, 0, 0, 0});
   sync_threads();
 
-  int64_t load_tile = first_tile;
+  int load_tile = first_tile;
   int load_panel = 0;
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
-      const int channel = load_panel * kPanelChannels<T> + (thread & 3) * kChunk<T>;
-      const int valid = channels_left<T>(channel, args.channels);
-      for (int row = thread >> 2; row < kTaps * kColumns; row += threads >> 2) {
-        const int global_row = kTaps * column0 + row;
-        copy_chunk(stage + panel_offset<T>(row, thread & 3), args.weight.at<T>(global_row, channel),
-                   global_row < kTaps * args.outputs ? valid : 0, args.weight.vector);
-      }
-      copy_scale_shift<T>(stage + layout.norm_offset(), args.norm, load_panel * kPanelChannels<T>,
-                          args.channels, threads);
+      const int channel = load_panel * kPanelChannels<T>;
+      copy_rows<T>(stage, args.weight,
+                   {0, kTaps * column0, 0, kTaps * (args.outputs - column0), kTaps * kColumns,
+                    channel, args.channels},
+                   threads);
+      copy_scale_shift<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, threads);
       copy_halo<T>(stage + layout.halo_offset(), images, TileOrigin(images, load_tile), args.x,
-                   load_panel * kPanelChannels<T>, args.channels, threads);
+                   channel, args.channels, threads);
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;
@@ -124,7 +121,7 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   load(0);
 
   int stage_index = 0;
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = first_tile; tile < last_tile; ++tile) {
     const TileOrigin origin(images, tile);
     float acc[4][kTiles][4] = {};
     for (int panel = 0; panel < panels; ++panel) {
@@ -150,12 +147,10 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned char* rows = pixels + (warp * Tile::kGroup + 32 * half) * kPixelBytes;
-      write_rows<T, kTiles>(acc + 2 * half, shared + layout.staging_offset() + warp * kStagingBytes,
-                            args.y, column0, end, args.partial != nullptr, moments, [&](int r) {
-                              const int offset =
-                                  static_cast<int>(shared_load<uint2>(rows + r * kPixelBytes).x);
-                              return offset < 0 ? int64_t(-1) : origin.pixel(images) + offset;
-                            });
+      write_rows<T, kTiles>(
+          acc + 2 * half, shared + layout.staging_offset() + warp * kStagingBytes, args.y,
+          origin.pixel(images), column0, end, args.partial != nullptr, moments,
+          [&](int r) { return static_cast<int>(shared_load<uint2>(rows + r * kPixelBytes).x); });
     }
   }
   if (args.partial)

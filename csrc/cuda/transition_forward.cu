@@ -208,9 +208,9 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
       stage = 1 - stage;
     }
     const int row0 = tile * Layout::kRows + warp_row, column = column0 + warp_column;
-    write_rows<T, kTiles>(acc, shared + Layout::kStaging + warp * kStagingBytes, args.y, column,
-                          min(column + kColumns, args.outputs), args.partial != nullptr, moments,
-                          [&](int r) { return row0 + r < rows ? int64_t(row0 + r) : -1; });
+    write_rows<T, kTiles>(acc, shared + Layout::kStaging + warp * kStagingBytes, args.y, row0,
+                          column, min(column + kColumns, args.outputs), args.partial != nullptr,
+                          moments, [&](int r) { return row0 + r < rows ? r : -1; });
   }
   if (args.partial)
     block_moments.template finish<kSplit>(moments, kWarps,

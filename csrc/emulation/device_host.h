@@ -94,6 +94,13 @@ V shuffle(V value, int lane, Site site = Site::current()) {
   return Shuffle<V>{value, lane & 31}.exchange(site);
 }
 
+template <typename P>
+P* advance(P* pointer, int count, int pitch) {
+  return reinterpret_cast<P*>(reinterpret_cast<intptr_t>(pointer) + int64_t(count) * pitch);
+}
+
+inline int population(uint32_t bits) { return std::popcount(bits); }
+
 inline uint32_t ballot(bool predicate, Site site = Site::current()) {
   uint32_t result = 0;
   emulation::warp_rendezvous(

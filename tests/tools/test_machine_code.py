@@ -24,8 +24,13 @@ DTYPES = ("bf16", "fp16", "tf32")
 # no entry of its own.
 DESIGNED = {
     "norm_relu_conv1x1_forward<T, 64, 1>": (3, 128),
-    "norm_relu_conv1x1_forward<T, 128, 1>": (1, 256),
-    "norm_relu_conv1x1_forward<T, 96, 2>": (1, 256),
+    "norm_relu_conv1x1_forward<T, 128, 1>": (2, 128),
+    "norm_relu_conv1x1_forward<T, 64, 2>": (3, 128),
+    "norm_relu_conv1x1_forward<T, 32, 4>": (3, 128),
+    "norm_relu_conv1x1_forward<T, 32, 2>": (3, 128),
+    "norm_relu_conv1x1_forward<T, 16, 4>": (3, 128),
+    "norm_relu_conv1x1_forward<T, 48, 4>": (3, 128),
+    "norm_relu_conv1x1_forward<T, 96, 2>": (2, 128),
     "norm_relu_conv1x1_backward<T, 64>": (3, 128),
     "norm_relu_conv1x1_backward<T, 128>": (3, 128),
     "norm_relu_conv1x1_backward<tf32, 128>": (2, 128),
@@ -168,8 +173,8 @@ def test_a_loop_and_a_divergent_branch_are_followed() -> None:
         (0xA0, "EXIT"),
     ]
     state = warp.LaunchState({0x210: 6}, (1, 1), 32, 0)
-    [issued] = warp.run_block(decode.Code.of(listing), state, (0, 0))
-    assert [issued[at] for at, _ in listing] == [1, 1, 1, 1, 1, 1, 1, 6, 6, 6, 1]
+    [one] = warp.run_block(decode.Code.of(listing), state, (0, 0))
+    assert [one.issued[at] for at, _ in listing] == [1, 1, 1, 1, 1, 1, 1, 6, 6, 6, 1]
 
 
 def test_a_way_that_depends_on_data_is_refused() -> None:

@@ -102,8 +102,10 @@ def _run(code: Code, launch: Launch, kernel: Compiled, beside: int, tiles: int) 
     # The middle of the tiles: whole tiles, whose halo lies in the images.
     warps = run_block(code, state, (ranges // 2 * beside, 0))
     issued: Counter[int] = Counter()
+    done: Counter[int] = Counter()
     for warp in warps:
-        issued.update(warp)
+        issued.update(warp.issued)
+        done.update(warp.done)
     result = dict.fromkeys((*PARTS, OTHER, "tensor", "copy"), 0.0)
     names = {address: mnemonic(text) for address, text in kernel.listing}
     for address, times in issued.items():
@@ -111,7 +113,8 @@ def _run(code: Code, launch: Launch, kernel: Compiled, beside: int, tiles: int) 
         result[part_of(kernel.places.get(address, ()))] += share
         name = names[address]
         result["tensor"] += share * name.startswith(TENSOR)
-        result["copy"] += share * (name.startswith("LDGSTS") and ".128" in name)
+        if name.startswith("LDGSTS") and ".128" in name:
+            result["copy"] += done[address] / len(warps)
     return result
 
 

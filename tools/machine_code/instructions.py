@@ -131,7 +131,8 @@ def multiply(o: Operands) -> Execute:
     is_signed = "U32" not in o.mods
     carries = o.predicates(3)
     if "WIDE" in o.mods or "HI" in o.mods:
-        upper = source(o.texts[2], 1)
+        negated = o.texts[2].startswith("-")  # as 64 bits
+        c, upper = (source(o.texts[2].lstrip("-"), i) for i in (0, 1))
 
         def execute(warp: Warp, mask: Lanes) -> None:
             x, y, low, high = a(warp), b(warp), c(warp), upper(warp)
@@ -145,7 +146,7 @@ def multiply(o: Operands) -> Execute:
             if is_signed:
                 x, y = signed(x), signed(y)
             product = x.astype(np.uint64) * y.astype(np.uint64)
-            total = product + wide(low, high)
+            total = product - wide(low, high) if negated else product + wide(low, high)
             for carry in carries:
                 total = total + carry(warp).astype(np.uint64)
             low, high = halves(total)

@@ -9,14 +9,14 @@ from .compiler import ROOT, Place
 
 # The parts of a tile's work, and the functions that do them; of nested ones the innermost counts.
 PARTS = {
-    "copies": ("load", "copy_chunk", "copy_rows", "copy_scale_shift", "copy_norm", "copy_halo",
-               "copy_pixels", "cp_async", "for_halo"),
+    "copies": ("load", "copy_chunk", "copy_rows", "copy_gradient", "copy_scale_shift", "copy_norm",
+               "copy_halo", "copy_pixels", "cp_async", "for_halo", "for_runs"),
     "gradient": ("form_dy", "load_gradient", "correct_operand"),
     "norm": ("normalise_panel", "norm_relu_operand", "load_operand_norm"),
     "products": ("multiply_panel", "multiply_step", "multiply_tile", "multiply_add",
                  "weight_gradient", "data_gradient"),
     "epilogue": ("write_rows", "store_chunk", "finish_panel", "add_sums", "write"),
-    "moments": ("measure_panel", "merge", "start", "finish"),
+    "moments": ("measure_panel", "merge", "start", "finish", "merge_shared", "RowCounts"),
 }  # fmt: skip
 OTHER = "rest"
 _PART_OF = {function: part for part, functions in PARTS.items() for function in functions}

@@ -82,6 +82,7 @@ class Warp:
     predicates: dict[str, list[Lanes | None]] = field(default_factory=dict)
     barriers: dict[str, Lanes] = field(default_factory=dict)
     issued: Counter[int] = field(default_factory=Counter)
+    done: Counter[int] = field(default_factory=Counter)  # for at least one lane
     held: dict[str, Lanes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,17 +152,21 @@ class Warp:
                 active = mask & guard
                 if not active.any():
                     continue
+            self.done[here] += 1
             if instruction.is_barrier:
                 return True
-            instruction.execute(self, active)
+            try:
+                instruction.execute(self, active)
+            except UnknownWayError as error:
+                raise UnknownWayError(f"0x{here:x}: {instruction.text}: {error}") from None
 
 
-def run_block(code: decode.Code, launch: LaunchState, block: tuple[int, int]) -> list[Counter[int]]:
-    """How often each of a block's warps issued the instruction at each address. Raises
-    UnknownWayError."""
+def run_block(code: decode.Code, launch: LaunchState, block: tuple[int, int]) -> list[Warp]:
+    """A block's warps after their run: how often each issued the instruction at each address.
+    Raises UnknownWayError."""
     shared = SharedMemory.of(launch.shared_bytes)
     warps = [Warp(launch, shared, i, block) for i in range(launch.block // 32)]
     running = list(warps)
     while running:
         running = [warp for warp in running if warp.run(code)]
-    return [warp.issued for warp in warps]
+    return warps

@@ -58,6 +58,44 @@ struct BackwardLayout {
   DE_HOST_DEVICE int shared_bytes() const { return norm_offset() + kTileNormRows * 16 * warps * 4; }
 };
 
+// A thread's chunks of dz_y and y: column `column_chunk` of every row_step-th row from `row` on, of
+// which the first `rows` of a tile exist.
+template <typename T, int kOutputs>
+__device__ __forceinline__ void copy_gradient(unsigned char* stage, int y_offset,
+                                              const Backward& args, int64_t row0, int rows, int row,
+                                              int row_step, int column_chunk) {
+  using namespace device;
+  const int channel = column_chunk * kChunk<T>, valid = channels_left<T>(channel, args.outputs);
+  unsigned char* const to = stage + column_chunk / 4 * kPanelBytes;
+  const T* const dz_y = args.dz_y.at<T>(row0, channel);
+  const T* const y = args.y.at<T>(row0, channel);
+  const int dz_y_pitch = static_cast<int>(args.dz_y.stride) * static_cast<int>(sizeof(T));
+  const int y_pitch = static_cast<int>(args.y.stride) * static_cast<int>(sizeof(T));
+  const int exist = valid ? rows : 0;
+  const bool whole =
+      min(args.dz_y.vector, args.y.vector) == kChunk<T> && (valid == kChunk<T> || valid == 0);
+  if (whole) {
+    for (; row < exist; row += row_step) {
+      const int offset = panel_offset<T>(row, column_chunk % 4);
+      cp_async<16>(to + offset, advance(dz_y, row, dz_y_pitch));
+      cp_async<16>(to + y_offset + offset, advance(y, row, y_pitch));
+    }
+#pragma unroll 1
+    for (; row < kTileRows; row += row_step) {
+      const int offset = panel_offset<T>(row, column_chunk % 4);
+      shared_store(to + offset, uint4{0, 0, 0, 0});
+      shared_store(to + y_offset + offset, uint4{0, 0, 0, 0});
+    }
+    return;
+  }
+#pragma unroll 1
+  for (; row < kTileRows; row += row_step) {
+    const int offset = panel_offset<T>(row, column_chunk % 4), here = row < exist ? valid : 0;
+    copy_chunk(to + offset, advance(dz_y, row, dz_y_pitch), here, args.dz_y.vector);
+    copy_chunk(to + y_offset + offset, advance(y, row, y_pitch), here, args.y.vector);
+  }
+}
+
 // dy over dz_y, in place: each thread works on the chunks that it copied itself, all of them of the
 // same columns.
 template <typename T, int kOutputs>

@@ -148,11 +148,11 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
   constexpr int kChannels = kPanelChannels<T>, kSums = kDnormRows * kChannels;
   const int output_panels = max(1, panels_of<T>(args.outputs));
   const Layout layout{sizeof(T), images.positions, images.groups, output_panels, kAccumulate};
-  const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
+  const int threads = 32 * images.groups, warp = warp_index();
   const int lane = lane_index();
   const int panels = panels_of<T>(args.channels);
-  const int64_t first_tile = images.tiles * block_x() / grid_x();
-  const int64_t last_tile = images.tiles * (block_x() + 1) / grid_x();
+  const int first_tile = images.first_tile(block_x(), grid_x());
+  const int last_tile = images.first_tile(block_x() + 1, grid_x());
   unsigned char* shared = shared_memory();
   unsigned char* pixels = shared + layout.pixels_offset();
   float* sums = reinterpret_cast<float*>(shared + layout.sums_offset());
@@ -163,27 +163,24 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
   load_correction<T>(shared + layout.correction_offset(), args.gradient, args.outputs,
                      output_panels, threads);
 
-  int64_t load_tile = first_tile;
+  int load_tile = first_tile;
   int load_panel = 0, load_output = 0;
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
-      const int channel = load_panel * kChannels + (thread & 3) * kChunk<T>;
-      const int valid = channels_left<T>(channel, args.channels);
-      const int rows = kTaps * (args.outputs - load_output * kChannels);
-      for (int row = thread >> 2; row < kTaps * kChannels; row += threads >> 2)
-        copy_chunk(stage + panel_offset<T>(row, thread & 3),
-                   args.weight.at<T>(load_output * kTaps * kChannels + row, channel),
-                   row < rows ? valid : 0, args.weight.vector);
+      const int channel = load_panel * kChannels, output = load_output * kChannels;
+      copy_rows<T>(stage, args.weight,
+                   {0, kTaps * output, 0, kTaps * (args.outputs - output), kTaps * kChannels,
+                    channel, args.channels},
+                   threads);
       if (load_output + 1 == output_panels) {
         const TileOrigin origin(images, load_tile);
-        copy_norm<T>(stage + layout.norm_offset(), args.norm, load_panel * kChannels, args.channels,
-                     threads);
-        copy_pixels<T>(stage + layout.x_offset(), images, origin, args.x, load_panel * kChannels,
-                       args.channels, threads);
+        copy_norm<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, threads);
+        copy_pixels<T>(stage + layout.x_offset(), images, origin, args.x, channel, args.channels,
+                       threads);
         if constexpr (kAccumulate)
-          copy_pixels<T>(stage + layout.dx_offset(), images, origin, args.dx,
-                         load_panel * kChannels, args.channels, threads);
+          copy_pixels<T>(stage + layout.dx_offset(), images, origin, args.dx, channel,
+                         args.channels, threads);
       }
       if (++load_output == output_panels) {
         load_output = 0;
@@ -205,7 +202,7 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
                   open_panel * kChannels, images.groups, first);
     open_panel = -1;
   };
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = first_tile; tile < last_tile; ++tile) {
     const TileOrigin origin(images, tile);
     sync_threads();  // every warp is done with the tile before
     describe_tile(images, origin, pixels, threads);
@@ -234,11 +231,13 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
           sync_warp();
           const int channel = panel * kChannels + (lane & 3) * kChunk<T>;
           const int valid = channels_left<T>(channel, args.channels);
+          const int pitch = static_cast<int>(args.dx.stride) * static_cast<int>(sizeof(T));
+          T* const to = args.dx.at<T>(origin.pixel(images), channel);
           for (int row = lane >> 2; row < kGroup; row += 8) {
             const int offset =
                 static_cast<int>(shared_load<uint2>(pixels + (warp_pixel + row) * kPixelBytes).x);
             if (offset >= 0 && valid > 0)
-              store_chunk(args.dx.at<T>(origin.pixel(images) + offset, channel),
+              store_chunk(advance(to, offset, pitch),
                           shared_load<uint4>(x + panel_offset<T>(row, lane & 3)), valid,
                           args.dx.vector);
           }

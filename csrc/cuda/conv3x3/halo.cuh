@@ -20,6 +20,7 @@ struct Images {
   int tile_height, tile_width, strips, margin, pitch, positions;
   int64_t tiles;
   int groups;
+  int width_share;  // 2^16 over tile_width, rounded up: divides a tile's pixels exactly
 
   Images(const tiling::Tile3x3& tile, const tiling::Images3x3& of)
       : image_rows(of.images * of.height),
@@ -32,7 +33,13 @@ struct Images {
         pitch(tile.pitch),
         positions(tile.positions),
         tiles(tile.tiles),
-        groups(tile.groups) {}
+        groups(tile.groups),
+        width_share((1 << 16) / tile_width + 1) {}
+
+  // Blocks walk over static ranges of tiles: the first of a block's.
+  DE_HOST_DEVICE int first_tile(int64_t block, int64_t blocks) const {
+    return static_cast<int>(tiles * block / blocks);
+  }
 };
 
 // x: [N, H, W, C]. Wide images are cut into strips until a tile fits, so only very many outputs do
@@ -48,12 +55,19 @@ namespace device {
 using tiling::kPixelBytes, tiling::kTaps, tiling::kZeroBytes;
 
 struct TileOrigin {
-  int64_t image_row;  // of N * H
+  int64_t image_row;            // of N * H
+  uint32_t image_row_in_image;  // of H
   int column;
 
-  __device__ __forceinline__ TileOrigin(const Images& images, int64_t tile)
-      : image_row(tile / images.strips * images.tile_height),
-        column(static_cast<int>(tile % images.strips) * images.tile_width) {}
+  // Tiles are fewer than 2^31 (Images): divisions of 64 bits cost a hundred instructions.
+  __device__ __forceinline__ TileOrigin(const Images& images, int tile)
+      : image_row(int64_t(tile) * images.tile_height), column(0) {
+    if (images.strips > 1) {
+      image_row = int64_t(tile / images.strips) * images.tile_height;
+      column = tile % images.strips * images.tile_width;
+    }
+    image_row_in_image = static_cast<uint32_t>(image_row) % static_cast<uint32_t>(images.height);
+  }
   __device__ __forceinline__ int64_t pixel(const Images& images) const {
     return image_row * images.width + column;
   }
@@ -64,16 +78,16 @@ struct TileOrigin {
 // of its neighbours exist: bit 3 (dh + 1) + dw + 1.
 __device__ __forceinline__ uint2 describe_pixel(const Images& images, const TileOrigin& origin,
                                                 int pixel) {
-  const int row = pixel / images.tile_width, column = pixel % images.tile_width;
+  const int row = pixel * images.width_share >> 16, column = pixel - row * images.tile_width;
   const int64_t image_row = origin.image_row + row;
   const int w = origin.column + column;
   const uint32_t position = ((row + 1) * images.pitch + column + images.margin) * kPanelRowBytes;
   if (row >= images.tile_height || image_row >= images.image_rows || w >= images.width)
     return uint2{0xffffffffu, position % kZeroBytes};
-  const int h = static_cast<int>(image_row % images.height);
+  const uint32_t h = (origin.image_row_in_image + row) % static_cast<uint32_t>(images.height);
   const uint32_t columns = (w > 0 ? 1u : 0u) | 2u | (w + 1 < images.width ? 4u : 0u);
-  const uint32_t mask =
-      (h > 0 ? columns : 0u) | columns << 3 | (h + 1 < images.height ? columns << 6 : 0u);
+  const uint32_t mask = (h > 0 ? columns : 0u) | columns << 3 |
+                        (h + 1 < static_cast<uint32_t>(images.height) ? columns << 6 : 0u);
   return uint2{static_cast<uint32_t>(row * images.width + column), position | mask << 16};
 }
 
@@ -84,37 +98,57 @@ __device__ __forceinline__ void describe_tile(const Images& images, const TileOr
     shared_store(pixels + p * kPixelBytes, describe_pixel(images, origin, p));
 }
 
-// The halo's positions that this thread loads one chunk of (chunk thread % 4), kBatch at a time:
-// fetch(slot, pixel, exists) for each of the batch, then change() for all of them, then
-// put(slot, position) for each. A tile as wide as the images is one run of neighbouring pixels.
-template <int kBatch, typename Fetch, typename Change, typename Put>
-__device__ __forceinline__ void for_halo(const Images& images, const TileOrigin& origin,
-                                         int threads, Fetch fetch, Change change, Put put) {
+// Neighbouring pixels of a tile's halo: `pixels` of them from `position` on, the first of which is
+// the images' pixel `first`; those from begin to end exist.
+struct HaloRun {
+  int position, pixels;
+  int64_t first;
+  int begin, end;
+};
+
+// Calls f(run) for the halo's runs. A tile as wide as the images is one; a strip's rows are one
+// each.
+template <typename F>
+__device__ __forceinline__ void for_runs(const Images& images, const TileOrigin& origin, F f) {
   const bool whole = images.strips == 1;
+  const int64_t all = images.image_rows * images.width;
   const int runs = whole ? 1 : images.tile_height + 2;
-  const int run = whole ? (images.tile_height + 2) * images.width : images.tile_width + 2;
-  const int step = threads >> 2;
   for (int r = 0; r < runs; ++r) {
     const int64_t image_row = origin.image_row - 1 + r;
     const int64_t first = image_row * images.width + origin.column - images.margin;
-    int64_t begin = -first, end = images.image_rows * images.width - first;
-    if (!whole) {
-      begin = origin.column == 0 ? 1 : 0;
-      end = images.width - origin.column + 1;
-      if (image_row < 0 || image_row >= images.image_rows) end = 0;
+    HaloRun run{r * images.pitch, images.tile_width + 2, first, origin.column == 0,
+                images.width - origin.column + 1};
+    if (whole) {
+      run.pixels = (images.tile_height + 2) * images.width;
+      run.begin = first < 0 ? static_cast<int>(-first) : 0;
+      run.end = static_cast<int>(min(all - first, int64_t(run.pixels)));
+    } else if (image_row < 0 || image_row >= images.image_rows) {
+      run.end = 0;
     }
-    for (int i = thread_index() >> 2; i < run; i += kBatch * step) {
+    f(run);
+  }
+}
+
+// The halo's positions that this thread loads one chunk of (chunk thread % 4), kBatch at a time:
+// fetch(slot, pixel, exists) for each of the batch, then change() for all of them, then
+// put(slot, position) for each.
+template <int kBatch, typename Fetch, typename Change, typename Put>
+__device__ __forceinline__ void for_halo(const Images& images, const TileOrigin& origin,
+                                         int threads, Fetch fetch, Change change, Put put) {
+  const int step = threads >> 2;
+  for_runs(images, origin, [&](const HaloRun& run) {
+    for (int i = thread_index() >> 2; i < run.pixels; i += kBatch * step) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int at = i + b * step;
-        fetch(b, first + at, at < run && at >= begin && at < end);
+        fetch(b, run.first + at, at < run.pixels && at >= run.begin && at < run.end);
       }
       change();
 #pragma unroll
       for (int b = 0; b < kBatch; ++b)
-        if (i + b * step < run) put(b, r * images.pitch + i + b * step);
+        if (i + b * step < run.pixels) put(b, run.position + i + b * step);
     }
-  }
+  });
 }
 
 // One panel of a tile's halo, raw, to shared memory by cp.async.
@@ -122,21 +156,11 @@ template <typename T>
 __device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& images,
                                           const TileOrigin& origin, const RowTensor& x, int channel,
                                           int channels, int threads) {
-  const int chunk = thread_index() & 3;
-  const int valid = channels_left<T>(channel + chunk * kChunk<T>, channels);
-  const T* from = nullptr;
-  bool from_exists = false;
-  for_halo<1>(
-      images, origin, threads,
-      [&](int, int64_t pixel, bool exists) {
-        from = x.at<T>(pixel, channel + chunk * kChunk<T>);
-        from_exists = exists;
-      },
-      [] {},
-      [&](int, int position) {
-        copy_chunk(halo + panel_offset<T>(position, chunk), from, from_exists ? valid : 0,
-                   x.vector);
-      });
+  for_runs(images, origin, [&](const HaloRun& run) {
+    copy_rows<T>(halo, x,
+                 {run.position, run.first, run.begin, run.end, run.pixels, channel, channels},
+                 threads);
+  });
 }
 
 // One panel of a tile's pixels, without halo, zero where there is no pixel.
@@ -144,15 +168,20 @@ template <typename T>
 __device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& images,
                                             const TileOrigin& origin, const RowTensor& x,
                                             int channel, int channels, int threads) {
+  const int64_t first = origin.pixel(images);
+  const int rows = tiling::Tile3x3::kGroup * images.groups;
+  if (images.strips == 1) {
+    const int64_t left = images.image_rows * images.width - first;
+    const int whole = images.tile_height * images.tile_width;
+    const int end = static_cast<int>(min(int64_t(whole), left));
+    copy_rows<T>(panel, x, {0, first, 0, end, rows, channel, channels}, threads);
+    return;
+  }
   const int chunk = thread_index() & 3;
   const int valid = channels_left<T>(channel + chunk * kChunk<T>, channels);
-  const int64_t first = origin.pixel(images);
-  const int64_t left = images.image_rows * images.width - first;
-  const int whole = images.strips > 1 ? 0 : images.tile_height * images.tile_width;
-  for (int p = thread_index() >> 2; p < tiling::Tile3x3::kGroup * images.groups;
-       p += threads >> 2) {
-    int offset = p < whole && p < left ? p : -1;
-    if (!whole) offset = static_cast<int>(describe_pixel(images, origin, p).x);
+#pragma unroll 1
+  for (int p = thread_index() >> 2; p < rows; p += threads >> 2) {
+    const int offset = static_cast<int>(describe_pixel(images, origin, p).x);
     copy_chunk(panel + panel_offset<T>(p, chunk),
                x.at<T>(first + offset, channel + chunk * kChunk<T>), offset < 0 ? 0 : valid,
                x.vector);

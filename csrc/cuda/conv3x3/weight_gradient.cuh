@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
   const int channel0 = channel_block * args.units * 32;
   const int output0 = block_y() * kOutputs;
   const int outputs = args.outputs - output0 < kOutputs ? args.outputs - output0 : kOutputs;
-  const int64_t first_tile = images.tiles * row_block / row_blocks;
-  const int64_t last_tile = images.tiles * (row_block + 1) / row_blocks;
+  const int first_tile = images.first_tile(row_block, row_blocks);
+  const int last_tile = images.first_tile(row_block + 1, row_blocks);
   const OutputGradient gradient = args.gradient.from_channel<T>(output0);
   unsigned char* shared = shared_memory();
   unsigned char* pixels = shared + layout.pixels_offset();
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
   load_correction<T>(shared + layout.correction_offset(), gradient, outputs, kOutputPanels,
                      threads);
 
-  const auto load = [&](int64_t tile, int stage_index) {
+  const auto load = [&](int tile, int stage_index) {
     if (tile < last_tile) {
       const TileOrigin origin(images, tile);
       for (int panel = 0; panel < layout.panels(); ++panel) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
   const int dh = warp % 3 - 1, own_unit = warp / 3;
   float acc[3][kDepths][4][4] = {};
   int stage_index = 0;
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = first_tile; tile < last_tile; ++tile) {
     unsigned char* stage = shared + stage_index * layout.stage_bytes();
     const TileOrigin origin(images, tile);
     cp_async_wait<0>();

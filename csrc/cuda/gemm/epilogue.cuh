@@ -55,75 +55,118 @@ struct BlockMoments {
   }
 };
 
+// How the moments of a warp's 32 rows are merged: the same for all columns, so that it is divided
+// once. A lane measures every other row of its columns, `parity` the first.
+struct RowCounts {
+  uint32_t valid;            // bit r: whether row r is one
+  float taken;               // rows of the lane's parity
+  float reciprocal;          // 1 / taken
+  float even, odd_share;     // rows of even number; the others' share of all
+  float before, tile_share;  // rows in front of these; these rows' share of all
+
+  __device__ __forceinline__ RowCounts(uint32_t valid, int lane, float before)
+      : valid(valid), before(before) {
+    constexpr uint32_t kEven = 0x55555555u;
+    even = static_cast<float>(population(valid & kEven));
+    const float odd = static_cast<float>(population(valid & ~kEven)), all = even + odd;
+    taken = lane >> 4 ? odd : even;
+    reciprocal = taken > 0.0f ? 1.0f / taken : 0.0f;
+    odd_share = all > 0.0f ? odd / all : 0.0f;
+    tile_share = all > 0.0f ? all / (before + all) : 0.0f;
+  }
+};
+
+// merge() of norm_relu.h with the right side's share known; left_count rows on the left.
+__device__ __forceinline__ float2 merge_shared(float2 left, float2 right, float left_count,
+                                               float share) {
+  const float delta = right.x - left.x;
+  return float2{left.x + delta * share, left.y + right.y + delta * delta * left_count * share};
+}
+
 // Takes 32 rows of one panel of rounded outputs into the moments. Each lane holds 16 rows of the
-// columns of one word in registers: exact two-pass moments, then two merges in a fixed order.
+// columns of one word in registers: exact two-pass moments, then two merges in a fixed order. Where
+// rows are missing it goes over shared memory again, row by row, in the same order.
 template <typename T>
 __device__ __forceinline__ void measure_panel(const unsigned char* staging, int lane,
-                                              uint32_t valid_rows, int column, int columns,
-                                              float count, float* mean, float* m2) {
+                                              const RowCounts& rows, int column, int columns,
+                                              float* mean, float* m2) {
   constexpr int kWidth = kOperandChannels<T>;
   const int word = lane & 15, parity = lane >> 4;
   const int own = parity * kPanelRowBytes + 4 * word;
-  uint32_t words[16];
+  const auto load = [&](int i) {
+    return shared_load<uint32_t>(staging + 2 * i * kPanelRowBytes + (own ^ row_swizzle<T>(2 * i)));
+  };
+  float means[kWidth] = {}, m2s[kWidth] = {}, values[kWidth];
+  const auto add = [&](uint32_t bits) {
+    unpack_operand<T>(bits, values);
 #pragma unroll
-  for (int i = 0; i < 16; ++i)
-    words[i] =
-        shared_load<uint32_t>(staging + 2 * i * kPanelRowBytes + (own ^ row_swizzle<T>(2 * i)));
-  const uint32_t rows = valid_rows >> parity;
-  float taken = 0.0f, means[kWidth] = {}, m2s[kWidth] = {};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    float values[kWidth];
-    unpack_operand<T>(words[i], values);
-    const bool valid = (rows >> (2 * i)) & 1;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) means[k] += valid ? values[k] : 0.0f;
-    taken += valid ? 1.0f : 0.0f;
-  }
-  const float share = taken > 0.0f ? 1.0f / taken : 0.0f;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) means[k] *= share;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    float values[kWidth];
-    unpack_operand<T>(words[i], values);
-    const bool valid = (rows >> (2 * i)) & 1;
+    for (int k = 0; k < kWidth; ++k) means[k] += values[k];
+  };
+  const auto add_square = [&](uint32_t bits) {
+    unpack_operand<T>(bits, values);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      const float x = valid ? values[k] - means[k] : 0.0f;
+      const float x = values[k] - means[k];
       m2s[k] += x * x;
     }
+  };
+  const auto divide = [&] {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) means[k] *= rows.reciprocal;
+  };
+  if (rows.valid == 0xffffffffu) {
+    uint32_t words[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) words[i] = load(i);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) add(words[i]);
+    divide();
+#pragma unroll
+    for (int i = 0; i < 16; ++i) add_square(words[i]);
+  } else {
+    const uint32_t valid = rows.valid >> parity;
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i)
+      if (valid >> (2 * i) & 1) add(load(i));
+    divide();
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i)
+      if (valid >> (2 * i) & 1) add_square(load(i));
   }
   // Of two columns lanes of even rows finish the first one, lanes of odd rows the second.
   const int kept = kWidth > 1 ? parity : 0, given = kWidth > 1 ? 1 - parity : 0;
-  const Moments<float> keep{taken, kept ? means[kWidth - 1] : means[0],
-                            kept ? m2s[kWidth - 1] : m2s[0]};
-  const Moments<float> got{shuffle_xor(taken, 16),
-                           shuffle_xor(given ? means[kWidth - 1] : means[0], 16),
-                           shuffle_xor(given ? m2s[kWidth - 1] : m2s[0], 16)};
-  const Moments<float> both = parity ? merge(got, keep) : merge(keep, got);
+  const float2 keep{kept ? means[kWidth - 1] : means[0], kept ? m2s[kWidth - 1] : m2s[0]};
+  const float2 got{shuffle_xor(given ? means[kWidth - 1] : means[0], 16),
+                   shuffle_xor(given ? m2s[kWidth - 1] : m2s[0], 16)};
+  const float2 both =
+      merge_shared(parity ? got : keep, parity ? keep : got, rows.even, rows.odd_share);
   const int c = column + kWidth * word + kept;
   if (c >= columns || (kWidth == 1 && parity)) return;
-  const Moments<float> all =
-      merge(Moments<float>{count, shared_load<float>(mean + c), shared_load<float>(m2 + c)}, both);
-  shared_store(mean + c, all.mean);
-  shared_store(m2 + c, all.m2);
+  const float2 all = merge_shared(float2{shared_load<float>(mean + c), shared_load<float>(m2 + c)},
+                                  both, rows.before, rows.tile_share);
+  shared_store(mean + c, all.x);
+  shared_store(m2 + c, all.y);
 }
 
 using tiling::kStagingBytes;
 
 // Rounds 32 rows of a warp's accumulators, takes their moments (if asked) and writes them to y.
-// `staging` is kStagingBytes of its own; row_of(r) is the global row of the warp's row r, negative
-// where there is none; columns [column, columns) of y and of the moments are the accumulators'.
-template <typename T, int kTiles, typename RowOf>
+// `staging` is kStagingBytes of its own; offset_of(r) is the place of the warp's row r, in rows from
+// y's row `first_row`, negative where there is none; columns [column, columns) of y and of the
+// moments are the accumulators'.
+template <typename T, int kTiles, typename OffsetOf>
 __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned char* staging,
-                                           const RowTensor& y, int column, int columns,
-                                           bool measure, WarpMoments& moments, RowOf row_of) {
+                                           const RowTensor& y, int64_t first_row, int column,
+                                           int columns, bool measure, WarpMoments& moments,
+                                           OffsetOf offset_of) {
   // Through a shuffle, so that no address made of it is kept in registers during the product.
   const int lane = shuffle(lane_index(), lane_index()), g = lane >> 2, t = lane & 3;
-  const uint32_t valid_rows = ballot(row_of(lane) >= 0);
+  const RowCounts rows(ballot(offset_of(lane) >= 0), lane, moments.count);
   constexpr int kPanelTiles = kPanelChannels<T> / 8, kTileBytes = 8 * sizeof(T);
   const int accumulator = accumulator_offset<T>(lane), chunk = panel_offset<T>(g, t);
+  const int pitch = static_cast<int>(y.stride) * static_cast<int>(sizeof(T));
+  unsigned char* const to =
+      reinterpret_cast<unsigned char*>(y.at<T>(first_row, column + t * kChunk<T>));
 #pragma unroll
   for (int panel = 0; panel < (kTiles + kPanelTiles - 1) / kPanelTiles; ++panel) {
 #pragma unroll
@@ -133,27 +176,26 @@ __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned cha
         const int tile = kPanelTiles * panel + j;
         if (tile >= kTiles) break;
         const float (&d)[4] = acc[m][tile];
-        unsigned char* to = staging + 16 * m * kPanelRowBytes + (accumulator ^ (kTileBytes * j));
-        shared_store(to, pack_two<T>(d[0], d[1]));
-        shared_store(to + 8 * kPanelRowBytes, pack_two<T>(d[2], d[3]));
+        unsigned char* at = staging + 16 * m * kPanelRowBytes + (accumulator ^ (kTileBytes * j));
+        shared_store(at, pack_two<T>(d[0], d[1]));
+        shared_store(at + 8 * kPanelRowBytes, pack_two<T>(d[2], d[3]));
       }
     }
     sync_warp();
-    const int first = column + panel * kPanelChannels<T>;
+    const int first = panel * kPanelChannels<T>;
     if (measure)
-      measure_panel<T>(staging, lane, valid_rows, panel * kPanelChannels<T>, columns - column,
-                       moments.count, moments.mean, moments.m2);
-    const int valid = channels_left<T>(first + t * kChunk<T>, columns);
+      measure_panel<T>(staging, lane, rows, first, columns - column, moments.mean, moments.m2);
+    const int valid = channels_left<T>(column + first + t * kChunk<T>, columns);
 #pragma unroll 1  // addresses of every row at once would not fit next to the accumulators
     for (int i = 0; i < 4; ++i) {
-      const int64_t global_row = row_of(g + 8 * i);
-      if (global_row >= 0 && valid > 0)
-        store_chunk(y.at<T>(global_row, first + t * kChunk<T>),
+      const int offset = offset_of(g + 8 * i);
+      if (offset >= 0 && valid > 0)
+        store_chunk(reinterpret_cast<T*>(advance(to, offset, pitch)) + first,
                     shared_load<uint4>(staging + chunk + 8 * i * kPanelRowBytes), valid, y.vector);
     }
     sync_warp();
   }
-  for (uint32_t bits = valid_rows; bits; bits &= bits - 1) moments.count += 1.0f;
+  moments.count += static_cast<float>(population(rows.valid));
 }
 
 }  // namespace densenet_efficient::device

@@ -54,6 +54,67 @@ __device__ __forceinline__ int row_swizzle(int row) {
   return panel_offset<T>(row, 0) ^ (row * kPanelRowBytes);
 }
 
+// ---- Copies -------------------------------------------------------------------------------------
+
+// Rows [0, rows) of a panel's, from its row `position` on, are to be copied: row i from the
+// tensor's row row0 + i where begin <= i < end (which may lie past the rows), zeros elsewhere;
+// channels from `channel` on, up to `channels`.
+struct RowCopy {
+  int position;
+  int64_t row0;
+  int begin, end, rows;
+  int channel, channels;
+};
+
+// A thread's part of it: chunk thread % 4 of every (threads / 4)-th row. That is a multiple of eight
+// rows, so that chunks keep their order from row to row and a row's place is a product and a sum.
+// What does not exist is stored as zeros: a copy that a predicate may switch off costs three
+// instructions more. A chunk that the channels' end cuts, and rows not aligned to 16 bytes, go a
+// way of their own.
+template <typename T>
+__device__ __forceinline__ void copy_rows(unsigned char* panel, const RowTensor& from,
+                                          const RowCopy& copy, int threads) {
+  const int chunk = thread_index() & 3, first = thread_index() >> 2, step = threads >> 2;
+  const int valid = channels_left<T>(copy.channel + chunk * kChunk<T>, copy.channels);
+  panel += panel_offset<T>(copy.position + first, chunk) - first * kPanelRowBytes;
+  // The first row and channel are the same for all threads; the rest fits 32 bits.
+  const int pitch = static_cast<int>(from.stride) * static_cast<int>(sizeof(T));
+  const unsigned char* const row0 =
+      reinterpret_cast<const unsigned char*>(from.at<T>(copy.row0, copy.channel)) + chunk * 16;
+  const auto at = [&](int row) { return advance(row0, row, pitch); };
+  int row = first;
+  if (from.vector == kChunk<T> && (valid == kChunk<T> || valid == 0)) {
+    const int end = valid ? min(copy.end, copy.rows) : 0;
+    const auto clear_until = [&](int last) {
+#pragma unroll 1
+      for (; row < last; row += step) shared_store(panel + row * kPanelRowBytes, uint4{0, 0, 0, 0});
+    };
+    clear_until(copy.begin);
+    // Copies one after the other without a branch are the cheapest.
+    const auto copy_row = [&](int r) { cp_async<16>(panel + r * kPanelRowBytes, at(r)); };
+#pragma unroll 1
+    for (; row + 3 * step < end; row += 4 * step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) copy_row(row + i * step);
+    }
+    if (row + step < end) {
+      copy_row(row);
+      copy_row(row + step);
+      row += 2 * step;
+    }
+    if (row < end) {
+      copy_row(row);
+      row += step;
+    }
+    clear_until(copy.rows);
+    return;
+  }
+#pragma unroll 1
+  for (; row < copy.rows; row += step)
+    copy_chunk(panel + row * kPanelRowBytes, reinterpret_cast<const T*>(at(row)),
+               row >= copy.begin && row < copy.end ? valid : 0, from.vector);
+}
+
 // ---- Norms --------------------------------------------------------------------------------------
 
 // Scale and shift of a panel's channels in shared memory, a pair per channel; 16-byte pieces of the

@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kerne
     }
   }
   WarpMoments none{nullptr, nullptr, 0.0f};
-  write_rows<T, kTiles>(acc, shared + kProductStaging + warp * kWarpBytes, args.dx, column0,
+  write_rows<T, kTiles>(acc, shared + kProductStaging + warp * kWarpBytes, args.dx, 0, column0,
                         min(column0 + kTile, args.channels), false, none,
-                        [&](int r) { return int64_t(shared_load<int>(corners + r)); });
+                        [&](int r) { return shared_load<int>(corners + r); });
 }
 
 // ---- 3. dweight = dy^T @ pooled -----------------------------------------------------------------

@@ -13,25 +13,39 @@
 namespace densenet_efficient::tiling {
 
 struct NormReluConv1x1Forward {
+  static constexpr int kWarps = 4, kWarpRows = 32;
+  // Blocks on a multiprocessor, by registers.
+  static constexpr int resident(int columns) { return columns > 64 ? 2 : 3; }
   int columns;  // of y per warp
-  int split;    // warps side by side
-  int warps;    // of a block
+  int split;    // warps side by side, which share their rows: 1, 2 or 4
   int64_t tile_rows, tiles, blocks;
   int64_t bytes;  // the moments of y
 
+  // Wide warps normalise an element of x and read the weight least often; narrow ones make more
+  // tiles, which fill the device where there are few rows.
   NormReluConv1x1Forward(int64_t rows, int64_t outputs, bool stats, const Device& device) {
-    columns = outputs <= 64 ? 64 : outputs <= 128 ? 128 : 96;
-    split = outputs <= 128 ? 1 : 2;
-    // Tall blocks read the weight less often; short ones fill the device when there are few rows.
-    warps = columns == 64 ? 4 : 8;
-    while (warps > split && rows < 2 * tile_height() * device.multiprocessors) warps /= 2;
-    tile_rows = tile_height();
-    tiles = ceil_div(rows, tile_rows);
-    const int resident_warps = columns == 64 ? 12 : 8;  // by registers, see docs/kernels.md
-    blocks = std::min(tiles, int64_t(device.multiprocessors) * std::max(1, resident_warps / warps));
+    const int together = outputs <= 64 ? 64 : outputs <= 128 ? 128 : 192;
+    int64_t best = 0;
+    for (int candidate = together > 128 ? 2 : 1; candidate <= kWarps; candidate *= 2) {
+      const int64_t candidate_columns = together / candidate;
+      const int64_t height = kWarpRows * (kWarps / candidate);
+      const int64_t most =
+          int64_t(device.multiprocessors) * resident(static_cast<int>(candidate_columns));
+      const int64_t candidate_tiles = ceil_div(rows, height);
+      // Turns that the busiest block takes, times instructions: of all columns, and of each.
+      const int64_t cost = ceil_div(candidate_tiles, most) *
+                           resident(static_cast<int>(candidate_columns)) *
+                           (100 + candidate_columns);
+      if (best && cost >= best) continue;
+      best = cost;
+      columns = static_cast<int>(candidate_columns);
+      split = candidate;
+      tile_rows = height;
+      tiles = candidate_tiles;
+      blocks = std::min(tiles, most);
+    }
     bytes = stats ? partial_bytes(blocks, kMomentRows, outputs, 4) : 0;
   }
-  int64_t tile_height() const { return 32 * (warps / split); }
 };
 
 // One call of the kernels: of more outputs than they take there are several calls, one after the
