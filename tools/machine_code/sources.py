@@ -16,7 +16,8 @@ PARTS = {
     "products": ("multiply_panel", "multiply_step", "multiply_tile", "multiply_add",
                  "weight_gradient", "data_gradient"),
     "epilogue": ("write_rows", "store_chunk", "finish_panel", "add_sums", "write"),
-    "moments": ("measure_panel", "add", "add_square", "merge", "start", "finish", "merge_shared", "RowCounts"),
+    "moments": ("measure_panel", "add", "add_square", "merge", "start",
+                "finish", "merge_shared", "RowCounts"),
 }  # fmt: skip
 OTHER = "rest"
 _PART_OF = {function: part for part, functions in PARTS.items() for function in functions}
