@@ -151,7 +151,7 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, int 
 using tiling::kStagingBytes;
 
 // Rounds 32 rows of a warp's accumulators, takes their moments (if asked) and writes them to y.
-// `staging` is kStagingBytes of its own; offset_of(r) is the place of the warp's row r, in rows from
+// `staging` is kStagingBytes of its own; offset_of(r) is the place of the warp's row r, rows after
 // y's row `first_row`, negative where there is none; columns [column, columns) of y and of the
 // moments are the accumulators'.
 template <typename T, int kTiles, typename OffsetOf>

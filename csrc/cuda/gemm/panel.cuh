@@ -66,7 +66,7 @@ struct RowCopy {
   int channel, channels;
 };
 
-// A thread's part of it: chunk thread % 4 of every (threads / 4)-th row. That is a multiple of eight
+// A thread's part of it: chunk thread % 4 of every (threads / 4)-th row. A multiple of eight
 // rows, so that chunks keep their order from row to row and a row's place is a product and a sum.
 // What does not exist is stored as zeros: a copy that a predicate may switch off costs three
 // instructions more. A chunk that the channels' end cuts, and rows not aligned to 16 bytes, go a
