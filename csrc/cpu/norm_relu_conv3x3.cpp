@@ -22,8 +22,8 @@
 namespace densenet_efficient::cpu {
 namespace {
 
-// Packs weight [K, C, *kernel]: panels of columns, all taps of whole units in each. Forward: columns
-// are the outputs. Backward: columns are the inputs, the taps run backwards.
+// Packs weight [K, C, *kernel]: panels of columns, all taps of whole units in each. Forward:
+// columns are the outputs. Backward: columns are the inputs, the taps run backwards.
 template <typename T>
 void pack_taps(const Tensor& weight, const Taps& taps, bool backward, Unit<T>* packed) {
   constexpr int64_t panel_width = kPanel<Unit<T>>;

@@ -7,7 +7,7 @@
 
 namespace densenet_efficient::cpu {
 
-// A band's rows of a halo: for each of its rows and one on either side, the planes under the kernel.
+// A band's rows of a halo: for each row and one on either side, the planes under the kernel.
 template <typename Visit>
 void halo_rows(const Window& kernel, int64_t plane, int64_t first, int64_t rows,
                const Visit& visit) {
