@@ -57,12 +57,21 @@ def _through_statistics(
         return None
     if defer:
         return statistics_gradient(dnorm, norm)
+    _correct(spec, dx, x, norm, dnorm, spec.exchange.total)
+    return None
+
+
+def _correct(
+    spec: PoolSpec, dx: Tensor, x: Tensor, norm: Tensor, dnorm: Tensor, count: int
+) -> None:
+    """Adds to dx, the gradient for constant statistics, what statistics over ``count`` rows, of all
+    processes that share them, bring."""
     correction = torch.empty_like(norm)
-    spec.operators.norm_correction(dnorm, norm, spec.exchange.total, False, correction)
-    spec.exchange.sums(correction[1:3])
+    spec.operators.norm_correction(dnorm, norm, count, False, correction)
+    if spec.exchange is not None:
+        spec.exchange.sums(correction[1:3])
     correction[0].fill_(1)
     spec.operators.norm_correction_apply(layout.flat(dx), layout.flat(x), correction)
-    return None
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,10 +160,7 @@ def _pointwise_backward(
     )
     count = _count(spec, x)
     if count:
-        correction = torch.empty_like(norm)
-        spec.operators.norm_correction(dnorm, norm, count, False, correction)
-        correction[0].fill_(1)
-        spec.operators.norm_correction_apply(flat_dx, flat_x, correction)
+        _correct(spec, dx, x, norm, dnorm, count)
 
 
 def stem_forward(

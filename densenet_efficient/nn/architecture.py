@@ -205,11 +205,13 @@ class DenseNetBase(nn.Module):
         initialise(self, init_mode)
 
     def _make_block(self, **options: Any) -> nn.Module:
+        """A dense block; each network has its own kind."""
         raise NotImplementedError
 
     def _make_transition(
         self, num_input_features: int, num_output_features: int, **options: Any
     ) -> nn.Module:
+        """A transition; each network has its own kind."""
         raise NotImplementedError
 
     def _make_features(self, children: OrderedDict[str, nn.Module]) -> nn.Module:

@@ -28,7 +28,7 @@ class Case:
     memory, momentum, affine, tracks: options of blocks and norms. convert_first: before the norms
     become synchronised. hooked: the kind of hooks on every block and transition, so that nothing is
     left to another stage. trained: as against eval mode. frozen_block: in eval mode. size: of an
-    image."""
+    image. pools: whether the transition does."""
 
     batches: tuple[int, ...]
     memory: str = "recompute"
@@ -40,6 +40,7 @@ class Case:
     trained: bool = True
     frozen_block: bool = False
     size: int = 32
+    pools: bool = True
 
 
 CASES = {
@@ -54,6 +55,8 @@ CASES = {
     "backward hooks": Case((3, 1), hooked="full_backward"),
     "a block in eval mode": Case((2, 1), frozen_block=True),
     "eval mode": Case((2, 1), trained=False),
+    "a transition without pooling": Case((3, 1), pools=False),
+    "a transition without pooling, hooked": Case((2, 1), pools=False, hooked="forward"),
 }
 
 
@@ -69,6 +72,8 @@ def plain_network(case: Case) -> nn.Module:
         if not case.tracks:
             norm.track_running_stats = False
             norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    if not case.pools:
+        model.features.transition1.pool = nn.Identity()  # type: ignore[union-attr]
     model.train(case.trained)
     if case.frozen_block:
         model.features.denseblock1.eval()  # type: ignore[union-attr,operator]
