@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
-COPIED = ("densenet_efficient", "tests", "tools", "csrc", "pyproject.toml")
+COPIED = ("densenet_efficient", "tests", "tools", "csrc", "pyproject.toml", "setup.py")
 TESTS = ("tests/ops", "tests/core", "tests/nn", "tests/compatibility/test_threads.py")
 THREADS = "2"
 
