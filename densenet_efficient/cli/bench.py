@@ -7,9 +7,18 @@ from typing import Any
 
 from ..bench.comparison import compare, comparison_cells
 from ..bench.steps import DTYPES, PEERS, Case
+from ..bench.tables import environment
 from ..report.tables import table
 from ..train.device import check_device
-from .parser import add_command, count, network_from, network_options, size_options
+from .parser import (
+    add_command,
+    count,
+    json_option,
+    network_from,
+    network_options,
+    print_json,
+    size_options,
+)
 
 __all__ = ["register"]
 
@@ -32,6 +41,7 @@ def register(commands: Any) -> None:
         "--peers", nargs="+", default=["eager", "checkpoint", "store", "recompute"],
         metavar="PEER", help=f"some of {', '.join(PEERS)}; ratios are to the first",
     )  # fmt: skip
+    json_option(parser)
 
 
 def _run(options: argparse.Namespace, words: list[str]) -> int:
@@ -39,7 +49,11 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
     network = network_from(options)
     size = options.image_size or network.default_image_size
     case = Case(network, options.batch, size, options.dtype, options.device, not options.contiguous)
-    print(case.title)
+    if not options.json:
+        print(case.title)
     rows = compare(case, options.peers, rounds=options.rounds)
+    if options.json:
+        print_json({**case.describe(), "environment": environment(case.device), "peers": rows})
+        return 0
     print(table(*comparison_cells(rows)))
     return 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from ..models.catalogue import CATALOGUE
 from ..report.tables import table
 from ..train.recipes import PUBLISHED, RECIPES, schedule_text
-from .parser import add_command
+from .parser import add_command, json_option, print_json
 
 __all__ = ["register"]
 
@@ -20,7 +19,7 @@ def register(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "list", "show the published networks, errors and recipes")
     parser.set_defaults(run=_run)
-    parser.add_argument("--json", action="store_true", help="for programs instead of people")
+    json_option(parser)
 
 
 def _run(options: argparse.Namespace, words: list[str]) -> int:
@@ -50,7 +49,7 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
                 for name, (recipe, drop_rate, source) in recipes.items()
             },
         }
-        print(json.dumps(found, indent=2))
+        print_json(found)
         return 0
     rows = [
         (

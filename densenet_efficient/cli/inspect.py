@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import bisect
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..bench.steps import DTYPES, Case
 from ..memory.planner import max_batch, plan
@@ -19,8 +18,19 @@ from ..report.explanation import explain
 from ..report.figure import draw_summary
 from ..report.plan_table import plan_text
 from ..report.summary import summarise
+from ..train.capacity import image_bytes, largest_batch, state_bytes
 from ..train.device import check_device
-from .parser import Budget, add_command, budget, count, network_from, network_options, size_options
+from .parser import (
+    Budget,
+    add_command,
+    budget,
+    count,
+    json_option,
+    network_from,
+    network_options,
+    print_json,
+    size_options,
+)
 
 __all__ = ["register"]
 
@@ -51,6 +61,7 @@ def register(commands: Any) -> None:
         "--include-baseline", action="store_true",
         help="the budget must also hold parameters, their momentum and the batch of images",
     )  # fmt: skip
+    json_option(parser)
 
     parser = add_command(commands, "summary", "show the volumes through a network, block by block")
     parser.set_defaults(run=_summary)
@@ -68,9 +79,11 @@ def register(commands: Any) -> None:
     network_options(parser, "densenet121")
     size_options(parser, 1)
     _execution_options(parser)
+    json_option(parser)
 
     parser = add_command(commands, "info", "show versions, the compiled library and its paths")
     parser.set_defaults(run=_info)
+    json_option(parser)
 
 
 def _gigabytes(text: str) -> Budget:
@@ -100,54 +113,31 @@ def _plan(options: argparse.Namespace, words: list[str]) -> int:
     model = case.network.build(options.memory).to(case.device)
     check_image_size(model, case.image_size)
     training = not options.inference
-    print(f"{case.title}, {options.memory}\n")
     found = plan(model, (case.batch, *image), dtype, training=training)
-    print(plan_text(found, every_row=options.all))
-    baseline = _baseline_bytes(model, training)
-    per_image = 4 * image[0] * image[1] * image[2] + 8
-    without = (
-        f"{'parameters and momentum' if training else 'parameters'} "
-        f"({baseline / 1e6:,.1f} MB) and the images ({case.batch * per_image / 1e6:,.1f} MB)"
-    )
-    print(f"baseline: {without}")
+    state = state_bytes(model, momentum=training)
+    images = case.batch * image_bytes(image[0], case.image_size)
+    largest = None
     if options.budget is not None:
         size = options.budget.bytes_on(torch.device(case.device))
         if options.include_baseline:
-            largest = _largest_batch(model, image, dtype, size - baseline, per_image, training)
+            largest = largest_batch(model, image, dtype, size - state, training=training)
         else:
             largest = max_batch(model, image, dtype, size, training=training)
+    if options.json:
+        figures = {"state_bytes": state, "images_bytes": images, "largest_batch": largest}
+        print_json({**case.describe(), "memory": options.memory, **figures, **found.describe()})
+        return 0
+    print(f"{case.title}, {options.memory}\n")
+    print(plan_text(found, every_row=options.all))
+    what = "parameters and momentum" if training else "parameters"
+    print(f"baseline: {what} ({state / 1e6:,.1f} MB) and the images ({images / 1e6:,.1f} MB)")
+    if options.budget is not None:
         counted = "including" if options.include_baseline else "not counting"
         print(
             f"largest batch within {options.budget.text}, {counted} the baseline of "
             f"{'parameters, momentum' if training else 'parameters'} and images: {largest}"
         )
     return 0
-
-
-def _baseline_bytes(model: nn.Module, training: bool) -> int:
-    """Parameters, buffers and, for training, SGD's momentum."""
-    parameters = sum(parameter.nbytes for parameter in model.parameters())
-    return parameters * (1 + training) + sum(buffer.nbytes for buffer in model.buffers())
-
-
-def _largest_batch(
-    model: nn.Module,
-    image: tuple[int, int, int],
-    dtype: torch.dtype,
-    size: float,
-    per_image: int,
-    training: bool,
-) -> int:
-    """The largest batch whose peak and images fit into `size` bytes; 0 where none does."""
-    if size <= 0:
-        return 0
-
-    def needed(batch: int) -> int:
-        peak = plan(model, (batch, *image), dtype, training=training).peak_bytes
-        return peak + batch * per_image
-
-    without_images = max_batch(model, image, dtype, size, training=training)
-    return bisect.bisect_right(range(1, without_images + 1), size, key=needed)
 
 
 def _summary(options: argparse.Namespace, words: list[str]) -> int:
@@ -165,10 +155,18 @@ def _explain(options: argparse.Namespace, words: list[str]) -> int:
     model = case.network.build(options.memory).to(case.device)
     images, _ = case.batch_of(case.batch)
     with torch.autocast(images.device.type, DTYPES[case.dtype], enabled=case.dtype != "fp32"):
-        print(explain(model, images))
+        found = explain(model, images)
+    if options.json:
+        print_json({**case.describe(), "memory": options.memory, "modules": found.describe()})
+    else:
+        print(found)
     return 0
 
 
 def _info(options: argparse.Namespace, words: list[str]) -> int:
-    print(info())
+    found = info()
+    if options.json:
+        print_json(dataclasses.asdict(found))
+    else:
+        print(found)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ __all__ = [
     "budget",
     "count",
     "is_small",
+    "json_option",
     "network_from",
     "network_options",
     "number",
+    "print_json",
     "size_options",
     "whole_number",
 ]
@@ -210,3 +213,21 @@ def size_options(parser: argparse.ArgumentParser, batch: int) -> None:
         "--image-size", type=count, metavar="PIXELS",
         help=f"pixels a side (default: 224; {CIFAR} 32)",
     )  # fmt: skip
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="for programs instead of people")
+
+
+def print_json(found: Any) -> None:
+    """Plain values as JSON; numbers that are not finite as null, which JSON does not have."""
+    print(json.dumps(_finite(found), indent=2, allow_nan=False))
+
+
+def _finite(found: Any) -> Any:
+    if isinstance(found, float):
+        return found if math.isfinite(found) else None
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    return [_finite(value) for value in found] if isinstance(found, (list, tuple)) else found

@@ -49,6 +49,24 @@ class Plan:
         """What is live between forward and backward: outputs and other kept rows."""
         return sum(row.bytes for row in self.rows if row.lifetime in ("output", "kept"))
 
+    def describe(self) -> dict[str, Any]:
+        """Peak, what is kept and every row as plain values, in bytes."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "peak_at": self.peak_at,
+            "kept_bytes": self.kept_bytes,
+            "rows": [
+                {
+                    "name": row.name,
+                    "shape": list(row.shape),
+                    "dtype": str(row.dtype).removeprefix("torch."),
+                    "bytes": row.bytes,
+                    "lifetime": row.lifetime,
+                }
+                for row in self.rows
+            ],
+        }
+
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
         lines = [f"{'buffer':{width}}  {'shape':24} {'dtype':9} {'MB':>10}  lifetime"]

@@ -27,6 +27,13 @@ class Explanation:
         rows = [(name, chosen.kind, chosen.reason) for name, chosen in self.entries]
         return table(["module", "path", "reason"], rows, left=("path", "reason"))
 
+    def describe(self) -> list[dict[str, str]]:
+        """A row of plain values for each module: module, path, reason."""
+        return [
+            {"module": name, "path": chosen.kind, "reason": chosen.reason}
+            for name, chosen in self.entries
+        ]
+
     @property
     def kinds(self) -> set[str]:
         """The kinds of dispatch: ``kernels``, ``fallback``, ``original``."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..memory.process import peak_bytes
 from ..models.networks import check_image_size
+from .capacity import check_memory, image_bytes, planned_bytes, state_bytes
 from .checkpoint import CheckpointError, read_checkpoint, restore_checkpoint, save_checkpoint
 from .data import Data, loader, on_device
 from .device import check_device
-from .header import check_memory, describe_run, planned_bytes
+from .header import describe_run
 from .options import AMP, TrainingOptions
 from .outputs import check_installed, open_tensorboard, prepare_folder, write_log, write_weights
 from .recipes import advance, build_optimizer, build_schedule
@@ -66,8 +67,12 @@ class Trainer:
         model = options.network.build(options.execution)
         check_image_size(model, data.image_size)
         self.model = model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.planned = planned_bytes(self.model, data, options.recipe, AMP.get(options.amp or ""))
-        check_memory(self.model, data, options.recipe, self.planned, self.device)
+        size, batch = data.image_size, options.recipe.batch_size
+        shape = (batch, data.channels, size, size)
+        self.planned = planned_bytes(self.model, shape, AMP.get(options.amp or ""))
+        self.standing = state_bytes(self.model, momentum=options.recipe.momentum > 0)
+        self.standing += batch * image_bytes(data.channels, size)
+        check_memory((self.planned or 0) + self.standing, batch, size, self.device)
         self.optimizer = build_optimizer(self.model, options.recipe)
         self.train_loss = nn.CrossEntropyLoss(label_smoothing=options.recipe.label_smoothing)
         self.steps_per_epoch = max(len(self._train_loader(0)), 1)
@@ -156,7 +161,8 @@ class Trainer:
         """
         writer = None
         if self.options.progress:
-            print(describe_run(self.options, self.data, self.model, self.planned), flush=True)
+            header = (self.options, self.data, self.model, self.planned, self.standing)
+            print(describe_run(*header), flush=True)
         if self.options.tensorboard:
             writer = open_tensorboard(self.options.out, self.epoch + 1)
         try:

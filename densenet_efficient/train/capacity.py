@@ -1,0 +1,69 @@
+"""What of a training run fits into memory: its state, its batch of images and its step's plan."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..memory.planner import max_batch, plan
+from .device import device_memory_bytes
+
+__all__ = ["check_memory", "image_bytes", "largest_batch", "planned_bytes", "state_bytes"]
+
+
+def planned_bytes(
+    model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None
+) -> int | None:
+    """The planned peak of a training step above its baseline, for images [N, C, H, W]; None for
+    models without a plan (plain PyTorch). dtype: None is that of the parameters."""
+    own = next(model.parameters()).dtype
+    try:
+        return plan(model, input_shape, dtype or own).peak_bytes
+    except TypeError:
+        return None
+
+
+def state_bytes(model: nn.Module, *, momentum: bool = True) -> int:
+    """Parameters, buffers and, with `momentum`, a value more for each parameter that is trained."""
+    state = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return state + (trained if momentum else 0)
+
+
+def image_bytes(channels: int, image_size: int) -> int:
+    """An image in float32 and its label."""
+    return 4 * channels * image_size**2 + 8
+
+
+def largest_batch(
+    model: nn.Module,
+    image: tuple[int, int, int],
+    dtype: torch.dtype,
+    size: float,
+    *,
+    training: bool = True,
+) -> int:
+    """The largest batch whose planned peak and images [C, H, W] fit into `size` bytes; 0 where none
+    does. TypeError for models without a plan."""
+    if size <= 0:
+        return 0
+
+    def needed(batch: int) -> int:
+        peak = plan(model, (batch, *image), dtype, training=training).peak_bytes
+        return peak + batch * image_bytes(image[0], image[1])
+
+    without_images = max_batch(model, image, dtype, size, training=training)
+    return bisect.bisect_right(range(1, without_images + 1), size, key=needed)
+
+
+def check_memory(needed: int, batch_size: int, image_size: int, device: torch.device) -> None:
+    """ValueError where a training step needs more bytes than the device has."""
+    available = device_memory_bytes(device)
+    if needed > available:
+        raise ValueError(
+            f"batch_size: expected one whose step fits into the {available / 1e9:.1f} GB of "
+            f"{device}, got {batch_size}, which needs {needed / 1e9:.1f} GB at {image_size} px"
+        )
