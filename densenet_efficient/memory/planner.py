@@ -106,8 +106,9 @@ def plan(
         dtype: of the activations (autocast's dtype under autocast).
         training: False predicts a call under ``no_grad``.
 
-    Returns a :class:`Plan`; ``str()`` of it is the table. The optimiser's state and the parameters
-    are live before the step and are not counted, parameter gradients are.
+    Returns:
+        A `Plan`; ``str()`` of it is the table. The optimiser's state and the parameters are live
+        before the step and are not counted, parameter gradients are.
 
     Raises:
         TypeError: the model's features are not efficient blocks; dtype is not floating.
@@ -220,10 +221,15 @@ def max_batch(
     """The largest batch whose predicted peak stays within ``budget`` bytes; 0 where none does.
 
     Args:
+        model: as for `plan`.
         input_shape: of one image, ``(C, *spatial)``.
+        dtype: as for `plan`.
         budget: bytes above the pre-step baseline (parameters, optimiser state, the input).
+        training: as for `plan`.
 
-    Raises: as :func:`plan`; ValueError for a budget that is not a positive finite number.
+    Raises:
+        TypeError: as for `plan`.
+        ValueError: as for `plan`, and for a budget that is not a positive finite number.
     """
     if not math.isfinite(budget) or budget <= 0:
         raise ValueError(f"budget must be a positive number of bytes, got {budget!r}")

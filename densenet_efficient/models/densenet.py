@@ -47,19 +47,22 @@ class EfficientDenseNet(DenseNetBase):
         compression: theta, the share of channels a transition keeps, above 0 and at most 1.
         bottleneck: False: layers are one 3x3 convolution.
         in_channels: channels of the input.
-        global_pool: False: logits (or features) at every place of the last map.
-        spatial_squeeze: False: pooled logits keep their two places, [N, num_classes, 1, 1].
-        features_only: no classifier; a list of maps comes out, one for each resolution
-            (`feature_info` says which).
-        output_stride: of the last map, reached by leaving later poolings out and dilating the 3x3
-            convolutions after them (x2 for each).
-        initial_output_stride: of the stem, 4, or 2 without its max-pooling.
-        drop_everywhere: dropout after every convolution but the first, as in the paper, not only
-            after the last of every layer, as in torchvision.
-        bias: of every convolution. eps: of every norm.
-        init_mode: "fan_in" (torchvision) or "fan_out" (the paper's CIFAR code).
         memory: "recompute" keeps only the feature buffers for the backward pass, "store" the
             bottlenecks too: more memory, a little less time.
+
+    Keyword Args:
+        global_pool (bool): False: logits (or features) at every place of the last map.
+        spatial_squeeze (bool): False: pooled logits keep their two places, [N, num_classes, 1, 1].
+        features_only (bool): no classifier; a list of maps comes out, one for each resolution
+            (`feature_info` says which).
+        output_stride (int): of the last map, reached by leaving later poolings out and dilating
+            the 3x3 convolutions after them (x2 for each).
+        initial_output_stride (int): of the stem, 4, or 2 without its max-pooling.
+        drop_everywhere (bool): dropout after every convolution but the first, as in the paper, not
+            only after the last of every layer, as in torchvision.
+        bias (bool): of every convolution.
+        eps (float): of every norm.
+        init_mode (str): "fan_in" (torchvision) or "fan_out" (the paper's CIFAR code).
 
     Raises:
         ValueError: an option out of its range, named.

@@ -169,11 +169,21 @@ class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore
     """A dense block in one feature buffer: torchvision's ``_DenseBlock``, children and keys.
 
     Args:
-        num_layers, num_input_features, bn_size, growth_rate, drop_rate: as in torchvision.
+        num_layers: dense layers, at least 1.
+        num_input_features: channels of the input.
+        bn_size: width of a bottleneck, in growth rates.
+        growth_rate: k, the channels every layer adds.
+        drop_rate: dropout after every layer's last convolution, 0 to 1.
         memory_efficient: accepted for torchvision's signature; every mode here is.
         memory: ``"recompute"`` keeps the output only (Pleiss et al., arXiv 1707.06990, and less);
             ``"store"`` also keeps every bottleneck and saves recomputing it.
-        bottleneck, eps, momentum, dilation, dims: options of the layers by keyword.
+
+    Keyword Args:
+        bottleneck (bool): False: layers are one 3x3 convolution.
+        eps (float): of every norm.
+        momentum (float): of every norm.
+        dilation (int): of the 3x3 convolutions.
+        dims (int): dimensions of an image, 1 to 3.
 
     Input ``[N, num_input_features, *spatial]`` (or a list of tensors to concatenate), any memory
     format; output ``[N, num_input_features + num_layers * growth_rate, *spatial]``, contiguous for

@@ -1,0 +1,72 @@
+"""The documentation builds as a site, without a warning: every page is in the navigation, every
+link and anchor leads somewhere, every docstring of the reference can be read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.support.markdown import ROOT
+
+pytest.importorskip("mkdocs", reason="mkdocs is missing: it comes with requirements-dev.txt")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
+    done = subprocess.run(
+        [*command, "--site-dir", str(folder)],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return folder
+
+
+class _Targets(HTMLParser):
+    """What a page refers to."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("href", "src")]
+
+
+@pytest.mark.slow
+def test_it_builds_without_a_warning(site: Path) -> None:
+    assert (site / "index.html").exists() and (site / "reference" / "conversion").exists()
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_leads_into_it(site: Path) -> None:
+    missing = []
+    for page in site.rglob("*.html"):
+        for target in _Targets(page).found:
+            path = target.partition("#")[0].partition("?")[0]
+            if path and ":" not in path and page.name != "404.html":
+                found = page.parent / path
+                found = found / "index.html" if found.is_dir() else found
+                if not found.exists():
+                    missing.append(f"{page.relative_to(site)}: {target}")
+    assert not missing
+
+
+@pytest.mark.slow
+def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+    """A reader without a network sees the whole site, and nobody sees the reader."""
+    loaded = [
+        f"{page.relative_to(site)}: {target}"
+        for page in site.rglob("*.html")
+        for target in _Targets(page).found
+        if target.startswith("http") and target.endswith((".js", ".css", ".png", ".woff2"))
+    ]
+    assert not loaded
