@@ -103,7 +103,8 @@ def plan(
     Args:
         model: an ``EfficientDenseNet`` or a converted model with ``features`` and ``classifier``.
         input_shape: of the images, ``(N, C, *spatial)``.
-        dtype: of the activations (autocast's dtype under autocast).
+        dtype: of the activations (autocast's dtype under autocast, but float32 on the CPU for
+            images of three dimensions, which autocast pools in float32).
         training: False predicts a call under ``no_grad``.
 
     Returns:

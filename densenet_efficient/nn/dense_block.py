@@ -135,12 +135,10 @@ class DenseBlockExecution(Efficient):
         stats, known = handover.known_stats(x, group)
         exchange = None if norm is None else begin_exchange(group, x, known)
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
-        dtype = execution.working_dtype(x)
         if contiguous is None:
             contiguous = handover.prefers_contiguous(x)
             x = handover.match_layout(x) if contiguous else x
-        if x.dtype != dtype:
-            x, stats = x.to(dtype), None
+        x, stats = handover.as_dtype(x, stats, execution.working_dtype(x))
         if torch.is_grad_enabled():
             gradients.sole_counts()
         seed = 0
@@ -162,6 +160,7 @@ class DenseBlockExecution(Efficient):
         with_input = self._efficient.with_input
         if with_input is not None and not with_input(self):
             y, stats = handover.new_features(y, stats, spec)
+            y, stats = handover.as_dtype(y, stats, execution.convolution_dtype(x))
         return handover.hand_over(y, stats, contiguous, exchange)
 
 

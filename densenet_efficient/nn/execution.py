@@ -172,16 +172,36 @@ def check_synchronised(module: nn.Module, x: Any, reason: str) -> None:
         )
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype the operators run in: autocast's, or x's own."""
+def convolution_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of PyTorch's convolutions of x: autocast's, or x's own."""
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def choose(x: Tensor, dims: int) -> Dispatch:
-    """Which operators run a module of ``dims`` image dimensions on x."""
-    return dispatch.choose(x.device, working_dtype(x), dims)
+def pooling_dtype(x: Tensor, dims: int) -> torch.dtype:
+    """The dtype of PyTorch's pooling of a convolution of x: on the CPU autocast pools images of
+    three dimensions in float32."""
+    dtype = convolution_dtype(x)
+    on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.promote_types(dtype, torch.float32) if on_cpu and dims == 3 else dtype
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype the operators run in, that of PyTorch's concatenation of x with convolutions of x.
+    Norms and concatenations that autocast leaves in float32 are not rounded to less here."""
+    return torch.promote_types(x.dtype, convolution_dtype(x))
+
+
+def choose(x: Tensor, dims: int, dtype: torch.dtype | None = None) -> Dispatch:
+    """Which operators run a module of ``dims`` image dimensions on x, in its `working_dtype` or the
+    one given."""
+    dtype = dtype or working_dtype(x)
+    chosen = dispatch.choose(x.device, dtype, dims)
+    if dtype != convolution_dtype(x):
+        reason = f"{chosen.reason}, in which autocast leaves the norms of this input"
+        return replace(chosen, reason=reason)
+    return chosen
 
 
 def check_input(x: Tensor, dims: int, channels: int, weight: Tensor, name: str) -> None:
@@ -198,5 +218,5 @@ def check_input(x: Tensor, dims: int, channels: int, weight: Tensor, name: str) 
         raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"input must be on {weight.device} like {name}.weight, got {x.device}")
-    if working_dtype(x) == x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"input must be {weight.dtype} like {name}.weight, got {x.dtype}")

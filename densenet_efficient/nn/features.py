@@ -52,7 +52,7 @@ class FeaturesExecution(Efficient):
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
         conv = next(iter(self._modules.values()))
-        return execution.choose(x, len(conv.kernel_size))  # type: ignore[union-attr,arg-type]
+        return execution.choose(x, len(conv.kernel_size), execution.convolution_dtype(x))  # type: ignore[union-attr,arg-type]
 
     def stem_children(self) -> list[tuple[str, Any]]:
         """The first children, up to where the pooling would be: convolution, norm, ReLU unless the
@@ -173,6 +173,7 @@ class FeaturesExecution(Efficient):
         conv, norm, *rest = [child for _, child in self.stem_children()]
         gamma, beta, weight = norm.weight, norm.bias, conv.weight
         execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
+        answer = execution.pooling_dtype(x, len(conv.kernel_size))
         x = _convolution(conv, handover.match_layout(x) if contiguous else x, weight)
         want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
         exchange = begin_exchange(own.group, x, None) if want else None
@@ -189,7 +190,7 @@ class FeaturesExecution(Efficient):
         if want:
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)
-        return handover.hand_over(y, result.stats, contiguous=False)
+        return handover.hand_over(*handover.as_dtype(y, result.stats, answer), contiguous=False)
 
 
 class EfficientFeatures(FeaturesExecution, nn.Sequential):

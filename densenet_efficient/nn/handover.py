@@ -82,6 +82,14 @@ def new_features(y: Tensor, stats: Tensor | None, spec: BlockSpec) -> tuple[Tens
     return new_y, None if stats is None else stats[:, new]
 
 
+def as_dtype(x: Tensor, stats: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """x and the statistics of its values in another dtype; None where they are no longer theirs."""
+    if x.dtype == dtype:
+        return x, stats
+    exact = torch.promote_types(x.dtype, dtype) == dtype
+    return x.to(dtype), stats if exact and dtype != torch.float64 else None
+
+
 def hand_over(
     y: Tensor, stats: Tensor | None, contiguous: bool, exchange: Exchange | None = None
 ) -> Tensor:

@@ -89,7 +89,15 @@ class TransitionExecution(Efficient):
         reason = self._input_problem(x) or self._change() or self._problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
-        return execution.choose(x, len(self.parts().conv.kernel_size))
+        return execution.choose(x, len(self.parts().conv.kernel_size), self._dtypes(x)[0])
+
+    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """What the operators run in and what the original modules answer in."""
+        parts = self.parts()
+        if type(parts.pool) is nn.Identity:
+            return execution.working_dtype(x), execution.convolution_dtype(x)
+        answer = execution.pooling_dtype(x, len(parts.conv.kernel_size))
+        return torch.promote_types(execution.working_dtype(x), answer), answer
 
     def _problem(self) -> str | None:
         """Why the operators cannot replace the modules, in words."""
@@ -132,7 +140,7 @@ class TransitionExecution(Efficient):
             raise ValueError(
                 f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
             )
-        want, dtype = uses_batch_statistics(norm), execution.working_dtype(x)
+        want, (dtype, answer) = uses_batch_statistics(norm), self._dtypes(x)
         own = norm_spec(norm, dtype)
         stats, known = handover.known_stats(x, own.group)
         exchange = begin_exchange(own.group, x, known) if want else None
@@ -140,8 +148,7 @@ class TransitionExecution(Efficient):
         if contiguous is None:
             contiguous = handover.prefers_contiguous(x)
             x = handover.match_layout(x) if contiguous else x
-        if x.dtype != dtype:
-            x, stats = x.to(dtype), None
+        x, stats = handover.as_dtype(x, stats, dtype)
         takes_stats, fused = want and not drops, pools and not drops
         spec = PoolSpec(
             own, chosen.operators, takes_stats, exchange, known is not None, pools=fused
@@ -156,7 +163,7 @@ class TransitionExecution(Efficient):
         if drops:  # it does not commute with the pooling, which is fused otherwise
             y = F.dropout(y, parts.drop_rate)
             y = _AVG_POOL[y.dim() - 3](y, 2, 2) if pools else y
-        return handover.hand_over(y, result.stats, contiguous)
+        return handover.hand_over(*handover.as_dtype(y, result.stats, answer), contiguous)
 
 
 class EfficientTransition(TransitionExecution, nn.Sequential):
