@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import targets
 import toolchain
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401  (hooks that need no torch)
@@ -20,16 +21,19 @@ from setuptools.build_meta import (  # noqa: F401  (hooks that need no torch)
 )
 
 
-def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    # The first hook that runs: a missing torch or compiler is reported before anything else.
+def check_machine() -> None:
+    """A missing torch or compiler is reported before anything else."""
     toolchain.find_torch()
-    toolchain.find_compiler()
+    targets.variants(toolchain.find_compiler())
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    check_machine()
     return build_meta.get_requires_for_build_wheel(config_settings)
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    toolchain.find_torch()
-    toolchain.find_compiler()
+    check_machine()
     return build_meta.get_requires_for_build_editable(config_settings)
 
 

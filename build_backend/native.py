@@ -1,10 +1,18 @@
-"""Writes build.ninja for the operator library and the pybind11 module, and runs it.
+"""Writes build.ninja for the operator libraries and the pybind11 module, and runs it.
+
+    libdensenet_efficient.so            the schemas, and the CUDA kernels where they are compiled
+    libdensenet_efficient_VARIANT.so    the CPU kernels for one kind of processor (targets.py)
+    _module.SUFFIX                      the module, for one Python
+
+The libraries know nothing of Python.
 
 Options come from the environment; `python -m densenet_efficient info` shows what was built:
 
     MAX_JOBS                     parallel compilations (default: by the cores)
     CXX                          C++ compiler
-    DENSENET_EFFICIENT_MARCH     -march of the CPU kernels (default native; none: no flag)
+    DENSENET_EFFICIENT_MARCH     -march of the CPU kernels (default native; none: no flag), or
+                                 several; portable: those of a wheel
+    DENSENET_EFFICIENT_PYTHONS   the Pythons of the module (default: the running one)
     DENSENET_EFFICIENT_CUDA      1: CUDA kernels or an error; 0: leave them out (default: compiled
                                  where nvcc is found, left out with a warning where they fail)
     CUDA_HOME                    which nvcc
@@ -17,17 +25,18 @@ Options come from the environment; `python -m densenet_efficient info` shows wha
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import platform
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import targets
 import toolchain
+from ninja_file import NinjaFile, join, write_if_changed
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the library runs with this torch and newer
 
@@ -35,7 +44,12 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the library runs with this 
 @dataclass(frozen=True)
 class Built:
     library: Path
-    module: Path
+    kernels: tuple[Path, ...]  # the CPU kernels, a library for each variant
+    modules: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.library, *self.kernels, *self.modules)
 
 
 @dataclass(frozen=True)
@@ -68,53 +82,8 @@ class Options:
         return "-".join(part for part in parts if part)
 
 
-class NinjaFile:
-    """build.ninja, line by line; a file that has not changed is not written again."""
-
-    def __init__(self) -> None:
-        self.lines = ["ninja_required_version = 1.8"]
-
-    def rule(self, name: str, command: str, **variables: str) -> None:
-        self.lines += [f"rule {name}", f"  command = {command}"]
-        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
-
-    def build(
-        self, output: Path, rule: str, inputs: list[Path], needs: tuple[Path, ...] = ()
-    ) -> Path:
-        line = f"build {escape(output)}: {rule} {' '.join(map(escape, inputs))}"
-        if needs:
-            line += " | " + " ".join(map(escape, needs))
-        self.lines.append(line)
-        return output
-
-    def phony(self, name: str, inputs: list[Path]) -> None:
-        self.lines.append(f"build {name}: phony {' '.join(map(escape, inputs))}")
-
-    def write(self, path: Path) -> None:
-        write_if_changed(path, "\n".join(self.lines) + "\n")
-
-
-def escape(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def quote(argument: object) -> str:
-    """An argument for the shell inside a ninja command."""
-    text = str(argument).replace("$", "$$")
-    return text if all(c.isalnum() or c in "-_=+./,:$%" for c in text) else f"'{text}'"
-
-
-def join(arguments: Sequence[object]) -> str:
-    return " ".join(map(quote, arguments))
-
-
-def write_if_changed(path: Path, text: str) -> None:
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
-
-
 class Build:
-    """One build of both artefacts under ROOT/build/native*."""
+    """One build of all artefacts under ROOT/build/native*."""
 
     def __init__(self, root: Path, version: str) -> None:
         self.root, self.version = root, version
@@ -122,9 +91,11 @@ class Build:
         self.torch = toolchain.find_torch()
         self.ninja = toolchain.find_ninja()
         self.compiler = toolchain.find_compiler()
+        self.variants = targets.variants(self.compiler)
+        self.interpreters = targets.interpreters()
         self.folder = root / "build" / self.options.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.host_sources = [root / "csrc/ops.cpp", *sorted((root / "csrc/cpu").rglob("*.cpp"))]
+        self.cpu_sources = sorted((root / "csrc/cpu").rglob("*.cpp"))
         self.cuda_sources = sorted((root / "csrc/cuda").glob("*.cu"))
         self.nvcc, self.cuda_status = self.choose_cuda()
         self.archs = toolchain.CudaArchs((), ())
@@ -170,7 +141,7 @@ class Build:
                 built = self.write_ninja()
         self.ninja_run("library")
         write_if_changed(self.folder / "build_info.h", self.build_info(built.library))
-        self.ninja_run("module")
+        self.ninja_run("modules")
         return built
 
     def leave_cuda_out(self) -> None:
@@ -207,18 +178,34 @@ class Build:
 
     def write_ninja(self) -> Built:
         ninja = NinjaFile()
-        host_objects = self.host_rules(ninja)
+        self.host_rules(ninja)
+        schemas = self.host_object(ninja, self.root / "csrc/ops.cpp", "host", ())
+        kernels = {
+            variant.name: [
+                self.host_object(ninja, source, f"cpu/{variant.name}", variant.flags)
+                for source in self.cpu_sources
+            ]
+            for variant in self.variants
+        }
         cuda_objects = self.cuda_rules(ninja, self.nvcc) if self.nvcc else []
-        library = ninja.build(
-            self.folder / "libdensenet_efficient.so", "link", [*host_objects, *cuda_objects]
+        built = Built(
+            ninja.build(
+                self.folder / "libdensenet_efficient.so",
+                "link_cuda" if self.nvcc else "link",
+                [schemas, *cuda_objects],
+            ),
+            tuple(
+                ninja.build(self.folder / f"libdensenet_efficient_{name}.so", "link", objects)
+                for name, objects in kernels.items()
+            ),
+            self.module_rules(ninja),
         )
-        module = self.module_rules(ninja)
-        ninja.phony("host", host_objects)
+        ninja.phony("host", [schemas, *itertools.chain(*kernels.values())])
         ninja.phony("cuda", cuda_objects)
-        ninja.phony("library", [library])
-        ninja.phony("module", [module])
+        ninja.phony("library", [built.library, *built.kernels])
+        ninja.phony("modules", list(built.modules))
         ninja.write(self.folder / "build.ninja")
-        return Built(library, module)
+        return built
 
     def host_flags(self) -> list[object]:
         flags: list[object] = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -233,33 +220,34 @@ class Build:
         includes = ["-I", self.root / "csrc", "-isystem", self.torch.include]
         return [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *includes]
 
-    def host_rules(self, ninja: NinjaFile) -> list[Path]:
-        march = [f"-march={self.compiler.march}"] if self.compiler.march else []
-        command = [self.compiler.path, *self.host_flags(), *march, *self.library_flags()]
+    def host_rules(self, ninja: NinjaFile) -> None:
+        command = [self.compiler.path, *self.host_flags(), *self.library_flags()]
         ninja.rule(
             "cxx",
-            f"{join(command)} -MMD -MF $out.d -c $in -o $out",
+            f"{join(command)} $target -MMD -MF $out.d -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
-            description="C++ $in",
+            description="C++ $in $target",
         )
-        # cudart is linked statically; hidden, so that it never meets the copy that torch brings.
+        sanitizers = [f"-fsanitize={name}" for name in self.options.sanitize.split(",") if name]
+        options = ["-z", "defs", "--exclude-libs", "ALL"]
         link = ["-shared", f"-L{self.torch.lib}", "-ltorch_cpu", "-lpthread", "-ldl"]
-        linker_options = ["-z", "defs", "--exclude-libs", "ALL"]
-        if self.nvcc:
-            options = [word for option in linker_options for word in ("-Xlinker", option)]
-            command = [self.nvcc.path, *self.ccbin(), "-cudart", "static", *options]
-        else:
-            options = [f"-Wl,{','.join(linker_options)}"]
-            command = [self.compiler.path, *options]
-        for sanitizer in filter(None, self.options.sanitize.split(",")):
-            command += ["-Xcompiler"] if self.nvcc else []
-            command += [f"-fsanitize={sanitizer}"]
+        command = [self.compiler.path, f"-Wl,{','.join(options)}", *sanitizers]
         ninja.rule("link", f"{join(command)} -o $out $in {join(link)}", description="link $out")
-        return [
-            ninja.build(self.folder / "host" / f"{source.name}.o", "cxx", [source])
-            for source in self.host_sources
-        ]
+        if self.nvcc:
+            # cudart is linked statically; hidden, so that it never meets the copy of torch.
+            words = [word for option in options for word in ("-Xlinker", option)]
+            words += [word for option in sanitizers for word in ("-Xcompiler", option)]
+            command = [self.nvcc.path, *map(str, self.ccbin()), "-cudart", "static", *words]
+            ninja.rule(
+                "link_cuda", f"{join(command)} -o $out $in {join(link)}", description="link $out"
+            )
+
+    def host_object(
+        self, ninja: NinjaFile, source: Path, folder: str, flags: tuple[str, ...]
+    ) -> Path:
+        output = self.folder / folder / f"{source.name}.o"
+        return ninja.build(output, "cxx", [source], target=join(flags))
 
     def ccbin(self) -> list[object]:
         return [] if os.environ.get("NVCC_CCBIN") else ["-ccbin", self.compiler.path]
@@ -284,29 +272,33 @@ class Build:
             for source in self.cuda_sources
         ]
 
-    def module_rules(self, ninja: NinjaFile) -> Path:
+    def module_rules(self, ninja: NinjaFile) -> tuple[Path, ...]:
         includes: list[object] = ["-I", self.root / "csrc", "-I", self.folder]
-        for folder in (toolchain.find_pybind11(self.torch), sysconfig.get_path("include")):
-            includes += ["-isystem", folder]
-        # No -march: this module must run on the CPU that lacks what the library needs, to say so.
+        includes += ["-isystem", toolchain.find_pybind11(self.torch)]
+        # No -march: this module must run on the CPU that lacks what the kernels need, to say so.
         flags: list[object] = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-DNDEBUG"]
+        command = join([self.compiler.path, *flags, *includes])
         ninja.rule(
             "module",
-            f"{join([self.compiler.path, *flags, *includes])} -shared -MMD -MF $out.d $in -o $out",
+            f"{command} $python -shared -MMD -MF $out.d $in -o $out",
             depfile="$out.d",
             deps="gcc",
             description="C++ $in",
         )
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        return ninja.build(
-            self.folder / f"_module{suffix}",
-            "module",
-            [self.root / "csrc/module.cpp"],
-            (self.folder / "build_info.h",),
+        return tuple(
+            ninja.build(
+                self.folder / f"_module{interpreter.suffix}",
+                "module",
+                [self.root / "csrc/module.cpp"],
+                (self.folder / "build_info.h",),
+                python=join(["-isystem", interpreter.include]),
+            )
+            for interpreter in self.interpreters
         )
 
     def build_info(self, library: Path) -> str:
-        """The header that module.cpp turns into densenet_efficient._module.build_info()."""
+        """The header that module.cpp turns into densenet_efficient._module.build_info(). Features
+        are those of the variants of "march", in order, separated by semicolons."""
         built = float(os.environ.get("SOURCE_DATE_EPOCH", library.stat().st_mtime))
         rows = {
             "version": self.version,
@@ -315,8 +307,8 @@ class Build:
             "torch": self.torch.version,
             "compiler": self.compiler.version,
             "machine": platform.machine(),
-            "march": self.compiler.march,
-            "cpu_features": " ".join(self.compiler.features),
+            "march": " ".join(variant.name for variant in self.variants),
+            "cpu_features": "; ".join(" ".join(v.features) for v in self.variants),
             "debug": "1" if self.options.debug else "",
             "sanitize": self.options.sanitize,
             "cuda": self.cuda_status,
@@ -344,5 +336,5 @@ def c_string(text: str) -> str:
 
 
 def build(root: Path, version: str) -> Built:
-    """Builds (or brings up to date) both artefacts; SystemExit with a message where it cannot."""
+    """Builds (or brings up to date) all artefacts; SystemExit with a message where it cannot."""
     return Build(root, version).run()

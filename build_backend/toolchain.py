@@ -21,43 +21,6 @@ MINIMUM_CUDA_ARCH = (8, 0)
 # Ampere's PTX for everything newer, which the driver compiles when the library is first used.
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 
-# Compiler macro -> the name of that feature in /proc/cpuinfo.
-CPU_FEATURES = {
-    "__SSE4_2__": "sse4_2",
-    "__POPCNT__": "popcnt",
-    "__MOVBE__": "movbe",
-    "__AVX__": "avx",
-    "__F16C__": "f16c",
-    "__FMA__": "fma",
-    "__BMI__": "bmi1",
-    "__BMI2__": "bmi2",
-    "__LZCNT__": "abm",
-    "__AVX2__": "avx2",
-    "__GFNI__": "gfni",
-    "__VAES__": "vaes",
-    "__AVXVNNI__": "avx_vnni",
-    "__AVX512F__": "avx512f",
-    "__AVX512CD__": "avx512cd",
-    "__AVX512BW__": "avx512bw",
-    "__AVX512DQ__": "avx512dq",
-    "__AVX512VL__": "avx512vl",
-    "__AVX512IFMA__": "avx512ifma",
-    "__AVX512VBMI__": "avx512vbmi",
-    "__AVX512VBMI2__": "avx512_vbmi2",
-    "__AVX512VNNI__": "avx512_vnni",
-    "__AVX512BITALG__": "avx512_bitalg",
-    "__AVX512VPOPCNTDQ__": "avx512_vpopcntdq",
-    "__AVX512BF16__": "avx512_bf16",
-    "__AVX512FP16__": "avx512_fp16",
-    "__AMX_TILE__": "amx_tile",
-    "__AMX_BF16__": "amx_bf16",
-    "__ARM_FEATURE_ATOMICS": "atomics",
-    "__ARM_FEATURE_DOTPROD": "asimddp",
-    "__ARM_FEATURE_BF16": "bf16",
-    "__ARM_FEATURE_SVE": "sve",
-    "__ARM_FEATURE_SVE2": "sve2",
-}
-
 
 class BuildError(SystemExit):
     """Ends the build with a message instead of a traceback."""
@@ -81,8 +44,6 @@ class Torch:
 class Compiler:
     path: str
     version: str
-    features: tuple[str, ...]  # what -march makes it assume, in the words of /proc/cpuinfo
-    march: str  # the value handed to -march, "" for the compiler's own default
 
 
 @dataclass(frozen=True)
@@ -172,7 +133,7 @@ def find_pybind11(torch: Torch) -> Path:
 
 
 def find_compiler() -> Compiler:
-    """The C++ compiler (CXX, else g++, clang++, c++), proved able to compile C++20."""
+    """The C++ compiler: CXX, else g++, clang++ or c++."""
     named = os.environ.get("CXX")
     candidates = [named] if named else ["g++", "clang++", "c++"]
     path = next((p for p in map(shutil.which, candidates) if p), None)
@@ -184,23 +145,7 @@ def find_compiler() -> Compiler:
             "conda install gxx) or name yours in CXX, then run this command again."
         )
     version = run([path, "--version"]).stdout.split("\n")[0].strip()
-    march = os.environ.get("DENSENET_EFFICIENT_MARCH", "native")
-    march = "" if march == "none" else march
-    flags = [f"-march={march}"] if march else []
-    macros = run([path, "-std=c++20", *flags, "-dM", "-E", "-x", "c++", os.devnull])
-    if macros.returncode and march == "native":  # some compilers for Arm know no "native"
-        march = ""
-        macros = run([path, "-std=c++20", "-dM", "-E", "-x", "c++", os.devnull])
-    if macros.returncode:
-        raise BuildError(
-            f"densenet-efficient needs a C++20 compiler, and {path} ({version}) refuses "
-            f"-std=c++20 {' '.join(flags)}: {macros.stderr.strip()}. Install a newer one (GCC 12 "
-            "is what is tested), name it in CXX, or correct DENSENET_EFFICIENT_MARCH, then run "
-            "this command again."
-        )
-    defined = {line.split()[1] for line in macros.stdout.splitlines() if line.count(" ") >= 1}
-    features = tuple(name for macro, name in CPU_FEATURES.items() if macro in defined)
-    return Compiler(path, version, features, march)
+    return Compiler(path, version)
 
 
 def find_nvcc() -> Nvcc | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..version import __version__
-from . import library
+from . import cpu_variants, library
 from .build_info import LIBRARY, MissingLibraryError, architectures_text, build_info
 
 
@@ -37,6 +37,7 @@ class Info:
     python: str
     torch: str
     library: str | None  # path of the loaded library
+    cpu_variant: str | None  # which of the compiled CPU kernels is loaded: x86-64-v3, native
     problem: str | None  # why there is none
     build: dict[str, str]  # build_info(), empty where the compiled module is missing
     devices: tuple[Device, ...]
@@ -59,9 +60,13 @@ class Info:
             built = self.build
             commit = f"commit {built['commit']}, " if built["commit"] else ""
             rows.append(("  built", f"{commit}{built['date']}, against torch {built['torch']}"))
-            march = built["march"] or "the compiler's default"
-            rows.append(("  CPU", f"{built['compiler']}, -march: {march}"))
-            rows.append(("  CPU features", built["cpu_features"] or "none required"))
+            rows.append(("  compiler", built["compiler"]))
+            compiled = cpu_variants.compiled_variants()
+            names = ", ".join(compiled)
+            loaded = self.cpu_variant is not None and len(compiled) > 1
+            rows.append(("  CPU kernels", f"{self.cpu_variant}, of {names}" if loaded else names))
+            features = compiled[self.cpu_variant or names.partition(",")[0]]
+            rows.append(("  CPU features", " ".join(features) or "none required"))
             cuda = built["cuda"]
             if built["cuda_archs"]:
                 cuda = f"nvcc {built['nvcc']}, for {architectures_text(built)}"
@@ -111,6 +116,7 @@ def info() -> Info:
         python=platform.python_version(),
         torch=torch.__version__,
         library=str(LIBRARY) if problem is None else None,
+        cpu_variant=library.cpu_variant() if problem is None else None,
         problem=problem,
         build=build,
         devices=tuple(devices),

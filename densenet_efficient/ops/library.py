@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..version import __version__
+from . import cpu_variants
 from .build_info import (
     LIBRARY,
     MissingLibraryError,
@@ -30,10 +31,9 @@ from .build_info import (
 
 NAMESPACE = "densenet_efficient"
 MINIMUM_TORCH = (2, 10)
-CPUINFO = Path("/proc/cpuinfo")
 
 _lock = threading.Lock()
-_loaded = False
+_loaded: str | None = None  # the variant of the CPU kernels
 _failure: str | None = None
 
 
@@ -42,6 +42,8 @@ def load() -> None:
 
     Raises `MissingLibraryError` where they were not built, were built for another CPU, torch
     or version of this package, or are switched off. Safe to call from several threads.
+
+    Of the CPU kernels that were compiled those are loaded that `cpu_variants` chooses.
     """
     reason = _load()
     if reason is not None:
@@ -59,6 +61,16 @@ def is_available() -> bool:
 def unavailable_reason() -> str | None:
     """Why the compiled operators cannot be loaded, in one paragraph; None where they can."""
     return _load()
+
+
+def cpu_variant() -> str:
+    """The variant of the CPU kernels that is loaded: x86-64-v3, say, or native.
+
+    Raises `MissingLibraryError` where there is no library at all.
+    """
+    load()
+    assert _loaded is not None
+    return _loaded
 
 
 @functools.cache
@@ -123,11 +135,15 @@ def _load() -> str | None:
     """Loads the library unless it is loaded; the reason where that fails, which is remembered."""
     global _loaded, _failure
     with _lock:
-        if not _loaded and _failure is None:
+        if _loaded is None and _failure is None:
             try:
                 _check_usable()
+                variant = cpu_variants.choose_variant()
+                kernels = cpu_variants.variant_path(variant)
+                _check_there(kernels)
                 torch.ops.load_library(str(LIBRARY))
-                _loaded = True
+                torch.ops.load_library(str(kernels))
+                _loaded = variant
             except MissingLibraryError as error:
                 _failure = str(error)
             except OSError as error:
@@ -142,10 +158,7 @@ def _check_usable() -> None:
         raise MissingLibraryError(
             f"The compiled operators are switched off by DENSENET_EFFICIENT_DISABLE={switch}."
         )
-    if not LIBRARY.is_file():
-        raise MissingLibraryError(
-            f"{LIBRARY} does not exist{hidden_installation()}. {how_to_build()}"
-        )
+    _check_there(LIBRARY)
     built = build_info()
     if built["version"] != __version__:
         raise MissingLibraryError(
@@ -155,26 +168,16 @@ def _check_usable() -> None:
     numbers = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if numbers < MINIMUM_TORCH:
         raise MissingLibraryError(
-            f"The compiled operators need torch >= 2.10, and this is torch {torch.__version__}."
+            f"The compiled operators, built against torch {built['torch']}, need torch >= 2.10, "
+            f"and this is torch {torch.__version__}."
         )
-    missing = missing_cpu_features(built["cpu_features"].split())
-    if missing:
+
+
+def _check_there(library: Path) -> None:
+    if not library.is_file():
         raise MissingLibraryError(
-            f"The compiled operators use CPU features that this machine lacks: {' '.join(missing)} "
-            f"(built with -march={built['march']}). Rebuild on this machine, or with "
-            f"DENSENET_EFFICIENT_MARCH=x86-64-v3 or none for several machines. {how_to_build()}"
+            f"{library} does not exist{hidden_installation()}. {how_to_build()}"
         )
-
-
-def missing_cpu_features(required: list[str]) -> list[str]:
-    """Those of ``required`` that /proc/cpuinfo does not list; none where there is no such file."""
-    try:
-        text = CPUINFO.read_text()
-    except OSError:
-        return []
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    present = set(match[1].split()) if match else set(required)
-    return [name for name in required if name not in present]
 
 
 def _explain_loader(message: str) -> str:

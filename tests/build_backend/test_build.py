@@ -1,159 +1,21 @@
-"""The build: what it finds, what it says where something is missing, and what ninja does again."""
+"""ninja: what it builds, does again and records, on a project of three small files."""
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.support.programs import executable
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[None]:
-    """Makes the modules of the build importable."""
-    folder = str(ROOT / "build_backend")
-    sys.path.insert(0, folder)
-    yield
-    sys.path.remove(folder)
-
-
-@pytest.fixture
-def toolchain(backend: None) -> ModuleType:
-    return importlib.import_module("toolchain")
-
-
-@pytest.fixture
-def native(backend: None) -> ModuleType:
-    return importlib.import_module("native")
-
-
-def executable(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-# --- what is found, and the message where it is not ---------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "code", "ptx"),
-    [
-        ("8.0+PTX;9.0a", ("80", "90a"), ("80",)),
-        ("8.0;8.6;9.0a;10.0;12.0;12.0+PTX", ("80", "86", "90a", "100", "120"), ("120",)),
-        ("7.0 7.5 8.0 9.0+PTX", ("80", "90a"), ("90",)),  # containers set lists like this one
-        ("8.9,10.3f", ("89", "103f"), ()),
-    ],
-)
-def test_architecture_lists(
-    toolchain: ModuleType, text: str, code: tuple[str, ...], ptx: tuple[str, ...]
-) -> None:
-    archs = toolchain.parse_cuda_archs(text)
-    assert (archs.code, archs.ptx) == (code, ptx)
-
-
-def test_hopper_is_compiled_for_its_own_instructions(toolchain: ModuleType) -> None:
-    flags = toolchain.parse_cuda_archs("9.0").flags()
-    assert flags == ["-gencode=arch=compute_90a,code=sm_90a"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("Hopper", "has 'Hopper'"), ("7.5", "need at least 8.0")]
-)
-def test_odd_architecture_lists_are_refused(toolchain: ModuleType, text: str, message: str) -> None:
-    with pytest.raises(toolchain.BuildError, match=message):
-        toolchain.parse_cuda_archs(text)
-
-
-def test_torch_is_found_from_an_isolated_environment(tmp_path: Path) -> None:
-    # pip isolates a build by PYTHONPATH and a sitecustomize that takes site-packages off sys.path.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import site, sys\n"
-        "hidden = set(site.getsitepackages())\n"
-        "sys.path[:] = [p for p in sys.path if p not in hidden]\n"
-    )
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r})\n"
-        "import importlib.util, toolchain\n"
-        "assert importlib.util.find_spec('torch') is None\n"
-        "print(toolchain.find_torch().version)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    import torch
-
-    assert done.stdout.strip() == torch.__version__, done.stderr
-
-
-def test_missing_torch_says_what_to_do(
-    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(toolchain, "search_path", lambda: [str(tmp_path)])
-    with pytest.raises(toolchain.BuildError, match=r"Install torch >= 2\.10 there first"):
-        toolchain.find_torch()
-
-
-def test_old_torch_is_named(
-    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "torch" / "include").mkdir(parents=True)
-    (tmp_path / "torch" / "__init__.py").touch()
-    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
-    monkeypatch.setenv("DENSENET_EFFICIENT_TORCH", str(tmp_path))
-    with pytest.raises(toolchain.BuildError, match=r"needs torch >= 2\.10.* is torch 2\.9\.1\+cpu"):
-        toolchain.find_torch()
-
-
-def test_missing_compiler_says_what_to_install(
-    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(toolchain.BuildError, match=r"g\+\+, clang\+\+ and c\+\+ cannot be found"):
-        toolchain.find_compiler()
-
-
-def test_compiler_without_cxx20_is_refused(
-    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    old = executable(tmp_path / "old-g++", 'echo "unrecognized option" >&2; exit 1')
-    monkeypatch.setenv("CXX", str(old))
-    with pytest.raises(toolchain.BuildError, match=r"refuses -std=c\+\+20.*unrecognized option"):
-        toolchain.find_compiler()
-
-
-def test_missing_ninja_says_what_to_install(
-    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "ninja", None)  # type: ignore[arg-type]
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(toolchain.BuildError, match="pip install ninja"):
-        toolchain.find_ninja()
-
-
-def test_march_decides_the_recorded_features(
-    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if os.uname().machine != "x86_64":
-        pytest.skip("x86-64-v3 is a level of x86-64")
-    monkeypatch.setenv("DENSENET_EFFICIENT_MARCH", "x86-64-v3")
-    features = toolchain.find_compiler().features
-    assert {"avx2", "fma"} <= set(features) and "avx512f" not in features
-    monkeypatch.setenv("DENSENET_EFFICIENT_MARCH", "none")
-    assert "avx2" not in toolchain.find_compiler().features
-
-
-# --- ninja, on a project of three small files ---------------------------------------------------
 
 
 @pytest.fixture
@@ -212,6 +74,9 @@ def test_cuda_sources_are_compiled_and_reported(
     built = native.build(project, "1.2.3")
     symbols = subprocess.run(["nm", built.library], capture_output=True, text=True).stdout
     assert "stage_cuda" in symbols and "ops" in symbols
+    (kernels,) = built.kernels
+    assert kernels.name == "libdensenet_efficient_native.so" and len(built.modules) == 1
+    assert "stage" in subprocess.run(["nm", kernels], capture_output=True, text=True).stdout
     assert (project / "build/native/cuda/stage.cu.o.ptxas").read_text().strip() == report
     text = recorded(project)
     assert '{"version", "1.2.3"}' in text and '{"cuda", "compiled"}' in text
@@ -285,7 +150,29 @@ def test_failing_host_compilation_is_an_error(native: ModuleType, project: Path)
         native.build(project, "1")
 
 
-def test_variants_do_not_share_a_folder(
+def test_every_variant_and_every_python_gets_a_file(
+    native: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a wheel for several machines and Pythons holds; the rest of it is built once."""
+    include = sysconfig.get_path("include")
+    answer = json.dumps(["cp399", include, ".cpython-399.so"])
+    other = executable(tmp_path / "python3.99", f"echo '{answer}'")
+    monkeypatch.setenv("DENSENET_EFFICIENT_CUDA", "0")
+    monkeypatch.setenv("DENSENET_EFFICIENT_MARCH", "native none")
+    monkeypatch.setenv("DENSENET_EFFICIENT_PYTHONS", f"{sys.executable}{os.pathsep}{other}")
+    built = native.build(project, "1")
+    assert [path.name for path in built.files] == [
+        "libdensenet_efficient.so",
+        "libdensenet_efficient_native.so",
+        "libdensenet_efficient_none.so",
+        "_module" + sysconfig.get_config_var("EXT_SUFFIX"),
+        "_module.cpython-399.so",
+    ]
+    assert all(path.is_file() for path in built.files)
+    assert '{"march", "native none"}' in recorded(project)
+
+
+def test_builds_of_different_options_do_not_share_a_folder(
     native: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DENSENET_EFFICIENT_CUDA", "0")
@@ -294,4 +181,4 @@ def test_variants_do_not_share_a_folder(
     built = native.build(project, "1")
     assert built.library.parent.name == "native-debug-address-undefined"
     text = (built.library.parent / "build.ninja").read_text()
-    assert "-fsanitize=address,undefined" in text and "-DNDEBUG -march" not in text
+    assert "-fsanitize=address,undefined" in text and "-DNDEBUG -D" not in text

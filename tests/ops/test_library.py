@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from densenet_efficient.ops import build_info, library
+from densenet_efficient.ops import build_info, cpu_variants, library
 from densenet_efficient.ops.info import info
 from densenet_efficient.ops.library import MissingLibraryError
 from densenet_efficient.version import __version__
@@ -21,7 +21,7 @@ from densenet_efficient.version import __version__
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The state of a process that has not loaded the library yet."""
-    monkeypatch.setattr(library, "_loaded", False)
+    monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(library, "_failure", None)
     caches = (library.build_info, library._device_reason, library._warn_once)
     for cache in caches:
@@ -62,7 +62,8 @@ def test_threads_load_once(unloaded: pytest.MonkeyPatch) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert calls == [str(library.LIBRARY)]
+    kernels = cpu_variants.variant_path(library.cpu_variant())
+    assert calls == [str(library.LIBRARY), str(kernels)]
 
 
 def test_missing_library_says_how_to_build(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,25 +112,11 @@ def test_library_of_another_version_is_refused(unloaded: pytest.MonkeyPatch) -> 
         library.load()
 
 
-def test_library_of_another_cpu_is_refused(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse4_2 avx\n")
-    built = {**library.build_info(), "cpu_features": "avx avx2 fma"}
-    unloaded.setattr(library, "CPUINFO", cpuinfo)
-    unloaded.setattr(library, "build_info", lambda: built)
-    with pytest.raises(MissingLibraryError, match="machine lacks: avx2 fma "):
-        library.load()
-
-
-def test_cpu_check_needs_no_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library, "CPUINFO", tmp_path / "none")
-    assert library.missing_cpu_features(["avx2"]) == []
-
-
 def test_old_torch_is_refused(unloaded: pytest.MonkeyPatch) -> None:
     unloaded.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(
-        MissingLibraryError, match=r"need torch >= 2\.10, and this is torch 2\.9\.1"
+        MissingLibraryError,
+        match=r"built against torch .*, need torch >= 2\.10, and this is torch 2\.9\.1",
     ):
         library.load()
 
@@ -243,6 +230,7 @@ def test_info_prints_versions_backends_and_paths() -> None:
     text = str(found)
     assert found.library == str(library.LIBRARY) and found.problem is None
     assert found.backends[0] == "cpu" and found.build["torch"] in text
+    assert found.cpu_variant == library.cpu_variant() and found.cpu_variant in text
     for part in (__version__, torch.__version__, found.build["compiler"], "cpu: compiled kernels"):
         assert part in text
     # Lists are wrapped; a path is never broken.
