@@ -26,6 +26,12 @@ from .models.densenet import (
     densenet264_k48,
     densenet_cifar,
 )
+from .models.fc_densenet import (
+    EfficientFCDenseNet,
+    fc_densenet56,
+    fc_densenet67,
+    fc_densenet103,
+)
 from .models.pretrained import load_weights
 from .nn.dense_block import EfficientDenseBlock
 from .nn.features import EfficientFeatures
@@ -43,6 +49,7 @@ __all__ = [
     "ConversionError",
     "EfficientDenseBlock",
     "EfficientDenseNet",
+    "EfficientFCDenseNet",
     "EfficientFeatures",
     "EfficientResidualDenseBlock",
     "EfficientTransition",
@@ -60,6 +67,9 @@ __all__ = [
     "densenet264_k48",
     "densenet_cifar",
     "explain",
+    "fc_densenet56",
+    "fc_densenet67",
+    "fc_densenet103",
     "info",
     "inspect_conversion",
     "load_weights",

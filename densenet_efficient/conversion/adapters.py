@@ -163,7 +163,7 @@ def check_layers(
 def transition_adapter(
     parts: Callable[[nn.Module], TransitionParts], *, check: Check | None = None
 ) -> Adapter:
-    """The adapter of a transition: norm, ReLU, 1x1 convolution, average pooling by 2.
+    """The adapter of a transition: norm, ReLU, 1x1 convolution, average or maximum pooling by 2.
     One that is not so is left as it is, and reported.
 
     Args:

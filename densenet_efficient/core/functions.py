@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import differentiable, eager, layout, pooling
+from . import differentiable, eager, layout, max_pool, pooling
 from .dense_block import Kept, block_backward, block_forward
 from .gradients import gradient_buffer
 from .specs import BlockSpec, PoolSpec
@@ -194,6 +194,24 @@ class StemFunction(torch.autograd.Function):
                 dx, dnorm = pooling.stem_backward(spec, dy, rows, stats, gamma, beta)
             dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
         return _where(ctx.needs_input_grad, (None, dx, None, dgamma, dbeta))
+
+
+class MaxPoolFunction(torch.autograd.Function):
+    """Dropout and max-pooling by 2: (x, drop rate) -> y. A byte for each value of y is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, drop_rate: float) -> Tensor:
+        """See `max_pool.max_pool_forward`."""
+        y, places = max_pool.max_pool_forward(x, drop_rate)
+        ctx.spatial, ctx.drop_rate = x.shape[2:], drop_rate
+        ctx.save_for_backward(places)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        """See `max_pool.max_pool_backward`."""
+        (places,) = ctx.saved_tensors
+        return max_pool.max_pool_backward(dy, places, ctx.spatial, ctx.drop_rate), None
 
 
 class SharedNormFunction(torch.autograd.Function):

@@ -178,6 +178,8 @@ class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore
             ``"store"`` also keeps every bottleneck and saves recomputing it.
 
     Keyword Args:
+        with_input (bool): False: only the new channels come out, as on the way up of an
+            FC-DenseNet.
         bottleneck (bool): False: layers are one 3x3 convolution.
         eps (float): of every norm.
         momentum (float): of every norm.
@@ -212,7 +214,7 @@ class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore
         PlainDenseBlock.__init__(
             self, num_layers, num_input_features, bn_size, growth_rate, drop_rate, **options
         )
-        self._adopt(standard_parts, memory)
+        self._adopt(standard_parts, memory, with_input=_is_with_input)
 
     @classmethod
     def from_layers(
@@ -234,6 +236,10 @@ class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore
         block._adopt(parts, memory)
         block.training = next(iter(layers.values())).training  # not of the layers' own norms
         return block
+
+
+def _is_with_input(block: Any) -> bool:
+    return block.with_input
 
 
 def _joined(x: Any) -> Any:

@@ -174,7 +174,7 @@ class FeaturesExecution(Efficient):
         gamma, beta, weight = norm.weight, norm.bias, conv.weight
         execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
         answer = execution.pooling_dtype(x, len(conv.kernel_size))
-        x = _convolution(conv, handover.match_layout(x) if contiguous else x, weight)
+        x = channels_last_convolution(conv, handover.match_layout(x) if contiguous else x, weight)
         want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
         exchange = begin_exchange(own.group, x, None) if want else None
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
@@ -209,7 +209,7 @@ class EfficientFeatures(FeaturesExecution, nn.Sequential):
         self._adopt()
 
 
-def _convolution(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
+def channels_last_convolution(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
     """conv(x) in channels-last memory. The weight's strides decide, so no copy of x is kept; those
     of one input channel would be ambiguous, and are set by a view."""
     dims = len(conv.kernel_size)

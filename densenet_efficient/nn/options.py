@@ -22,6 +22,13 @@ def check_memory(value: Any) -> str:
     return value
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
     """value as an int of at least `minimum`."""
     try:

@@ -66,11 +66,12 @@ def transition_children(
     *,
     drop_rate: float = 0.0,
     pool: bool = True,
+    max_pool: bool = False,
     bias: bool = False,
     eps: float = 1e-5,
 ) -> dict[str, nn.Module]:
-    """norm, relu, conv (1x1), with a drop_rate drop, pool (2x2 average; without pooling the
-    identity). ValueError for an option out of its range."""
+    """norm, relu, conv (1x1), with a drop_rate drop, pool (2x2 average or maximum; without pooling
+    the identity). ValueError for an option out of its range."""
     check_count("num_input_features", num_input_features)
     check_count("num_output_features", num_output_features)
     drop_rate = check_drop_rate(drop_rate)
@@ -81,7 +82,8 @@ def transition_children(
     }
     if drop_rate > 0:
         children["drop"] = nn.Dropout(drop_rate)
-    children["pool"] = nn.AvgPool2d(kernel_size=2, stride=2) if pool else nn.Identity()
+    kind = nn.MaxPool2d if max_pool else nn.AvgPool2d
+    children["pool"] = kind(kernel_size=2, stride=2) if pool else nn.Identity()
     return children
 
 
@@ -119,7 +121,10 @@ class PlainDenseLayer(nn.Module):
 
 
 class PlainDenseBlock(nn.ModuleDict):
-    """Dense layers, each on the concatenation of the input and every earlier layer's output."""
+    """Dense layers, each on the concatenation of the input and every earlier layer's output.
+    with_input: whether the block's input is part of its output."""
+
+    with_input = True
 
     def __init__(
         self,
@@ -128,19 +133,24 @@ class PlainDenseBlock(nn.ModuleDict):
         bn_size: int,
         growth_rate: int,
         drop_rate: float,
+        *,
+        with_input: bool = True,
         **options: Any,
     ) -> None:
         check_count("num_layers", num_layers)
         super().__init__()
+        self.with_input = bool(with_input)
         for index in range(num_layers):
             channels = num_input_features + index * growth_rate
             layer = PlainDenseLayer(channels, growth_rate, bn_size, drop_rate, **options)
             self[f"denselayer{index + 1}"] = layer
 
     def forward(self, init_features: Tensor | Sequence[Tensor]) -> Tensor:
-        """[N, C, *spatial], or several to concatenate -> all features, concatenated."""
+        """[N, C, *spatial], or several to concatenate -> all features, concatenated, or only the
+        new ones."""
         several = isinstance(init_features, (list, tuple))  # torch.fx passes neither of both
         features: list[Tensor] = list(init_features) if several else [init_features]  # type: ignore[list-item]
+        given = len(features)
         for layer in self.values():
             features.append(layer(features))
-        return torch.cat(features, 1)
+        return torch.cat(features if self.with_input else features[given:], 1)

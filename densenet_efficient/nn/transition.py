@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.functions import Result, TransitionFunction
+from ..core.functions import MaxPoolFunction, Result, TransitionFunction
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
 from . import execution, handover
@@ -29,6 +29,7 @@ from .plain import transition_children
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 def is_pool_by_two(pool: nn.Module) -> bool:
@@ -44,6 +45,14 @@ def is_pool_by_two(pool: nn.Module) -> bool:
     )
 
 
+def is_max_pool_by_two(pool: Any) -> bool:
+    """Whether the module takes the largest of 2 pixels in every direction, dropping odd edges."""
+    if type(pool) not in _MAX_POOLS:
+        return False
+    options = [once(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+    return options == [2, 2, 0, 1] and not pool.ceil_mode and not pool.return_indices
+
+
 def once(value: Any) -> Any:
     """The one number of an option given as a number or as equal numbers per axis."""
     if isinstance(value, (tuple, list)):
@@ -54,9 +63,9 @@ def once(value: Any) -> Any:
 @dataclass(frozen=True)
 class TransitionParts:
     """The modules of a transition, whatever its class calls them: norm, ReLU, 1x1 convolution,
-    average pooling by 2. pool: None where the forward of the class pools by itself; an identity
-    where nothing pools. drop_rate: of a dropout between convolution and pooling, 0 where it is not
-    applied at present."""
+    pooling by 2. pool: None where the forward of the class averages by itself; an average, a
+    maximum, or an identity where nothing pools. drop_rate: of a dropout between convolution and
+    pooling, 0 where it is not applied at present."""
 
     norm: BatchNorm
     conv: Convolution
@@ -112,9 +121,13 @@ class TransitionExecution(Efficient):
         if set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
             return "conv is not pointwise"
         if parts.pool is not None and not (
-            type(parts.pool) is nn.Identity or is_pool_by_two(parts.pool)
+            type(parts.pool) is nn.Identity
+            or is_pool_by_two(parts.pool)
+            or is_max_pool_by_two(parts.pool)
         ):
-            return f"pool is {parts.pool}, not an average over 2 pixels in every direction"
+            return (
+                f"pool is {parts.pool}, not an average or maximum over 2 pixels in every direction"
+            )
         return None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -136,6 +149,7 @@ class TransitionExecution(Efficient):
         gamma, beta, weight, bias = norm.weight, norm.bias, conv.weight, conv.bias
         execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
         pools, drops = type(parts.pool) is not nn.Identity, parts.drop_rate > 0
+        takes_largest = is_max_pool_by_two(parts.pool)
         if pools and min(x.shape[2:]) < 2:
             raise ValueError(
                 f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
@@ -149,7 +163,8 @@ class TransitionExecution(Efficient):
             contiguous = handover.prefers_contiguous(x)
             x = handover.match_layout(x) if contiguous else x
         x, stats = handover.as_dtype(x, stats, dtype)
-        takes_stats, fused = want and not drops, pools and not drops
+        last = not drops and not takes_largest  # whether the operator's result is the transition's
+        takes_stats, fused = want and last, pools and last
         spec = PoolSpec(
             own, chosen.operators, takes_stats, exchange, known is not None, pools=fused
         )
@@ -160,7 +175,9 @@ class TransitionExecution(Efficient):
         if want:
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)
-        if drops:  # it does not commute with the pooling, which is fused otherwise
+        if takes_largest:
+            y = MaxPoolFunction.apply(y, parts.drop_rate)
+        elif drops:  # it does not commute with the pooling, which is fused otherwise
             y = F.dropout(y, parts.drop_rate)
             y = _AVG_POOL[y.dim() - 3](y, 2, 2) if pools else y
         return handover.hand_over(*handover.as_dtype(y, result.stats, answer), contiguous)
@@ -170,12 +187,13 @@ class EfficientTransition(TransitionExecution, nn.Sequential):
     """Norm, ReLU, 1x1 convolution and average pooling by 2, executed as one operator that pools
     first.
 
-    torchvision's ``_Transition``: children norm, relu, conv, pool. Pooling and a pointwise
+    torchvision's ``_Transition``: children norm, relu, conv, pool. An average and a pointwise
     convolution commute, so the product runs on a quarter of the pixels. Only the input is kept for
-    backward. Input ``[N, C, *spatial]``, output ``[N, K, *(spatial // 2)]``; layouts, dtypes and
-    errors as in `EfficientDenseBlock`. By keyword: drop_rate (between convolution and pooling,
-    which then run one after the other), pool=False (as for an output stride that has been reached),
-    bias, eps.
+    backward; with max_pool=True, as in an FC-DenseNet, where the pooling follows the product, a
+    byte for each value of the output as well. Input ``[N, C, *spatial]``, output
+    ``[N, K, *(spatial // 2)]``; layouts, dtypes and errors as in `EfficientDenseBlock`. By keyword:
+    drop_rate (between convolution and pooling, which then run one after the other), pool=False (as
+    for an output stride that has been reached), max_pool, bias, eps.
     """
 
     original_class = nn.Sequential

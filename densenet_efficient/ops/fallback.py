@@ -23,7 +23,7 @@ CHUNK_BYTES = 64 << 20
 """Upper bound of one chunk's normalised copy (one image may exceed it)."""
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
+def chunks(x: Tensor) -> Iterator[slice]:
     """Slices over the images of x [N, *spatial, C] whose normalised copies stay bounded."""
     if x.numel() == 0:
         return
@@ -113,7 +113,7 @@ def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
 
 def norm_correction_apply(dx: Tensor, x: Tensor, correction: Tensor) -> None:
     """See `interface.Operators.norm_correction_apply`; dx and x may be [..., C]."""
-    for rows in _chunks(x):
+    for rows in chunks(x):
         first = rows.start * x[0].numel()
         dx[rows] = dithered(_corrected(dx[rows], x[rows], correction), dx.dtype, first)
 
@@ -127,7 +127,7 @@ def norm_relu_conv_forward(
     y: Tensor,
 ) -> None:
     """y [N, *spatial, K] = conv(relu(a x + s)) for any geometry that keeps the image size."""
-    for images in _chunks(x):
+    for images in chunks(x):
         z = normalise(x[images], norm).relu_().to(x.dtype)
         y[images].copy_(options.forward(_operand(z), weight, bias).movedim(1, -1))
 
@@ -151,7 +151,7 @@ def norm_relu_conv_backward(
     for total in (dweight, dbias):
         if total is not None:
             total.zero_()
-    for images in _chunks(x):
+    for images in chunks(x):
         part = dy[images]
         if y is not None and correction is not None:
             part = _corrected(part, y[images], correction)
@@ -179,7 +179,7 @@ def norm_relu_conv1x1_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
     """See `interface.Operators.norm_relu_conv1x1_forward`."""
-    for rows in _chunks(x):
+    for rows in chunks(x):
         z = normalise(x[rows], norm).relu_().to(x.dtype)
         torch.mm(z, weight.t(), out=y[rows])
     if stats is not None:
@@ -201,7 +201,7 @@ def norm_relu_conv1x1_backward(
     dnorm.zero_()
     if dweight is not None:
         dweight.zero_()
-    for rows in _chunks(x):
+    for rows in chunks(x):
         dy = _corrected(dz_y[rows], y[rows], correction).to(x.dtype)
         normalised = normalise(x[rows], norm)
         if dweight is not None:
@@ -267,7 +267,7 @@ def transition_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
     """See `interface.Operators.transition_forward`; any number of dimensions."""
-    for images in _chunks(x):
+    for images in chunks(x):
         pooled = _average(normalise(x[images], norm).relu_()).to(x.dtype)
         y[images].copy_(torch.matmul(pooled, weight.t()))
     if stats is not None:
@@ -288,7 +288,7 @@ def transition_backward(
     dnorm.zero_()
     if dweight is not None:
         dweight.zero_()
-    for images in _chunks(x):
+    for images in chunks(x):
         normalised = normalise(x[images], norm)
         if dweight is not None:
             pooled = _average(normalised.relu()).to(x.dtype)
@@ -307,14 +307,14 @@ def _through_norm(dx: Tensor, x: Tensor, norm: Tensor, count: int, dnorm: Tensor
     norm_correction_apply(dx, x, correction)
 
 
-_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
     """See `interface.Operators.stem_forward`; any number of dimensions."""
-    for images in _chunks(x):
+    for images in chunks(x):
         z = _channels_first(normalise(x[images], norm).relu_())
-        y[images].copy_(_MAX_POOL[x.dim() - 2](z, 3, 2, 1).movedim(1, -1))
+        y[images].copy_(MAX_POOL[x.dim() - 2](z, 3, 2, 1).movedim(1, -1))
     if stats is not None:
         channel_stats(y, stats)
 
@@ -323,9 +323,9 @@ def stem_backward(
     dy: Tensor, x: Tensor, norm: Tensor, count: int, dx: Tensor, dnorm: Tensor
 ) -> None:
     """See `interface.Operators.stem_backward`; any number of dimensions."""
-    pool = _MAX_POOL[x.dim() - 2]
+    pool = MAX_POOL[x.dim() - 2]
     dnorm.zero_()
-    for images in _chunks(x):
+    for images in chunks(x):
         normalised = normalise(x[images], norm)
         with torch.enable_grad():
             leaf = _channels_first(normalised.relu()).requires_grad_()

@@ -2,7 +2,7 @@
 and models built of ordinary nn.Modules. They are the specification; nothing here needs the compiled
 library, and everything works in float64."""
 
-from .modules import DenseBlock, DenseLayer, DenseNet, Transition
+from .modules import DenseBlock, DenseLayer, DenseNet, FCDenseNet, Transition
 from .operators import (
     channel_stats,
     norm_correction,
@@ -23,6 +23,7 @@ __all__ = [
     "DenseBlock",
     "DenseLayer",
     "DenseNet",
+    "FCDenseNet",
     "Transition",
     "channel_stats",
     "norm_correction",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn.architecture import DenseNetBase
+from ..nn.fully_convolutional import FCDenseNetBase
 from ..nn.options import check_count, check_drop_rate
 from ..nn.plain import dense_layer_children, transition_children
 
@@ -73,7 +74,8 @@ class DenseLayer(nn.Module):
 
 class DenseBlock(nn.ModuleDict):
     """`num_layers` dense layers, each on the concatenation of the block's input and every earlier
-    layer's output; returns all of them: [N, num_input_features + num_layers * growth_rate, ...]."""
+    layer's output; returns all of them: [N, num_input_features + num_layers * growth_rate, ...],
+    or without the input the new ones alone."""
 
     def __init__(
         self,
@@ -83,10 +85,13 @@ class DenseBlock(nn.ModuleDict):
         growth_rate: int,
         drop_rate: float,
         memory_efficient: bool = False,
+        *,
+        with_input: bool = True,
         **options: Any,
     ) -> None:
         check_count("num_layers", num_layers)
         super().__init__()
+        self.with_input = with_input
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
                 num_input_features + i * growth_rate,
@@ -100,13 +105,14 @@ class DenseBlock(nn.ModuleDict):
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         """[N, C, *spatial], or a list of tensors to concatenate."""
         features = [x] if isinstance(x, Tensor) else list(x)
+        given = len(features)
         for layer in self.values():
             features.append(layer(features))
-        return torch.cat(features, 1)
+        return torch.cat(features if self.with_input else features[given:], 1)
 
 
 class Transition(nn.Sequential):
-    """norm-relu-conv(1x1)-pool(2x2 average) between two blocks."""
+    """norm-relu-conv(1x1)-pool(2x2 average, or maximum) between two blocks."""
 
     def __init__(self, num_input_features: int, num_output_features: int, **options: Any) -> None:
         children = transition_children(num_input_features, num_output_features, **options)
@@ -115,6 +121,19 @@ class Transition(nn.Sequential):
 
 class DenseNet(DenseNetBase):
     """The reference DenseNet; the options are those of `EfficientDenseNet`, without `memory`."""
+
+    def _make_block(self, **options: Any) -> nn.Module:
+        return DenseBlock(**options)
+
+    def _make_transition(
+        self, num_input_features: int, num_output_features: int, **options: Any
+    ) -> nn.Module:
+        return Transition(num_input_features, num_output_features, **options)
+
+
+class FCDenseNet(FCDenseNetBase):
+    """The reference FC-DenseNet; the options are those of `EfficientFCDenseNet`, without
+    `memory`."""
 
     def _make_block(self, **options: Any) -> nn.Module:
         return DenseBlock(**options)

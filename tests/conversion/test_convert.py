@@ -231,9 +231,18 @@ def test_renamed_or_cut_features_are_features() -> None:
     assert type(body[:-1]) is nn.Sequential and isinstance(body[:-1][4], EfficientDenseBlock)
 
 
-def test_a_transition_of_another_kind_is_left_and_reported() -> None:
+def test_a_transition_that_takes_the_largest_value_converts() -> None:
     model = network()
     model.features.transition1.pool = nn.MaxPool2d(2)
+    expected = copy.deepcopy(model).double()
+    convert(model)
+    assert isinstance(model.features.transition1, EfficientTransition)
+    assert_same_step(model.double(), expected)
+
+
+def test_a_transition_of_another_kind_is_left_and_reported() -> None:
+    model = network()
+    model.features.transition1.pool = nn.MaxPool2d(3, 2, 1)
     report = inspect_conversion(model)
     assert [entry.path for entry in report.select("left")] == ["features.transition1"]
     assert "MaxPool2d" in str(report)

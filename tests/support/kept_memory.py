@@ -20,13 +20,19 @@ from tests.support.libraries import load
 BLOCKS = (6, 12, 24, 16)
 
 
+def _address(tensor: Tensor) -> int:
+    """Where the tensor's memory begins. Not data_ptr(), which ends the sharing of copy-on-write
+    memory."""
+    return torch._C._data_address(tensor) - tensor.storage_offset() * tensor.itemsize
+
+
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """The memory of all tensors that a forward pass saves, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {_address(t) for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
+        address = _address(tensor)
         if address not in own:
             kept[address] = tensor  # alive, so that its address is not given to another
         return tensor
