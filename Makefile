@@ -4,6 +4,7 @@
 #   make quick      the tests to run while working: every room, under two minutes
 #   make test       the whole test suite
 #   make fuzz       property-based tests: N examples (2000), SEED replays a run
+#   make faults     kill, interrupt and starve trainings: N SIGKILLs (100), SEED replays their choice
 #   make lint       formatters, linters and the type checker
 #   make docs       the documentation as a site, build/site; fails on any warning
 #   make bench      memory and time next to torchvision's, on the CPU
@@ -23,7 +24,8 @@ STAMP := $(VENV)/requirements.stamp
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: demo quick test fuzz lint format docs bench cuda emulation sanitize gpu-check setup build clean
+.PHONY: demo quick test fuzz faults lint format docs bench cuda emulation sanitize gpu-check setup \
+	build clean
 
 # Where there is no GPU the demonstration does not wait for nvcc.
 demo: export DENSENET_EFFICIENT_CUDA := $(if $(wildcard /dev/nvidia*),$(DENSENET_EFFICIENT_CUDA),0)
@@ -36,11 +38,15 @@ quick: build
 test: build
 	$(PYTEST) $(PYTEST_ARGS)
 
-N ?= 2000
 SEED ?= $(shell date +%s)
+fuzz: N ?= 2000
 fuzz: build
 	@echo "replay this run: make fuzz N=$(N) SEED=$(SEED)"
 	FUZZ_EXAMPLES=$(N) $(PYTEST) tests/fuzz --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
+
+faults: N ?= 100
+faults: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.faults $(N) --seed $(SEED)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         path: the destination; its folder is made where it is missing.
         write: called with the name of the temporary file, which exists and is empty.
 
-    The file has the mode that the umask gives a new file, whatever ``write`` sets. Whatever
-    ``write`` raises is passed on, the temporary file is removed and an older ``path`` stays.
+    The file has the mode that the umask gives a new file, whatever ``write`` sets.
+
+    Raises:
+        OSError: it cannot be written; the temporary file is removed and an older ``path`` stays, as
+            after an interruption. A full disk comes from torch.save as a RuntimeError, from
+            safetensors as an error of its own: both are put into an OSError that names ``path``.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +40,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
     try:
         temporary.touch(exist_ok=False)
         mode = stat.S_IMODE(temporary.stat().st_mode)
-        write(str(temporary))
+        _fill(temporary, write, target)
         temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, target)
@@ -44,6 +49,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         raise
     if os.name == "posix":  # the rename itself lives in the folder
         _sync(target.parent)
+
+
+def _fill(temporary: Path, write: Callable[[str], object], target: Path) -> None:
+    try:
+        write(str(temporary))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        free = shutil.disk_usage(target.parent).free / 1e6
+        raise OSError(
+            f"{target} could not be written: {type(error).__name__}: {reason}; {free:,.1f} MB are "
+            "free there"
+        ) from error
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:

@@ -27,6 +27,18 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_writer_s_own_error_names_the_file(tmp_path: Path) -> None:
+    """torch.save says of a full disk: RuntimeError: unexpected pos 48192 vs 48120."""
+
+    def fail(name: str) -> None:
+        raise RuntimeError("unexpected pos\nat a line of C++")
+
+    expected = r"/file could not be written: RuntimeError: unexpected pos; .* MB are free there\Z"
+    with pytest.raises(OSError, match=expected):
+        write_atomically(tmp_path / "file", fail)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_a_file_has_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     """Also where the writer makes it private, as safetensors does."""

@@ -210,7 +210,7 @@ class Trainer:
                     f"memory: a step with batch {self.options.recipe.batch_size} at "
                     f"{self.data.image_size} px does not fit on {self.device}"
                 )
-            elif isinstance(error, OSError) or "PytorchStreamWriter" in text:
+            elif isinstance(error, OSError):
                 reason = f"out: could not write into {self.options.out}: {text.splitlines()[0]}"
             else:
                 raise
@@ -306,6 +306,8 @@ class Trainer:
         return loss / count, correct / count
 
     def _save(self) -> None:
+        """The checkpoint comes last: until it is there, the epoch is trained and logged again."""
+        write_log(self.options.out / "log.csv", self.history)
         save_checkpoint(
             self.checkpoint,
             **self._state(),
@@ -314,7 +316,6 @@ class Trainer:
             history=self.history,
             arguments=self.options.arguments,
         )
-        write_log(self.options.out / "log.csv", self.history)
 
     def _print(self, row: dict[str, Any]) -> None:
         if self.options.progress:
