@@ -1,29 +1,25 @@
-"""The examples of docs/compatibility.md, as a reader would run them."""
-
-import re
-import sys
-from pathlib import Path
-from types import ModuleType
+"""The examples of docs/compatibility.md convert what they say, exactly."""
 
 import pytest
 import torch
+from torch import nn
 
 from densenet_efficient import unconvert
 from densenet_efficient.nn.dense_block import DenseBlockExecution
 from tests.support.conversion_comparison import largest_error, step
+from tests.support.markdown import ROOT, Block, blocks, run
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "compatibility.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PAGE = ROOT / "docs" / "compatibility.md"
+EXAMPLES = [block for block in blocks(PAGE) if block.language == "python"]
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
 def test_an_example_converts_what_it_says(
-    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    example: Block, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = ModuleType(f"example{number}")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(EXAMPLES[number], module.__dict__)
-    model = module.model.double()
+    model = run([example])["model"]
+    assert isinstance(model, nn.Sequential)
+    model.double()
     assert isinstance(model[1], DenseBlockExecution)
     assert "refused" not in capsys.readouterr().out
     x = torch.randn(2, 3, 9, 10, dtype=torch.float64)

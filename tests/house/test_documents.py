@@ -1,19 +1,18 @@
-"""Every Python block of README and docs runs, and every link to a file leads somewhere."""
+"""Every block of code in README and docs runs, and every link to a file leads somewhere."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.support.markdown import ROOT, python_blocks, run_blocks
+from tests.support import commands
+from tests.support.markdown import EXECUTED, LANGUAGES, PAGES, blocks, run
 from tests.support.peer import torchvision
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Each of its examples is compared with the plain model in tests/conversion.
-ELSEWHERE = {ROOT / "docs" / "compatibility.md"}
-WITH_CODE = [page for page in PAGES if python_blocks(page) and page not in ELSEWHERE]
+WITH_CODE = [page for page in PAGES if any(b.language in EXECUTED for b in blocks(page))]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
@@ -22,7 +21,22 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     assert torchvision.models  # imported once, so that a page can import it
     monkeypatch.chdir(tmp_path)
-    run_blocks(page)
+    run(blocks(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_all_code_is_fenced_and_says_its_language(page: Path) -> None:
+    """Otherwise it would not be found, and not be run."""
+    outside = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert "```" not in outside
+    assert not re.findall(r"\n\n {4,}\S.*", outside)
+    assert {block.language for block in blocks(page)} <= set(LANGUAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_the_text_can_be_given(page: Path) -> None:
+    for line in re.findall(r"`python -m densenet_efficient ([a-z][^`]*)`", page.read_text()):
+        commands.parse(shlex.split(line.replace("\n", " ")), page.name)
 
 
 def test_there_is_a_page_for_every_library() -> None:
