@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..memory.planner import max_batch, plan
+from ..ops.dtypes import AUTOCAST
+from . import distributed
+from .data import Data
 from .device import device_memory_bytes
+from .recipes import Recipe
 
-__all__ = ["check_memory", "image_bytes", "largest_batch", "planned_bytes", "state_bytes"]
+__all__ = ["image_bytes", "largest_batch", "plan_run", "planned_bytes", "state_bytes"]
 
 
 def planned_bytes(
@@ -59,11 +64,24 @@ def largest_batch(
     return bisect.bisect_right(range(1, without_images + 1), size, key=needed)
 
 
-def check_memory(needed: int, batch_size: int, image_size: int, device: torch.device) -> None:
-    """ValueError where a training step needs more bytes than the device has."""
-    available = device_memory_bytes(device)
+def plan_run(
+    model: nn.Module, data: Data, recipe: Recipe, amp: str | None, device: torch.device
+) -> tuple[int | None, int]:
+    """Planned bytes of a step (`planned_bytes`) in this process, and the bytes there before it.
+
+    Raises:
+        ValueError: both together are more than the device has.
+    """
+    size, batch = data.image_size, recipe.batch_size // distributed.process_count()
+    part = math.ceil(batch / recipe.accumulate)
+    planned = planned_bytes(model, (part, data.channels, size, size), AUTOCAST.get(amp or ""))
+    standing = state_bytes(model, momentum=recipe.momentum > 0)
+    standing += state_bytes(model, momentum=False) if recipe.ema_decay else 0
+    standing += batch * image_bytes(data.channels, size)
+    needed, available = (planned or 0) + standing, device_memory_bytes(device)
     if needed > available:
         raise ValueError(
             f"batch_size: expected one whose step fits into the {available / 1e9:.1f} GB of "
-            f"{device}, got {batch_size}, which needs {needed / 1e9:.1f} GB at {image_size} px"
+            f"{device}, got {batch}, which needs {needed / 1e9:.1f} GB at {size} px"
         )
+    return planned, standing

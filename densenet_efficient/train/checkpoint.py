@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..files import write_atomically
 from .rng import check_random_state, random_state, restore_random_state
@@ -22,6 +23,7 @@ from .rng import check_random_state, random_state, restore_random_state
 __all__ = [
     "COLUMNS",
     "CheckpointError",
+    "evaluated_state",
     "export_safetensors",
     "read_checkpoint",
     "restore_checkpoint",
@@ -29,13 +31,14 @@ __all__ = [
 ]
 
 FORMAT = "densenet-efficient checkpoint"
-VERSION = 2
+VERSION = 3
 _ENTRIES = {
     "description": dict,
     "model": dict,
     "optimizer": dict,
     "schedule": dict,
     "scaler": dict,
+    "average": dict,
     "random": dict,
     "epoch": int,
     "history": list,
@@ -65,6 +68,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
+    average: AveragedModel | None,
     description: Mapping[str, Any],
     epoch: int,
     history: list[dict[str, Any]],
@@ -87,6 +91,7 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "scaler": scaler.state_dict(),
+        "average": {} if average is None else average.state_dict(),
         "random": random_state(),
         "epoch": epoch,
         "history": history,
@@ -150,6 +155,17 @@ def _check_history(path: str | os.PathLike[str], epoch: int, history: list[Any])
             )
 
 
+def evaluated_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of the network that a checkpoint's run evaluates: the averaged one, if any."""
+    prefix = "module."
+    averaged = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state["average"].items()
+        if name.startswith(prefix)
+    }
+    return averaged or state["model"]
+
+
 def restore_checkpoint(
     state: Mapping[str, Any],
     *,
@@ -157,6 +173,7 @@ def restore_checkpoint(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler | None,
     scaler: torch.amp.GradScaler,
+    average: AveragedModel | None,
     description: Mapping[str, Any],
 ) -> None:
     """Load what :func:`read_checkpoint` returned; random generators included.
@@ -174,6 +191,7 @@ def restore_checkpoint(
     if schedule is not None:
         _check_like("schedule", schedule.state_dict(), state["schedule"])
     _check_like("scaler", scaler.state_dict(), state["scaler"])
+    _check_tensors("average", {} if average is None else average.state_dict(), state["average"])
     _check_equal("random generators", sorted(random_state()), sorted(map(str, state["random"])))
     try:
         check_random_state(state["random"])
@@ -184,6 +202,8 @@ def restore_checkpoint(
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
+    if average is not None:
+        average.load_state_dict(state["average"])
     restore_random_state(state["random"])
 
 

@@ -1,4 +1,4 @@
-"""The data sets of the command line: loading, splits, normalisation and the papers' augmentations.
+"""The data sets of the command line: loading, splits, normalisation.
 
 torchvision's data sets and transforms do the work. The digits come with scikit-learn, so they need
 no download. Whatever cannot be read ends in a `DataError` that names the file or folder.
@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from ..torchvision_compat import import_torchvision
+from .augmentation import crops_and_flips, digit_distortions, random_crops
 
-__all__ = ["DATASETS", "Data", "DataError", "TensorImages", "load_data", "loader", "on_device"]
+__all__ = ["DATASETS", "Data", "DataError", "TensorImages", "load_data"]
 
 DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder", "synthetic")
 # Mean and standard deviation per channel, of the training images scaled to 0..1.
@@ -34,6 +35,7 @@ _STATISTICS = {
     "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 _CLASSES = {"cifar10": 10, "cifar100": 100, "fashion-mnist": 10}
+_FLOATS = ("digits", "synthetic")
 _IMAGE_SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "fashion-mnist": 28}
 
 
@@ -84,6 +86,7 @@ def load_data(
     path: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     augment: bool = True,
+    randaugment: int = 0,
     download: bool = False,
     limit: int | None = None,
     shape: tuple[int, int] = (3, 10),
@@ -97,6 +100,8 @@ def load_data(
         image_size: pixels a side (None: the data set's own; 224 for "imagefolder", 32 for
             "synthetic").
         augment: random crops and flips (digits: small rotations, shifts and scalings).
+        randaugment: magnitude of RandAugment on the training images; 0 for none. The images must
+            have 8 bits: "digits" and "synthetic" do not.
         download: fetch what is missing in `root`.
         limit: use only so many images of each split, the first ones of every class in equal
             numbers; "synthetic" makes that many.
@@ -113,15 +118,21 @@ def load_data(
             raise ValueError(f"{option}: expected a positive integer, got {value!r}")
     if (path is not None) != (name == "imagefolder"):
         raise ValueError(f"path: expected with data imagefolder only, got {path!r} with {name}")
+    if randaugment and name in _FLOATS:
+        raise ValueError(
+            f"randaugment: expected data of 8-bit images, such as cifar10 or imagefolder, got "
+            f"{randaugment} with {name}"
+        )
     size = image_size or _IMAGE_SIZES.get(name, 224 if name == "imagefolder" else 32)
     if name == "digits":
         data = _digits(size, augment)
     elif name == "synthetic":
         return _synthetic(size, limit or 1024, *shape)
     elif name == "imagefolder":
-        data = _image_folder(Path(path or ""), size, augment)
+        data = _image_folder(Path(path or ""), size, augment, randaugment)
     else:
-        data = _torchvision(name, Path(root), size, augment, download)
+        changes = crops_and_flips(size, augment, randaugment)
+        data = _torchvision(name, Path(root), size, changes, download)
     if limit is None:
         return data
     return dataclasses.replace(
@@ -165,14 +176,7 @@ def _digits(size: int, augment: bool) -> Data:
     images = (images - mean) / std
     transform = None
     if augment:
-        v2 = import_torchvision("torchvision.transforms.v2")
-        transform = v2.RandomAffine(
-            10,
-            translate=(0.1, 0.1),
-            scale=(0.9, 1.1),
-            fill=background,
-            interpolation=v2.InterpolationMode.BILINEAR,
-        )
+        transform = digit_distortions(background)
     return Data(
         "digits",
         TensorImages(images[train], labels[train], transform),
@@ -193,7 +197,7 @@ def _synthetic(size: int, count: int, channels: int, classes: int) -> Data:
     return Data("synthetic", images_and_labels, images_and_labels, classes, channels, size, names)
 
 
-def _torchvision(name: str, root: Path, size: int, augment: bool, download: bool) -> Data:
+def _torchvision(name: str, root: Path, size: int, changes: list[Any], download: bool) -> Data:
     datasets = import_torchvision("torchvision.datasets")
     v2 = import_torchvision("torchvision.transforms.v2")
     classes = {
@@ -203,11 +207,10 @@ def _torchvision(name: str, root: Path, size: int, augment: bool, download: bool
     }
     own = _IMAGE_SIZES[name]
     resize = [] if size == own else [v2.Resize(size)]
-    crops = [v2.RandomCrop(size, padding=max(size // 8, 1)), v2.RandomHorizontalFlip()]
     common = _to_normalised(v2, name)
     parts = []
     for train in (True, False):
-        steps = [*resize, *(crops if augment and train else []), *common]
+        steps = [*resize, *(changes if train else []), *common]
         try:
             parts.append(
                 classes[name](root, train=train, transform=v2.Compose(steps), download=download)
@@ -222,15 +225,15 @@ def _torchvision(name: str, root: Path, size: int, augment: bool, download: bool
     return Data(name, train, test, _CLASSES[name], len(_STATISTICS[name][0]), size, names)
 
 
-def _image_folder(path: Path, size: int, augment: bool) -> Data:
+def _image_folder(path: Path, size: int, augment: bool, randaugment: int) -> Data:
     datasets = import_torchvision("torchvision.datasets")
     v2 = import_torchvision("torchvision.transforms.v2")
     common = _to_normalised(v2, "imagefolder")
-    plain = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *common]
-    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *common]
+    plain = [*random_crops(size, False, 0), *common]
+    random = [*random_crops(size, augment, randaugment), *common]
     parts: list[Any] = []
     for split in ("train", "val"):
-        steps = random if augment and split == "train" else plain
+        steps = random if split == "train" else plain
         try:
             parts.append(datasets.ImageFolder(path / split, v2.Compose(steps), loader=_open_image))
         except (OSError, RuntimeError) as error:
@@ -290,39 +293,3 @@ def _open_image(path: str) -> Any:
 def _to_normalised(v2: Any, name: str) -> list[Any]:
     mean, std = _STATISTICS[name]
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-
-
-def loader(
-    dataset: Dataset, batch_size: int, *, shuffle: bool, seed: int, workers: int, pin: bool
-) -> DataLoader:
-    """Batches of (images, labels). The order follows from `seed` alone; a last batch of one image
-    is dropped while training, as batch statistics over one value need not exist."""
-    size = len(dataset)  # type: ignore[arg-type]
-    if size == 0:
-        raise DataError("data: expected at least one image, got none")
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=shuffle and size % batch_size == 1 and size > 1,
-        num_workers=workers,
-        pin_memory=pin,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def on_device(
-    batches: DataLoader, device: torch.device, memory_format: torch.memory_format
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches on the device: images [n, C, H, W] in the memory format, labels [n]."""
-    for images, labels in _one_line_errors(batches):
-        images = images.to(device, non_blocking=True, memory_format=memory_format)
-        yield images, labels.to(device, non_blocking=True)
-
-
-def _one_line_errors(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """A worker process passes its error on as text with a traceback in front: leave that out."""
-    try:
-        yield from batches
-    except DataError as error:
-        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error

@@ -21,8 +21,11 @@ class TrainingOptions:
 
     network, execution: see `networks`. recipe: see `recipes`. amp: None, "bf16" or "fp16" autocast
     (fp16 with loss scaling). device: such as "cpu" or "cuda:0". out: folder of the logs, weights
-    and checkpoint. resume: a checkpoint to continue; the recipe may have more epochs than its own.
-    workers: processes that load data. arguments: of the command line, kept in the checkpoint.
+    and checkpoint. weights, freeze: see `finetuning`. sync_batch_norm: statistics over the batches
+    of all processes (torchrun). deterministic: PyTorch's deterministic algorithms. resume: a
+    checkpoint to continue; the recipe may have more epochs than its own. workers: processes that
+    load data. profile, memory_snapshot: see `profiling`. arguments: of the command line, kept in
+    the checkpoint.
     """
 
     network: NetworkSpec
@@ -32,11 +35,17 @@ class TrainingOptions:
     amp: str | None = None
     device: str = "cpu"
     channels_last: bool = True
+    weights: str | None = None
+    freeze: tuple[str, ...] = ()
+    sync_batch_norm: bool = False
     seed: int = 0
+    deterministic: bool = False
     resume: Path | None = None
     overwrite: bool = False
     workers: int = 0
     tensorboard: bool = False
+    profile: bool = False
+    memory_snapshot: bool = False
     progress: bool = True
     arguments: tuple[str, ...] = ()
 

@@ -5,6 +5,7 @@ log.csv              one row of figures an epoch
 best.safetensors     the weights after the epoch with the highest held-out accuracy
 model.safetensors    the weights after the last epoch
 tensorboard/         where it is asked for
+trace.json, ...      likewise (see `profiling`)
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from ..models.networks import NetworkSpec
 from .checkpoint import COLUMNS, export_safetensors
 from .data import Data
 
-__all__ = ["check_installed", "open_tensorboard", "prepare_folder", "write_log", "write_weights"]
+__all__ = [
+    "check_installed",
+    "check_unused",
+    "open_tensorboard",
+    "prepare_folder",
+    "write_log",
+    "write_weights",
+]
 
 
 def check_installed(*modules: str) -> None:
@@ -37,11 +45,20 @@ def check_installed(*modules: str) -> None:
         )
 
 
-def prepare_folder(folder: Path, model: nn.Module) -> None:
+def check_unused(checkpoint: Path) -> None:
+    """ValueError where the folder holds a run, which a new one would overwrite."""
+    if checkpoint.exists():
+        raise ValueError(
+            f"out: expected a folder without a run, or resume or overwrite, got {checkpoint}"
+        )
+
+
+def prepare_folder(folder: Path, model: nn.Module, copies: int) -> None:
     """Make the folder, try to write into it and remove what a killed run left half written.
 
     Raises:
-        ValueError: it cannot be written, or a first checkpoint and the best weights do not fit.
+        ValueError: it cannot be written, or a first checkpoint and the best weights, `copies` of
+            the model together, do not fit.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,8 +70,7 @@ def prepare_folder(folder: Path, model: nn.Module) -> None:
         raise ValueError(
             f"out: expected a folder that can be written, got {folder}: {error.strerror}"
         ) from error
-    # The checkpoint holds weights and momentum, best.safetensors the weights.
-    needed = 3 * sum(tensor.nbytes for tensor in model.state_dict().values())
+    needed = copies * sum(tensor.nbytes for tensor in model.state_dict().values())
     if free < needed:
         raise ValueError(
             f"out: expected {needed / 1e6:,.0f} MB of free space for a checkpoint and weights, got "

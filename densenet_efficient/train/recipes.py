@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 SCHEDULES = ("step", "cosine", "constant")
+_NUMBERS = ("mixup", "cutmix", "clip_norm")
 
 
 def _expect(ok: bool, name: str, expected: str, got: object) -> None:
@@ -51,7 +52,12 @@ class Recipe:
     momentum: 0 <= m < 1, Nesterov's where it is not 0. weight_decay: on every parameter, as in the
     paper. schedule: "step" (divided by 10 at each of `milestones`, fractions of the epochs),
     "cosine" (to zero) or "constant". warmup_epochs: linear start, less than `epochs`.
-    label_smoothing: 0 <= s < 1. augment: the data set's own augmentation.
+    label_smoothing: 0 <= s < 1. augment: the data set's own augmentation. randaugment: magnitude of
+    RandAugment, 1..30. mixup, cutmix: alpha of the Beta distribution that their shares are drawn
+    from; with both, each batch takes one of them. accumulate: parts of a batch that are computed
+    one after the other, their gradients added up. clip_norm: the largest norm of all gradients
+    together. ema_decay: the share of the old average that each step keeps; averaged weights are
+    then what is evaluated and saved. 0 (accumulate: 1) leaves each of these out.
 
     Raises:
         ValueError: a value out of its range; the message names it, what was expected and what came.
@@ -67,20 +73,32 @@ class Recipe:
     warmup_epochs: float = 0
     label_smoothing: float = 0.0
     augment: bool = True
+    randaugment: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             _expect(ok, name, "a positive integer", value)
-        for name in ("learning_rate", "weight_decay", "warmup_epochs"):
+        for name in ("learning_rate", "weight_decay", "warmup_epochs", *_NUMBERS):
             value = getattr(self, name)
             _expect(_is_number(value) and value >= 0, name, "a finite number >= 0", value)
         _expect(self.learning_rate > 0, "learning_rate", "a number > 0", self.learning_rate)
-        for name in ("momentum", "label_smoothing"):
+        for name in ("momentum", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             _expect(_is_number(value) and 0 <= value < 1, name, "a number in [0, 1)", value)
+        parts_fit = self.accumulate <= self.batch_size
+        most = f"at most batch_size ({self.batch_size})"
+        _expect(parts_fit, "accumulate", most, self.accumulate)
         _expect(isinstance(self.augment, bool), "augment", "True or False", self.augment)
+        whole = isinstance(self.randaugment, int) and not isinstance(self.randaugment, bool)
+        inside = whole and 0 <= self.randaugment <= 30
+        _expect(inside, "randaugment", "an integer in 0..30", self.randaugment)
         _expect(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", self.schedule)
         rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         inside = all(_is_number(m) and 0 < m < 1 for m in self.milestones)

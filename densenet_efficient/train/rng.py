@@ -1,9 +1,12 @@
-"""The random generators that a training run may draw from: their states, saved and put back."""
+"""What makes a run repeatable: the states of the random generators that it may draw from, saved and
+put back, and deterministic algorithms."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +16,13 @@ try:
 except ImportError:  # then nothing can draw from its generator either
     numpy = None  # type: ignore[assignment]
 
-__all__ = ["check_random_state", "random_state", "restore_random_state", "seed_everything"]
+__all__ = [
+    "check_random_state",
+    "deterministic_algorithms",
+    "random_state",
+    "restore_random_state",
+    "seed_everything",
+]
 
 
 def seed_everything(seed: int) -> None:
@@ -22,6 +31,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     if numpy is not None:
         numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms, or an error where an operator has none, for the length of
+    the context."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is refused
+    before = torch.are_deterministic_algorithms_enabled()
+    search = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = search
 
 
 def random_state() -> dict[str, Any]:

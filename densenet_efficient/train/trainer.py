@@ -7,34 +7,44 @@ on the CPU a resumed run continues bit by bit as the uninterrupted one.
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 from ..memory.process import peak_bytes
 from ..models.networks import check_image_size
-from .capacity import check_memory, image_bytes, planned_bytes, state_bytes
+from . import distributed
+from .batches import on_device, training_batches
+from .capacity import plan_run
 from .checkpoint import CheckpointError, read_checkpoint, restore_checkpoint, save_checkpoint
-from .data import Data, loader, on_device
+from .data import Data
 from .device import check_device
+from .evaluation import evaluate
+from .failures import TrainingError, named_failures
+from .finetuning import freeze, start_from, train_mode
 from .header import describe_run
 from .options import AMP, TrainingOptions
-from .outputs import check_installed, open_tensorboard, prepare_folder, write_log, write_weights
+from .outputs import (
+    check_installed,
+    check_unused,
+    open_tensorboard,
+    prepare_folder,
+    write_log,
+    write_weights,
+)
+from .profiling import check_profiling, profiled
 from .recipes import advance, build_optimizer, build_schedule
-from .rng import seed_everything
+from .rng import deterministic_algorithms, seed_everything
+from .steps import Steps
 
 __all__ = ["AMP", "CHECKPOINT", "Trainer", "TrainingError", "TrainingOptions"]
 
 CHECKPOINT = "checkpoint.pt"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, such as after a loss that is not finite."""
 
 
 class Trainer:
@@ -43,21 +53,22 @@ class Trainer:
     Raises:
         ValueError: the output folder holds another run and neither resume nor overwrite was asked,
             or cannot be written; images that are too small for the network; a batch that needs more
-            memory than the device has; one of several processes (torchrun).
+            memory than the device has, or that the processes cannot share; one of several processes
+            (torchrun) outside `distributed.joined`; weights or names to freeze that are not the
+            network's.
         ImportError: a package of the extra "train" is missing.
         CheckpointError: the checkpoint to resume is damaged or belongs to something else.
     """
 
     def __init__(self, options: TrainingOptions, data: Data) -> None:
         self.options, self.data = options, data
+        recipe = options.recipe
         self.checkpoint = options.out / CHECKPOINT
-        _check_one_process()
+        distributed.check_joined()
+        distributed.check_shares(recipe.batch_size)
         check_installed("safetensors", "tqdm", *["tensorboard"] * options.tensorboard)
-        if self.checkpoint.exists() and options.resume is None and not options.overwrite:
-            raise ValueError(
-                f"out: expected a folder without a run, or resume or overwrite, got "
-                f"{self.checkpoint}"
-            )
+        if options.resume is None and not options.overwrite:
+            distributed.on_first(lambda: check_unused(self.checkpoint))
         state = None if options.resume is None else read_checkpoint(options.resume)
         seed_everything(options.seed)
         self.device = check_device(options.device)
@@ -66,23 +77,31 @@ class Trainer:
         )
         model = options.network.build(options.execution)
         check_image_size(model, data.image_size)
+        self.new_classifier = False
+        if options.weights is not None and state is None:
+            self.new_classifier = not start_from(model, options.network, options.weights)
+        freeze(model, options.freeze)
         self.model = model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        size, batch = data.image_size, options.recipe.batch_size
-        shape = (batch, data.channels, size, size)
-        self.planned = planned_bytes(self.model, shape, AMP.get(options.amp or ""))
-        self.standing = state_bytes(self.model, momentum=options.recipe.momentum > 0)
-        self.standing += batch * image_bytes(data.channels, size)
-        check_memory((self.planned or 0) + self.standing, batch, size, self.device)
-        self.optimizer = build_optimizer(self.model, options.recipe)
-        self.train_loss = nn.CrossEntropyLoss(label_smoothing=options.recipe.label_smoothing)
-        self.steps_per_epoch = max(len(self._train_loader(0)), 1)
-        self.schedule = build_schedule(self.optimizer, options.recipe, self.steps_per_epoch)
+        self.planned, self.standing = plan_run(self.model, data, recipe, options.amp, self.device)
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.steps_per_epoch = max(len(self._train_batches(0)), 1)
+        self.schedule = build_schedule(self.optimizer, recipe, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        self.average = None
+        if recipe.ema_decay:
+            averaging = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.average = AveragedModel(self.model, multi_avg_fn=averaging, use_buffers=True)
+        wanted = {"profile": options.profile, "memory_snapshot": options.memory_snapshot}
+        check_profiling(self.device, self.steps_per_epoch, **wanted)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         if state is not None:
             self._resume(state)
-        prepare_folder(options.out, self.model)
+        trained = distributed.parallel(self.model, self.device, options.sync_batch_norm)
+        parts = {**self._state(), "model": trained}
+        self.steps = Steps(**parts, recipe=recipe, num_classes=data.num_classes, amp=options.amp)
+        copies = 5 if self.average is not None else 3  # with the momentum, and the best weights
+        distributed.on_first(lambda: prepare_folder(options.out, self.model, copies))
 
     def _resume(self, state: dict[str, Any]) -> None:
         """Continue a checkpoint's run; with another number of epochs its schedule is stretched."""
@@ -115,6 +134,7 @@ class Trainer:
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "scaler": self.scaler,
+            "average": self.average,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -129,24 +149,19 @@ class Trainer:
             },
             "recipe": self.options.recipe.describe(),
             "amp": self.options.amp,
+            "freeze": list(self.options.freeze),
             "seed": self.options.seed,
         }
 
-    def _train_loader(self, epoch: int) -> Any:
-        return loader(
+    def _train_batches(self, epoch: int) -> DataLoader:
+        return training_batches(
             self.data.train,
             self.options.recipe.batch_size,
-            shuffle=True,
-            seed=self.options.seed * 1_000_003 + epoch,
+            seed=self.options.seed * 1_000_003,
+            epoch=epoch,
             workers=self.options.workers,
             pin=self.device.type == "cuda",
         )
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        amp = self.options.amp
-        with torch.autocast(self.device.type, AMP.get(amp or ""), enabled=amp is not None):
-            yield
 
     def run(self) -> list[dict[str, Any]]:
         """Train to the recipe's last epoch; returns one row of figures per epoch.
@@ -159,28 +174,32 @@ class Trainer:
             TrainingError: a loss that is not finite, memory that does not suffice, or files that
                 cannot be written.
         """
-        writer = None
-        if self.options.progress:
-            header = (self.options, self.data, self.model, self.planned, self.standing)
-            print(describe_run(*header), flush=True)
-        if self.options.tensorboard:
-            writer = open_tensorboard(self.options.out, self.epoch + 1)
+        options, writer = self.options, None
+        if self._shows:
+            known = (self.planned, self.standing, self.new_classifier)
+            print(describe_run(options, self.data, self.model, *known), flush=True)
+        if options.tensorboard and distributed.is_first():
+            writer = open_tensorboard(options.out, self.epoch + 1)
         try:
-            while self.epoch < self.options.recipe.epochs:
-                with self._named_failures():
-                    row = self._run_epoch()
-                self._finish_epoch(row)
-                if writer is not None:
-                    for name, value in row.items():
-                        writer.add_scalar(name, value, self.epoch)
-                    writer.flush()
-                self._print(row)
+            with deterministic_algorithms(options.deterministic):
+                self._run_epochs(writer)
         finally:
             if writer is not None:
                 writer.close()
         with self._named_failures():
             self._write_weights("model.safetensors", self.history[-1])
         return self.history
+
+    def _run_epochs(self, writer: Any) -> None:
+        while self.epoch < self.options.recipe.epochs:
+            with self._named_failures():
+                row = self._run_epoch()
+            self._finish_epoch(row)
+            if writer is not None:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, self.epoch)
+                writer.flush()
+            self._print(row)
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
         """Keep what the epoch gave. The best weights come first: a run that is killed between the
@@ -193,34 +212,29 @@ class Trainer:
             self.epoch += 1
             self._save()
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved: the averaged one, if there is one."""
+        return self.model if self.average is None else self.average.module
+
     def _write_weights(self, name: str, row: dict[str, Any]) -> None:
         options = self.options
-        write_weights(self.model, options.out / name, options.network, self.data, row)
+        if distributed.is_first():
+            write_weights(self.evaluated, options.out / name, options.network, self.data, row)
 
-    @contextmanager
-    def _named_failures(self) -> Iterator[None]:
-        """Errors of files and memory as a TrainingError of one line."""
-        saved = f"{self.epoch} finished epochs are in {self.checkpoint}" if self.epoch else ""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            text = str(error)
-            if isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in text:
-                reason = (
-                    f"memory: a step with batch {self.options.recipe.batch_size} at "
-                    f"{self.data.image_size} px does not fit on {self.device}"
-                )
-            elif isinstance(error, OSError):
-                reason = f"out: could not write into {self.options.out}: {text.splitlines()[0]}"
-            else:
-                raise
-            raise TrainingError("; ".join(filter(None, [reason, saved]))) from error
+    def _named_failures(self) -> AbstractContextManager[None]:
+        return named_failures(self.options, self.data.image_size, self.device, self._saved())
+
+    def _saved(self) -> str:
+        return f"{self.epoch} finished epochs are in {self.checkpoint}" if self.epoch else ""
 
     def _run_epoch(self) -> dict[str, Any]:
+        if not distributed.is_first():  # whose generators are in no checkpoint
+            seed = self.options.seed * 1_000_003 + self.epoch
+            seed_everything(seed + 1_000_000_007 * distributed.rank())
         start = time.perf_counter()
         learning_rate = self.schedule.get_last_lr()[0]
-        batches = self._train_loader(self.epoch)
-        train_loss, train_accuracy, images = self._train_epoch(batches)
+        train_loss, train_accuracy, images = self._train_epoch()
         seconds = time.perf_counter() - start
         test_loss, test_accuracy = self.evaluate()
         return {
@@ -235,78 +249,70 @@ class Trainer:
             "peak_memory_mb": peak_bytes(self.device) / 1e6,
         }
 
-    def _train_epoch(self, batches: Any) -> tuple[float, float, int]:
-        """Mean loss, accuracy and number of images of one epoch."""
+    def _train_epoch(self) -> tuple[float, float, int]:
+        """Mean loss, accuracy and number of images of one epoch, over all processes. What is shown
+        on the way is of this process."""
         from tqdm import tqdm
 
-        self.model.train()
+        options, first = self.options, self.epoch == 0
+        batches = self._train_batches(self.epoch)
+        train_mode(self.model, options.freeze)
         # Sums stay on the device: reading them at every step would make the host wait.
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         images_seen = 0
         bar = tqdm(
             on_device(batches, self.device, self.memory_format),
             total=len(batches),
-            desc=f"epoch {self.epoch + 1}/{self.options.recipe.epochs}",
+            desc=f"epoch {self.epoch + 1}/{options.recipe.epochs}",
             unit="batch",
             leave=False,
-            disable=None if self.options.progress else True,
+            disable=None if self._shows else True,
         )
         start = time.perf_counter()
-        for step, (images, labels) in enumerate(bar):
-            with self._autocast():
-                logits = self.model(images)
-                loss = self.train_loss(logits, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.schedule.step()
-            images_seen += len(labels)
-            with torch.no_grad():
-                correct = (logits.argmax(1) == labels).sum()
-                sums += torch.stack((loss.double() * len(labels), correct.double()))
-            if step % 10 == 9 or step + 1 == len(batches):
-                mean, accuracy = (sums / images_seen).tolist()
-                self._check_finite(mean)
-                rate = images_seen / (time.perf_counter() - start)
-                bar.set_postfix_str(
-                    f"loss {mean:.4f}, accuracy {accuracy:.2%}, {rate:.0f} images/s, "
-                    f"{peak_bytes(self.device) / 1e6:.0f} MB"
-                )
-        mean, accuracy = (sums / images_seen).tolist()
-        return mean, accuracy, images_seen
+        wanted = {
+            "profile": options.profile and first and distributed.is_first(),
+            "memory_snapshot": options.memory_snapshot and first and distributed.is_first(),
+        }
+        with profiled(options.out, self.device, **wanted) as after_step:
+            for step, (images, labels) in enumerate(bar):
+                sums += self.steps(images, labels)
+                after_step()
+                images_seen += len(labels)
+                if step % 10 == 9 or step + 1 == len(batches):
+                    mean, accuracy = (sums / images_seen).tolist()
+                    self._check_finite(mean)
+                    rate = images_seen / (time.perf_counter() - start)
+                    bar.set_postfix_str(
+                        f"loss {mean:.4f}, accuracy {accuracy:.2%}, {rate:.0f} images/s, "
+                        f"{peak_bytes(self.device) / 1e6:.0f} MB"
+                    )
+        all_images = images_seen * distributed.process_count()
+        mean, accuracy = (distributed.total(sums) / all_images).tolist()
+        return mean, accuracy, all_images
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            saved = f"{self.epoch} finished epochs are in {self.checkpoint}"
+            advice = self._saved() or "try a smaller learning rate or a warm-up"
             raise TrainingError(
-                f"loss: expected a finite number, got {loss} in epoch {self.epoch + 1}; "
-                + (saved if self.epoch else "try a smaller learning rate or a warm-up")
+                f"loss: expected a finite number, got {loss} in epoch {self.epoch + 1}; {advice}"
             )
 
-    @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Mean cross entropy and accuracy on the held-out images, in eval mode."""
-        self.model.eval()
-        test = loader(
+        return evaluate(
+            self.evaluated,
             self.data.test,
-            self.options.recipe.batch_size,
-            shuffle=False,
-            seed=0,
+            batch_size=self.options.recipe.batch_size // distributed.process_count(),
+            device=self.device,
+            memory_format=self.memory_format,
+            amp=self.options.amp,
             workers=self.options.workers,
-            pin=self.device.type == "cuda",
         )
-        loss, correct, count = 0.0, 0, 0
-        for images, labels in on_device(test, self.device, self.memory_format):
-            with self._autocast():
-                logits: Tensor = self.model(images)
-            loss += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
-            correct += int((logits.argmax(1) == labels).sum())
-            count += len(labels)
-        return loss / count, correct / count
 
     def _save(self) -> None:
         """The checkpoint comes last: until it is there, the epoch is trained and logged again."""
+        if not distributed.is_first():
+            return
         write_log(self.options.out / "log.csv", self.history)
         save_checkpoint(
             self.checkpoint,
@@ -317,21 +323,15 @@ class Trainer:
             arguments=self.options.arguments,
         )
 
+    @property
+    def _shows(self) -> bool:
+        return self.options.progress and distributed.is_first()
+
     def _print(self, row: dict[str, Any]) -> None:
-        if self.options.progress:
+        if self._shows:
             print(
                 f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}  accuracy "
                 f"{row['train_accuracy']:.2%}  held out {row['test_accuracy']:.2%}  "
                 f"{row['images_per_second']:.0f} images/s  {row['peak_memory_mb']:.0f} MB",
                 flush=True,
             )
-
-
-def _check_one_process() -> None:
-    """torchrun starts one process a GPU; all of them would train the same into one folder."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
-        raise ValueError(
-            f"WORLD_SIZE: expected one process, got {processes} (torchrun?); training on several "
-            "devices is not supported"
-        )

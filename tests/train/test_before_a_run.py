@@ -72,7 +72,7 @@ def test_one_of_several_processes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE: expected one process, got 4 .torchrun"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE: .* got 4 that have not joined"):
         Trainer(options(tmp_path), DATA)
 
 

@@ -45,18 +45,39 @@ def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
     state = {f"model.{k}": v.clone() for k, v in trainer.model.state_dict().items()}
     for index, entry in trainer.optimizer.state_dict()["state"].items():
         state[f"momentum.{index}"] = entry["momentum_buffer"].clone()
+    if trainer.average is not None:
+        state |= {f"average.{k}": v.clone() for k, v in trainer.average.state_dict().items()}
+    if trainer.scaler.is_enabled():
+        state["scale"] = torch.tensor(trainer.scaler.get_scale())
     return state
 
 
-@pytest.mark.parametrize("execution", ["reference", "recompute"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, execution: str) -> None:
-    whole = Trainer(options(tmp_path / "whole", execution=execution), DATA)
+# Whatever has a state: an average, a loss scale, what a clipped or mixed step draws and gives.
+STATES = {"ema_decay": 0.8, "mixup": 0.5, "cutmix": 1.0, "accumulate": 3, "clip_norm": 0.5}
+
+
+@pytest.mark.parametrize(
+    "execution, recipe, changes",
+    [
+        ("reference", {}, {}),
+        ("recompute", {}, {}),
+        ("recompute", STATES, {"amp": "fp16"}),
+        ("store", {"ema_decay": 0.5}, {"freeze": ("features.conv0", "features.denseblock1")}),
+        ("reference", {"clip_norm": 1.0}, {"amp": "bf16", "deterministic": True}),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, execution: str, recipe: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    chosen = recipe_for("digits", epochs=3, batch_size=32, **recipe)
+    changes = {**changes, "execution": execution, "recipe": chosen}
+    whole = Trainer(options(tmp_path / "whole", **changes), DATA)
     history = whole.run()
-    first = Trainer(options(tmp_path / "parts", execution=execution), DATA)
+    first = Trainer(options(tmp_path / "parts", **changes), DATA)
     run_epochs(first, 1)
     torch.rand(7)  # whatever happens between the two
     resume = tmp_path / "parts" / CHECKPOINT
-    second = Trainer(options(tmp_path / "parts", execution=execution, resume=resume), DATA)
+    second = Trainer(options(tmp_path / "parts", resume=resume, **changes), DATA)
     assert second.epoch == 1
     resumed = second.run()
     expected, got = snapshot(whole), snapshot(second)

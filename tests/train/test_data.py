@@ -11,14 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from densenet_efficient.train.data import (
-    DataError,
-    TensorImages,
-    _open_image,
-    load_data,
-    loader,
-    on_device,
-)
+from densenet_efficient.train.batches import held_out_batches, on_device, training_batches
+from densenet_efficient.train.data import DataError, TensorImages, _open_image, load_data
 
 
 def test_the_digits_are_split_once_and_evenly() -> None:
@@ -111,7 +105,7 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path: Path, workers: int) -> N
     pixels.save(bad)
     bad.write_bytes(bad.read_bytes()[:-100])
     data = load_data("imagefolder", path=tmp_path, image_size=32)
-    batches = loader(data.test, 2, shuffle=False, seed=0, workers=workers, pin=False)
+    batches = held_out_batches(data.test, 2, workers=workers, pin=False)
     message = r"\Adata imagefolder: .*val/cat/0\.png: expected an image, got: [^\n]*\Z"
     with pytest.raises(DataError, match=message):
         list(on_device(batches, torch.device("cpu"), torch.channels_last))
@@ -178,27 +172,25 @@ def test_synthetic_data_has_the_shape_asked_for() -> None:
 def test_the_order_follows_from_the_seed_alone() -> None:
     data = TensorImages(torch.arange(10.0).view(10, 1, 1, 1), torch.zeros(10))
 
-    def order(seed: int) -> list[float]:
-        batches = loader(data, 4, shuffle=True, seed=seed, workers=0, pin=False)
+    def order(seed: int, epoch: int = 0) -> list[float]:
+        batches = training_batches(data, 4, seed=seed, epoch=epoch, workers=0, pin=False)
         return torch.cat([images.flatten() for images, _ in batches]).tolist()
 
     first = order(3)
     torch.rand(5)
     assert first == order(3) != order(4) and sorted(first) == list(range(10))
+    assert first != order(3, epoch=1)
 
 
 def test_a_last_batch_of_one_image_is_left_out_of_training() -> None:
     data = TensorImages(torch.zeros(9, 1, 1, 1), torch.zeros(9))
-    sizes = {
-        shuffle: [len(labels) for _, labels in loader(data, 4, shuffle=shuffle, **FIXED)]
-        for shuffle in (True, False)
-    }
-    assert sizes == {True: [4, 4], False: [4, 4, 1]}
+    train = training_batches(data, 4, seed=0, epoch=0, workers=0, pin=False)
+    assert [len(labels) for _, labels in train] == [4, 4]
+    test = held_out_batches(data, 4, workers=0, pin=False)
+    assert [len(labels) for _, labels in test] == [4, 4, 1]
+    nothing = TensorImages(torch.zeros(0, 1, 1, 1), torch.zeros(0))
     with pytest.raises(DataError, match="expected at least one image"):
-        loader(TensorImages(torch.zeros(0, 1, 1, 1), torch.zeros(0)), 4, shuffle=True, **FIXED)
-
-
-FIXED: dict[str, Any] = {"seed": 0, "workers": 0, "pin": False}
+        held_out_batches(nothing, 4, workers=0, pin=False)
 
 
 @pytest.mark.parametrize(

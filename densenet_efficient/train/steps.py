@@ -1,0 +1,82 @@
+"""One optimiser step on one batch: autocast, loss scaling, accumulation, clipping, averaging."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from ..ops.dtypes import AUTOCAST
+from .augmentation import mixing
+from .distributed import gradients_stay
+from .recipes import Recipe
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """The steps of a run.
+
+    Args:
+        model: called and differentiated; see `distributed.parallel`.
+        average: None, or the moving average of the model's parameters and buffers.
+        amp: None, "bf16" or "fp16".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        scaler: torch.amp.GradScaler,
+        average: AveragedModel | None,
+        recipe: Recipe,
+        num_classes: int,
+        amp: str | None,
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.scaler, self.average, self.recipe, self.amp = scaler, average, recipe, amp
+        self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self.mixing = mixing(recipe, num_classes)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Train on images [n, C, H, W] and labels [n]; returns [2] in float64: the sum of the n
+        losses and the number of correct answers, on the device, without waiting for it."""
+        targets = labels
+        if self.mixing is not None:
+            images, targets = self.mixing(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, dtype=torch.float64, device=images.device)
+        # A part has at least two images where the batch has: batch statistics need them.
+        parts = max(min(self.recipe.accumulate, len(labels) // 2), 1)
+        pairs = zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        for index, (part, wanted) in enumerate(pairs):
+            last = index + 1 == parts
+            with nullcontext() if last else gradients_stay(self.model):
+                sums += self._add_gradients(part, wanted, len(part) / len(images))
+        if self.recipe.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        if self.average is not None:
+            module = getattr(self.model, "module", self.model)  # inside DistributedDataParallel
+            self.average.update_parameters(module)
+        return sums
+
+    def _add_gradients(self, images: Tensor, targets: Tensor, share: float) -> Tensor:
+        """share: of the batch's images, with which the mean loss of a part counts."""
+        dtype = AUTOCAST.get(self.amp or "")
+        with torch.autocast(images.device.type, dtype, enabled=self.amp is not None):
+            logits = self.model(images)
+            loss = self.loss(logits, targets)
+        self.scaler.scale(loss * share).backward()
+        with torch.no_grad():
+            labels = targets if targets.ndim == 1 else targets.argmax(1)
+            correct = (logits.argmax(1) == labels).sum()
+            return torch.stack((loss.double() * len(labels), correct.double()))
