@@ -31,6 +31,17 @@ class Incoming:
             operators.norm_correction_apply(flat(self.dy), flat(self.y), self.correction)
         return Incoming(self.dy)
 
+    def sum_over_rows(self, total: Tensor) -> None:
+        """The corrected gradient's sum for each channel, which is the gradient of a bias; no
+        corrected copy is made."""
+        rows = tuple(range(self.dy.dim() - 1))
+        torch.sum(self.dy, rows, dtype=total.dtype, out=total)
+        if self.y is not None and self.correction is not None:
+            a, p, q, mean = self.correction
+            count = self.dy.numel() // self.dy.shape[-1]
+            centred = self.y.sum(rows, dtype=total.dtype) - count * mean
+            total.mul_(a).sub_(count * p).sub_(q * centred)
+
 
 class DenseLayerCall:
     """One layer of a call: its parameters in the kernels' dtypes, made when the layer is reached so
@@ -79,7 +90,9 @@ class DenseLayerCall:
         assert self.weight1 is not None
         if self.spec.conv1 is None and self.spec.bottleneck:
             weight = self.weight1.view(self.weight1.shape[:2])
-            self.operators.norm_relu_conv1x1_forward(flat(x), norm, weight, flat(y), stats)
+            own_stats = stats if self.bias1 is None else None
+            self.operators.norm_relu_conv1x1_forward(flat(x), norm, weight, flat(y), own_stats)
+            self._add_bias(y, self.bias1, stats)
         else:
             self._conv_forward(x, norm, self.weight1, self.bias1, self.spec.conv1, y, stats)
 
@@ -99,11 +112,19 @@ class DenseLayerCall:
         stats: Tensor | None,
     ) -> None:
         if options is None:
-            self.operators.norm_relu_conv3x3_forward(x, norm, weight, y, stats)
+            own_stats = stats if bias is None else None
+            self.operators.norm_relu_conv3x3_forward(x, norm, weight, y, own_stats)
+            self._add_bias(y, bias, stats)
             return
         fallback.norm_relu_conv_forward(x, norm, weight, bias, options, y)
         if stats is not None:
             self.operators.channel_stats(flat(y), stats)
+
+    def _add_bias(self, y: Tensor, bias: Tensor | None, stats: Tensor | None) -> None:
+        if bias is not None:
+            y.add_(bias)
+            if stats is not None:
+                self.operators.channel_stats(flat(y), stats)
 
     def conv1_backward(self, outer: Incoming, x: Tensor, norm: Tensor, dx: Tensor) -> Tensor:
         """dx += a dz; the gradients of norm1 and conv1. Returns dnorm1."""
@@ -122,7 +143,10 @@ class DenseLayerCall:
             self.weight1.view(shape), flat(dx), None if dweight is None else dweight.view(shape),
             dnorm,
         )  # fmt: skip
-        self._keep(0, dnorm, dweight, None)
+        dbias = None if self.bias1 is None else self._empty(3, self.bias1)
+        if dbias is not None:
+            outer.sum_over_rows(dbias)
+        self._keep(0, dnorm, dweight, dbias)
         return dnorm
 
     def conv2_backward(self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor) -> Tensor:
@@ -153,6 +177,8 @@ class DenseLayerCall:
             self.operators.norm_relu_conv3x3_backward(
                 outer.dy, outer.y, outer.correction, x, norm, weight, accumulate, dx, dweight, dnorm
             )
+            if dbias is not None:
+                outer.sum_over_rows(dbias)
         else:
             fallback.norm_relu_conv_backward(
                 outer.dy, outer.y, outer.correction, x, norm, weight, options, accumulate, dx,

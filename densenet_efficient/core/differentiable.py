@@ -90,6 +90,12 @@ def stem(spec: PoolSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -
     return _MAX_POOL[x.dim() - 3](_norm_relu(x, spec.norm, gamma, beta), 3, 2, 1)
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution: x ``[N, C, *spatial]``, weight ``[K, C, 1, ...]`` -> y
+    ``[N, K, *spatial]``."""
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor
 ) -> list[Tensor | None]:

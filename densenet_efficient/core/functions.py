@@ -196,6 +196,62 @@ class StemFunction(torch.autograd.Function):
         return _where(ctx.needs_input_grad, (None, dx, None, dgamma, dbeta))
 
 
+class NewFeaturesFunction(torch.autograd.Function):
+    """Some channels of a block's output, dense in memory: (y, first, last) -> y[:, first:last].
+    Its gradient is the block's gradient buffer already, of differentiable operators."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, first: int, last: int) -> Tensor:
+        """A copy, channels last."""
+        ctx.channels, ctx.new = y.shape[1], slice(first, last)
+        image = (y.shape[0], *y.shape[2:])
+        return layout.empty(image, last - first, y.dtype, y.device).copy_(y[:, first:last])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        """dy in a new buffer that is 0 elsewhere."""
+        image = (dy.shape[0], *dy.shape[2:])
+        if eager.is_ordinary(dy) and not eager.is_transformed():
+            e = layout.empty(image, ctx.channels, dy.dtype, dy.device).zero_()
+        else:
+            e = dy.new_zeros((dy.shape[0], ctx.channels, *dy.shape[2:]))
+        e[:, ctx.new] = dy
+        return e, None, None
+
+
+class PointwiseFunction(torch.autograd.Function):
+    """A 1x1 convolution of a block's output: (x, weight, bias) -> y. x ``[N, C, *spatial]``, weight
+    ``[K, C, 1, ...]``, bias ``[K]`` or None, y ``[N, K, *spatial]``. Unlike PyTorch's it only reads
+    x's memory, which is the block's feature buffer, and sends the block's gradient buffer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A matrix product, channels last."""
+        ctx.save_for_backward(x, weight, bias)
+        return differentiable.pointwise(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        """The products with the weight and with x, and the sum."""
+        x, weight, bias = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled() or not eager.is_ordinary(dy) or eager.is_transformed():
+            return _where(
+                wanted,
+                tuple(differentiable.gradients(differentiable.pointwise, (x, weight, bias), dy)),
+            )
+        rows, matrix = layout.flat(layout.channels_last(dy)), weight.flatten(1)
+        dx = dweight = dbias = None
+        if wanted[0]:
+            dx = layout.empty((x.shape[0], *x.shape[2:]), x.shape[1], x.dtype, x.device)
+            torch.mm(rows, matrix, out=layout.flat(dx.movedim(1, -1)))
+        if wanted[1]:
+            dweight = torch.mm(rows.t(), layout.flat(layout.channels_last(x))).view(weight.shape)
+        if wanted[2]:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
+
+
 class MaxPoolFunction(torch.autograd.Function):
     """Dropout and max-pooling by 2: (x, drop rate) -> y. A byte for each value of y is kept."""
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from ..ops import fallback
 from . import layout
 
+CHUNK_BYTES = 8 << 20
+"""What is pooled at a time, unless one image has more."""
+
 DROPPED = 255
 """In the place of a pixel: its value was dropped, so that nothing flows back."""
 
@@ -28,7 +31,7 @@ def max_pool_forward(x: Tensor, drop_rate: float) -> tuple[Tensor, Tensor]:
     image = (x.shape[0], *(size // 2 for size in spatial))
     y = layout.empty(image, x.shape[1], x.dtype, x.device)
     places = layout.empty(image, x.shape[1], torch.uint8, x.device, length=x.shape[1])
-    for images in fallback.chunks(x):
+    for images in fallback.chunks(x, CHUNK_BYTES):
         part, mask = x[images], None
         if drop_rate > 0:
             mask = draw_mask(part, drop_rate)

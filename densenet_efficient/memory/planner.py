@@ -21,7 +21,8 @@ from ..core.arena import Buffer
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.features import FeaturesExecution
 from ..ops.dtypes import FLOATING, accumulation_dtype
-from .steps import PARAMETER_GRADIENTS, SCRATCH, Part, parts_of
+from . import fully_convolutional
+from .steps import PARAMETER_GRADIENTS, SCRATCH, Part, gradient_bytes, parts_of
 from .timeline import Timeline
 
 
@@ -87,10 +88,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def _gradient_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)
-
-
 def plan(
     model: nn.Module,
     input_shape: Sequence[int],
@@ -101,7 +98,8 @@ def plan(
     """Predict the memory of one training step, or of one inference call.
 
     Args:
-        model: an ``EfficientDenseNet`` or a converted model with ``features`` and ``classifier``.
+        model: an ``EfficientDenseNet``, an ``EfficientFCDenseNet``, or a converted model with
+            ``features`` and ``classifier``.
         input_shape: of the images, ``(N, C, *spatial)``.
         dtype: of the activations (autocast's dtype under autocast, but float32 on the CPU for
             images of three dimensions, which autocast pools in float32).
@@ -115,9 +113,11 @@ def plan(
         TypeError: the model's features are not efficient blocks; dtype is not floating.
         ValueError: input_shape is not (N, C, *spatial), positive, with the model's channels.
     """
-    features, owner = _feature_extractor(model)
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    network = fully_convolutional.network_in(model)
+    features: nn.Module
+    features, owner = (network, network) if network is not None else _feature_extractor(model)
     shape = tuple(int(size) for size in input_shape)
     conv: Any = next(iter(features._modules.values()))
     dims = len(getattr(conv, "kernel_size", (0, 0)))
@@ -126,9 +126,18 @@ def plan(
     if shape[1] != conv.in_channels:
         raise ValueError(f"input_shape must have {conv.in_channels} channels, got {shape[1]}")
     device = next(features.parameters()).device
-    parts = parts_of(features, (shape[0], *shape[2:]), shape[1], dtype, device)
-    timeline = Timeline()
-    _replay(timeline, parts, getattr(owner, "classifier", None), training)
+    timeline, image = Timeline(), (shape[0], *shape[2:])
+    if network is not None:
+        network.check_images(torch.empty(shape, device="meta"))
+        walk = fully_convolutional.Network(network, image, dtype, device)
+        fully_convolutional.replay(timeline, walk, training)
+    else:
+        assert isinstance(features, FeaturesExecution)
+        parts = parts_of(features, image, shape[1], dtype, device)
+        _replay(timeline, parts, getattr(owner, "classifier", None), training)
+    if training:
+        for name, lifetime in ((PARAMETER_GRADIENTS, "gradient"), (SCRATCH, "scratch")):
+            timeline.rows.append(Buffer(name, (timeline.bytes_of(name),), torch.uint8, lifetime))
     found = timeline
     return Plan(tuple(found.rows), found.peak, found.peak_at, found.at_peak, shape[0])
 
@@ -189,19 +198,17 @@ def _replay(
         return
 
     if classifier is not None:
-        timeline.add(PARAMETER_GRADIENTS, _gradient_bytes(classifier))
+        timeline.add(PARAMETER_GRADIENTS, gradient_bytes(classifier))
     gradient = Buffer("gradient before relu", map_shape, last.dtype, "transient")
     arriving = timeline.allocate(gradient, "the head")
     timeline.free("relu output", "head")
     for index, part in reversed(list(enumerate(parts))):
-        timeline.add(PARAMETER_GRADIENTS, _gradient_bytes(part.module))
+        timeline.add(PARAMETER_GRADIENTS, gradient_bytes(part.module))
         arriving = part.backward(
             timeline, arriving, parts[index + 1] if index + 1 < len(parts) else None
         )
         if index == 1 and parts[0].kept:
             timeline.free(f"{parts[0].name} output")
-    for name, lifetime in ((PARAMETER_GRADIENTS, "gradient"), (SCRATCH, "scratch")):
-        timeline.rows.append(Buffer(name, (timeline.bytes_of(name),), torch.uint8, lifetime))
 
 
 def _batches() -> Iterator[int]:

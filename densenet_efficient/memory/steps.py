@@ -22,7 +22,7 @@ from ..nn.dense_block import DenseBlockExecution
 from ..nn.features import POOLS, FeaturesExecution
 from ..nn.layers import layer_spec
 from ..nn.norms import includes_relu, is_batch_norm
-from ..nn.transition import TransitionExecution
+from ..nn.transition import TransitionExecution, is_max_pool_by_two
 from ..ops.dispatch import choose
 from . import workspaces
 from .timeline import Timeline
@@ -164,8 +164,48 @@ class Transition(Part):
         return layout.row_length(self.out_channels, self.dtype, self.device)
 
 
+class MaxTransition(Transition):
+    """A transition that takes the largest of what its convolution gives, a few images at a time,
+    and keeps where they come from: a byte for each."""
+
+    def forward(self, timeline: Timeline, training: bool) -> str | None:
+        """See `Part.forward`."""
+        where = f"the forward of {self.name}"
+        full = (*self.image, self._output_row())
+        product = Buffer(f"{self.name} convolution", full, self.dtype, "transient")
+        timeline.allocate(product, where)
+        timeline.mark(where, self._workspace("forward"))
+        lifetime = "kept" if training else "transient"
+        places = (*self.out_image, self.out_channels)
+        timeline.allocate(Buffer(f"{self.name} places", places, torch.uint8, lifetime), where)
+        shape = (*self.out_image, self._output_row())
+        output = Buffer(f"{self.name} output", shape, self.dtype, "transient")
+        timeline.allocate(output, where)
+        timeline.mark(where, workspaces.max_pool(full, self.dtype, super()._drops()))
+        timeline.free(product.name)
+        if not training:
+            timeline.free(f"{self.name} places")
+        return output.name
+
+    def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
+        """See `Part.backward`."""
+        full = (*self.image, self.out_channels)
+        before = Buffer(f"gradient of {self.name} convolution", full, self.dtype, "transient")
+        timeline.allocate(before, f"the backward of {self.name}")
+        timeline.free(arriving, f"{self.name} places")
+        return Part.backward(self, timeline, before.name, follows)
+
+    def _drops(self) -> bool:
+        return True  # it pools after its product, as one that drops out does
+
+
 class Block(Part):
     """A dense block."""
+
+    def new_channels(self) -> int:
+        """Channels that its layers add."""
+        assert isinstance(self.module, DenseBlockExecution)
+        return sum(part.growth for part in self.module.parts())
 
     def forward(self, timeline: Timeline, training: bool) -> str | None:
         """See `Part.forward`."""
@@ -219,6 +259,29 @@ class Block(Part):
         return BlockSpec(tuple(layers), operators, block.memory)
 
 
+def gradient_bytes(module: nn.Module) -> int:
+    """Of all its parameters that want one."""
+    return sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)
+
+
+def transition_part(
+    name: str,
+    module: TransitionExecution,
+    image: tuple[int, ...],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Transition:
+    """A transition for images (N, *spatial). ValueError where no pixel is left."""
+    parts = module.parts()
+    pools = type(parts.pool) is not nn.Identity
+    out = (image[0], *(s // 2 if pools else s for s in image[1:]))
+    if min(out) < 1:
+        raise ValueError(f"input_shape is too small: no pixel is left at {name}")
+    kind = MaxTransition if is_max_pool_by_two(parts.pool) else Transition
+    return kind(name, module, image, channels, out, parts.conv.out_channels, dtype, device)
+
+
 def parts_of(
     features: FeaturesExecution,
     image: tuple[int, ...],
@@ -255,11 +318,8 @@ def parts_of(
             new = sum(part.growth for part in child.parts())
             add(Block, name, child, image, channels + new)
         elif isinstance(child, TransitionExecution):
-            pools = type(child.parts().pool) is not nn.Identity
-            out = (image[0], *(s // 2 if pools else s for s in image[1:]))
-            if min(out) < 1:
-                raise ValueError(f"input_shape is too small: no pixel is left at {name}")
-            add(Transition, name, child, out, child.parts().conv.out_channels)
+            parts.append(transition_part(name, child, image, channels, dtype, device))
+            image, channels = parts[-1].out_image, parts[-1].out_channels
         elif is_batch_norm(child):
             add(Norm, name, child, image, channels)
         elif isinstance(child, nn.Identity):

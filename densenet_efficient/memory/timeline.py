@@ -44,6 +44,10 @@ class Timeline:
             if extra:
                 self.at_peak["inside the operator"] = extra
 
+    def lifetime(self, name: str) -> str:
+        """Of the last buffer of that name."""
+        return next(row.lifetime for row in reversed(self.rows) if row.name == name)
+
     def free(self, *names: str) -> None:
         """Names that are live no longer; unknown ones are ignored."""
         for name in names:

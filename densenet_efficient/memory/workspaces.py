@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..core.max_pool import CHUNK_BYTES
 from ..core.specs import BlockSpec, LayerSpec
 from ..ops import compiled, fallback
 from ..ops.dispatch import choose
@@ -45,6 +46,13 @@ def operator(
     shared_bytes = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
     multiprocessors = gpu.multi_processor_count
     return _cuda(name, shape, channels, dtype, multiprocessors, shared_bytes, accumulate)
+
+
+def max_pool(shape: tuple[int, ...], dtype: torch.dtype, drops: bool) -> int:
+    """Bytes that max-pooling holds next to x ``(N, *spatial, C)`` and its results: of a few images
+    the indices and, with dropout, a mask and the product with it."""
+    image = math.prod(shape[1:]) * accumulation_dtype(dtype).itemsize
+    return (4 if drops else 2) * min(shape[0] * image, max(image, CHUNK_BYTES))
 
 
 def _fallback(shape: tuple[int, ...], dtype: torch.dtype) -> int:

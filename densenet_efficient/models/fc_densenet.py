@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import handover
+from ..core.functions import PointwiseFunction
+from ..nn import execution, handover, watch
 from ..nn.dense_block import EfficientDenseBlock
 from ..nn.features import channels_last_convolution
 from ..nn.fully_convolutional import FC_CONFIGURATIONS, FCDenseNetBase
@@ -83,8 +84,23 @@ class EfficientFCDenseNet(FCDenseNetBase):
     ) -> nn.Module:
         return EfficientTransition(num_input_features, num_output_features, **options)
 
-    def _first(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """See `FCDenseNetBase.forward`."""
         if torch.compiler.is_exporting():
+            return super().forward(x)
+        return self._efficient_forward(x)
+
+    @torch.compiler.disable  # one opaque step, as its blocks are
+    def _efficient_forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.contiguous() if self._is_ordinary(x) and handover.prefers_contiguous(x) else y
+
+    @staticmethod
+    def _is_ordinary(x: Tensor) -> bool:
+        return not torch.compiler.is_exporting() and execution.input_problem(x) is None
+
+    def _first(self, x: Tensor) -> Tensor:
+        if not self._is_ordinary(x) or watch.own_change(self.conv0) or watch.patch():
             return super()._first(x)
         return channels_last_convolution(self.conv0, handover.match_layout(x), self.conv0.weight)
 
@@ -95,16 +111,19 @@ class EfficientFCDenseNet(FCDenseNetBase):
         with handover.asking_for(contiguous=False):
             return module(*inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See `FCDenseNetBase.forward`."""
-        if torch.compiler.is_exporting():
-            return super().forward(x)
-        return self._efficient_forward(x)
-
-    @torch.compiler.disable  # one opaque step, as its blocks are
-    def _efficient_forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y.contiguous() if handover.prefers_contiguous(x) else y
+    def _classify(self, x: Tensor) -> Tensor:
+        """As a matrix product: PyTorch's convolution would copy the last block's feature buffer,
+        which x shares copy-on-write."""
+        conv: Any = self.classifier
+        plain = type(conv) is nn.Conv2d and set(conv.kernel_size + conv.stride) == {1}
+        if not plain or any(conv.padding) or conv.groups != 1 or not self._is_ordinary(x):
+            return conv(x)
+        if watch.own_change(conv) or watch.patch():
+            return conv(x)
+        dtype = execution.working_dtype(x)
+        bias = None if conv.bias is None else conv.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return PointwiseFunction.apply(x.to(dtype), conv.weight.to(dtype), bias)
 
 
 def _build(name: str, options: dict[str, Any]) -> EfficientFCDenseNet:

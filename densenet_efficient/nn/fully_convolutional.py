@@ -185,7 +185,8 @@ class FCDenseNetBase(nn.Module):
         """The child of that name, or None."""
         return self._modules.get(name)
 
-    def _check_images(self, x: Any) -> None:
+    def check_images(self, x: Any) -> None:
+        """ValueError for images [N, C, H, W] that the network cannot take."""
         if not isinstance(x, Tensor):  # a tracer's stand-in, which has no shape to look at
             return
         if x.dim() != 4:
@@ -208,6 +209,10 @@ class FCDenseNetBase(nn.Module):
         """The first convolution."""
         return self.conv0(x)
 
+    def _classify(self, x: Tensor) -> Tensor:
+        """The logits of features."""
+        return self.classifier(x)
+
     def _call(self, module: nn.Module, *inputs: Any) -> Tensor:
         """One child's output."""
         return module(*inputs)
@@ -216,7 +221,7 @@ class FCDenseNetBase(nn.Module):
         """Images [N, in_channels, H, W] -> the features that the classifier reads,
         [N, num_features, H, W]. ValueError for images that are too small, or that the upsampling
         cannot come back to."""
-        self._check_images(x)
+        self.check_images(x)
         whole = x.shape[2:]
         x = self._first(x)
         for name in ("norm0", "relu0", "transition0"):
@@ -238,7 +243,7 @@ class FCDenseNetBase(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, H, W] -> logits of every pixel, [N, num_classes, H, W]; without
         classes the features. Any floating dtype; ValueError as in `forward_features`."""
-        return self.classifier(self.forward_features(x))
+        return self._classify(self.forward_features(x))
 
 
 def _initialise(model: nn.Module) -> None:

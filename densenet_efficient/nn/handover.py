@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.exchange import Exchange
-from ..core.functions import MatchLayoutFunction
+from ..core.functions import MatchLayoutFunction, NewFeaturesFunction
 from ..core.specs import BlockSpec
 
 _data_address = torch._C._data_address  # type: ignore[attr-defined]
@@ -77,8 +77,7 @@ def new_features(y: Tensor, stats: Tensor | None, spec: BlockSpec) -> tuple[Tens
     who takes dense memory for granted."""
     given, total = spec.in_channels, spec.out_channels
     new = slice(total - given) if spec.newest_first else slice(given, total)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    new_y = y[:, new].contiguous(memory_format=formats.get(y.dim(), torch.contiguous_format))
+    new_y = NewFeaturesFunction.apply(y, new.start or 0, new.stop)
     return new_y, None if stats is None else stats[:, new]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.specs import LayerSpec, NormSpec, Tail
 from ..ops.convolution import ConvOptions
+from ..ops.dtypes import accumulation_dtype
 from .norms import BatchNorm, norm_problem, norm_spec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -62,7 +63,9 @@ def standard_parts(layer: nn.Module) -> LayerParts:
     )
 
 
-def _geometry(conv: Convolution, name: str, kernel: int) -> tuple[ConvOptions | None, str | None]:
+def _geometry(
+    conv: Convolution, name: str, kernel: int, dtype: torch.dtype
+) -> tuple[ConvOptions | None, str | None]:
     """How the operators run ``conv``: (None, None) as the kernels' own convolution of size
     ``kernel``, (options, None) through PyTorch's, (None, reason) not at all. Reads no parameter,
     but asks whether there is a bias."""
@@ -75,7 +78,9 @@ def _geometry(conv: Convolution, name: str, kernel: int) -> tuple[ConvOptions | 
     )
     if any(s != 1 for s in conv.stride) or not same:
         return None, f"{name} changes the image size"
-    own = conv.groups == 1 and conv.bias is None and conv.kernel_size == (kernel,) * dims
+    # A bias is added to what the kernels give. In 16 bits that would round twice.
+    adds = conv.bias is None or dtype == accumulation_dtype(dtype)
+    own = conv.groups == 1 and adds and conv.kernel_size == (kernel,) * dims
     if own and (kernel == 1 or set(conv.dilation) == {1}):
         return None, None
     return ConvOptions(tuple(conv.padding), tuple(conv.dilation), conv.groups), None
@@ -85,7 +90,7 @@ def convolution_options(conv: nn.Module, name: str) -> tuple[ConvOptions | None,
     """How PyTorch's convolution runs ``conv`` on a buffer, or why it cannot."""
     if type(conv) not in CONVOLUTIONS:
         return None, f"{name} is a {type(conv).__name__}"
-    return _geometry(conv, name, kernel=0)  # type: ignore[arg-type]
+    return _geometry(conv, name, 0, torch.float32)  # type: ignore[arg-type]
 
 
 def layer_spec(
@@ -104,7 +109,7 @@ def layer_spec(
         if type(conv) not in CONVOLUTIONS:
             return None, f"{name}'s conv{index + 1} is a {type(conv).__name__}"
         kernel = 1 if part.norm2 is not None and index == 0 else 3
-        geometry[index], problem = _geometry(conv, f"{name}'s conv{index + 1}", kernel)
+        geometry[index], problem = _geometry(conv, f"{name}'s conv{index + 1}", kernel, dtype)
         if problem:
             return None, problem
     drops = training if part.drops is None else part.drops

@@ -1,10 +1,10 @@
 """The fallback: every operator through PyTorch's own operators, on any device and dtype.
 
 An implementation of `interface.Operators`. It serves whatever the compiled kernels do not: 1-D and
-3-D images on a GPU, other kernel sizes, dilation, groups, bias, devices without kernels, a missing
-library. Memory stays in the same class: images are processed in chunks, so that the normalised copy
-that PyTorch's convolution needs is bounded by ``CHUNK_BYTES``. Sums and statistics are taken in the
-accumulation dtype (float32, float64 for float64).
+3-D images on a GPU, other kernel sizes, dilation, groups, a bias in 16 bits, devices without
+kernels, a missing library. Memory stays in the same class: images are processed in chunks, so that
+the normalised copy that PyTorch's convolution needs is bounded by ``CHUNK_BYTES``. Sums and
+statistics are taken in the accumulation dtype (float32, float64 for float64).
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ CHUNK_BYTES = 64 << 20
 """Upper bound of one chunk's normalised copy (one image may exceed it)."""
 
 
-def chunks(x: Tensor) -> Iterator[slice]:
-    """Slices over the images of x [N, *spatial, C] whose normalised copies stay bounded."""
+def chunks(x: Tensor, bound: int | None = None) -> Iterator[slice]:
+    """Slices over the images of x [N, ...] whose copies in the accumulation dtype stay within a
+    bound of bytes, `CHUNK_BYTES` by default."""
     if x.numel() == 0:
         return
     image_bytes = x[0].numel() * accumulation_dtype(x.dtype).itemsize
-    step = max(1, CHUNK_BYTES // image_bytes)
+    step = max(1, (CHUNK_BYTES if bound is None else bound) // image_bytes)
     for start in range(0, x.shape[0], step):
         yield slice(start, start + step)
 

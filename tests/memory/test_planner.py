@@ -6,6 +6,8 @@ import torch
 import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.models.densenet import EfficientDenseNet, densenet121, densenet_cifar
+from densenet_efficient.models.fc_densenet import EfficientFCDenseNet
+from tests.support.kept_memory import kept_bytes
 
 GIB = 2**30
 
@@ -82,6 +84,41 @@ def test_plan_counts_what_autograd_keeps():
     del loss
     planned = de.plan(model, tuple(x.shape)).kept_bytes
     assert sum(kept.values()) == pytest.approx(planned, rel=0.03)
+
+
+FCN = {"growth_rate": 8, "block_config": (3, 4, 5, 4, 3)}
+KERAS = {"norm_first": True, "relu_up": True, "early_transition": True, "drop_transitions": False}
+
+
+@pytest.mark.parametrize("upsampling", ["deconv", "upsampling", "subpixel"])
+@pytest.mark.parametrize("options", [{}, KERAS], ids=["paper", "keras"])
+def test_plan_counts_what_an_fc_densenet_keeps(options, upsampling):
+    model = EfficientFCDenseNet(**FCN, upsampling=upsampling, **options)
+    x = torch.randn(2, 3, 64, 64)
+    row = de.plan(model, tuple(x.shape))
+    loss = sum(r.bytes for r in row.rows if r.name.startswith("logits"))
+    assert kept_bytes(model, x) == pytest.approx(row.kept_bytes - loss, rel=0.03)
+
+
+def test_an_fc_densenets_plan_has_a_peak_and_inverts():
+    model = EfficientFCDenseNet(**FCN)
+    plan = de.plan(model, (4, 3, 64, 64))
+    assert "denseblock5 features" in str(plan) and "transition1 places" in str(plan)
+    features = 4 * 64 * 64 * (48 + 3 * 8 + 4 * 8 + 3 * 8) * 4
+    assert plan.kept_bytes + features < plan.peak_bytes < plan.kept_bytes + 1.2 * features
+    inference = de.plan(model.eval(), (4, 3, 64, 64), training=False)
+    assert inference.peak_bytes < 0.8 * plan.peak_bytes
+    assert de.max_batch(model.train(), (3, 64, 64), budget=plan.peak_bytes) == 4
+    with pytest.raises(ValueError, match="at least 4 pixels"):
+        de.plan(model, (4, 3, 64, 3))
+
+
+def test_plan_of_a_chain_with_max_pooling_transitions():
+    model = EfficientDenseNet(8, (4, 4), 16, 4, num_classes=10)
+    average = de.plan(model, (4, 3, 64, 64))
+    model.features.transition1 = de.EfficientTransition(48, 24, max_pool=True)
+    maximum = de.plan(model, (4, 3, 64, 64))
+    assert maximum.kept_bytes == average.kept_bytes + 4 * 24 * 8 * 8
 
 
 @pytest.mark.parametrize(

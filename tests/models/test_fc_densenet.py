@@ -118,6 +118,39 @@ def test_a_max_pooling_transition_keeps_its_input_and_a_byte_for_each_output() -
     assert explain(transition, x).kinds == {"kernels"}
 
 
+def test_gradients_of_gradients_and_batched_ones_are_the_plain_ones() -> None:
+    plain, ours = pair()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for model in (plain, ours):
+        y = model(x)[:, :2].flatten(1)
+        weights = [model.classifier.weight, model.denseblock3.denselayer1.conv1.weight]
+        batched = torch.autograd.grad(
+            y, weights, torch.eye(4, dtype=y.dtype)[:, :2, None].expand(4, 2, y.shape[1]),
+            retain_graph=True, is_grads_batched=True,
+        )  # fmt: skip
+        (first,) = torch.autograd.grad(y.square().mean(), x, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), weights)
+        found.append([*batched, first, *second])
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_it_exports() -> None:
+    _, ours = pair()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    program = torch.export.export(ours.eval(), (x,))
+    torch.testing.assert_close(program.module()(x), ours(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_on_the_classifier_runs() -> None:
+    _, ours = pair()
+    seen = []
+    ours.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    y = ours(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert len(seen) == 1 and torch.equal(seen[0], y)
+
+
 def test_a_block_may_keep_its_input_for_itself() -> None:
     block = EfficientDenseBlock(3, 5, 4, 2, 0.0, with_input=False)
     plain = reference.DenseBlock(3, 5, 4, 2, 0.0, with_input=False)
