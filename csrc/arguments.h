@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "image.h"
+#include "overlap.h"
 #include "views.h"
 
 namespace densenet_efficient::arguments {
@@ -15,18 +16,23 @@ struct Arguments {
   ScalarType arithmetic;  // the dtype of tables and weight gradients
 
  protected:
-  explicit Arguments(const Arg& lead)
-      : lead(lead),
-        arithmetic(lead.tensor.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                                   : ScalarType::Float) {}
+  explicit Arguments(const Arg& given)
+      : lead(given), arithmetic(arithmetic_of(given)), place_(given.tensor) {}
   Arguments(const Arg& lead, int64_t dim) : Arguments(lead) { check_dim(lead, dim); }
+
+  // The leading tensor's channels, its last dimension.
+  int64_t channels() const {
+    const int64_t C = lead.tensor.size(lead.tensor.dim() - 1);
+    if (C == 0) fail(lead, "must have at least one channel, got shape ", shape_text(lead.tensor));
+    return C;
+  }
 
   Strided leading_activation() const {
     check_activation_dtype(lead);
-    return strided(lead);
+    return check_rows(lead);
   }
   Strided activation(const char* name, const Tensor& tensor, const Shape& shape) const {
-    return strided(checked(name, tensor, shape, lead.tensor.scalar_type()));
+    return check_rows(checked(name, tensor, shape, lead.tensor.scalar_type()));
   }
   Strided activation(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
     return tensor ? activation(name, *tensor, shape) : Strided{};
@@ -35,7 +41,7 @@ struct Arguments {
   // Per-channel vectors [rows, C] (norm, stats, dnorm, correction): contiguous, except that a table
   // may be a column slice of a wider one.
   Strided table(const char* name, const Tensor& tensor, const Shape& shape) const {
-    return strided(checked(name, tensor, shape, arithmetic));
+    return check_rows(checked(name, tensor, shape, arithmetic));
   }
   Strided table(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
     return tensor ? table(name, *tensor, shape) : Strided{};
@@ -44,16 +50,31 @@ struct Arguments {
     if (!tensor) return {};
     const Arg arg = checked(name, *tensor, shape, arithmetic);
     check_contiguous(arg);
-    return strided(arg);
+    return check_rows(arg);
   }
 
   // The weight's outputs give the shape it is checked for in its turn. Any layout will do.
   int64_t outputs(const Tensor& weight, int64_t dim) const {
-    check_dim({lead.op, "weight", weight}, dim);
-    return weight.size(0);
+    const Arg arg{lead.op, "weight", weight};
+    check_dim(arg, dim);
+    const int64_t K = weight.size(0);
+    if (K == 0) fail(arg, "must have at least one output, got shape ", shape_text(weight));
+    return K;
   }
   const Tensor& checked_weight(const Tensor& weight, const Shape& shape) const {
     return checked("weight", weight, shape, lead.tensor.scalar_type()).tensor;
+  }
+
+  // Fails where what is written shares memory with anything else.
+  void apart(std::initializer_list<Strided> written, std::initializer_list<Strided> read) const {
+    check_apart(lead.op, written, read);
+  }
+  // From a weight's first element to its last, as one row.
+  static Strided whole(const Tensor& weight) {
+    const auto sizes = weight.sizes(), strides = weight.strides();
+    int64_t last = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+    return {&weight, "weight", last + 1, 1, last + 1};
   }
 
   int64_t checked_count(int64_t count) const {
@@ -62,21 +83,26 @@ struct Arguments {
   }
 
  private:
+  Place place_;
+
+  static ScalarType arithmetic_of(const Arg& lead) {
+    check_given(lead);
+    return lead.tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
   Arg checked(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) const {
     const Arg arg{lead.op, name, tensor};
     check_shape(arg, shape);
     check_dtype(arg, dtype);
-    check_device(arg, lead);
+    check_device(arg, lead, place_);
     return arg;
   }
-  static Strided strided(const Arg& arg) { return {&arg.tensor, check_rows(arg)}; }
 };
 
 // Led by a table.
 struct TableArguments : Arguments {
   int64_t C;
 
-  explicit TableArguments(const Arg& lead) : Arguments(lead, 2), C(lead.tensor.size(1)) {
+  explicit TableArguments(const Arg& lead) : Arguments(lead, 2), C(channels()) {
     check_dtype(lead, arithmetic);
   }
 };
@@ -86,7 +112,7 @@ struct RowArguments : Arguments {
   int64_t M, C;
 
   RowArguments(const char* op, const Tensor& x)
-      : Arguments({op, "x", x}, 2), M(x.size(0)), C(x.size(1)) {}
+      : Arguments({op, "x", x}, 2), M(x.size(0)), C(channels()) {}
 };
 
 // Led by x [N, *spatial, C] of one to three spatial dimensions.
@@ -94,7 +120,7 @@ struct ImageArguments : Arguments, Image {
   int64_t C;
 
   ImageArguments(const char* op, const Tensor& x)
-      : Arguments({op, "x", x}), Image(image_of(lead)), C(x.size(x.dim() - 1)) {}
+      : Arguments({op, "x", x}), Image(image_of(lead)), C(channels()) {}
 
  protected:
   // [N, *spatial, channels] for the pixels of an image.
@@ -136,7 +162,9 @@ struct ChannelStats : RowArguments {
   ChannelStats(const Tensor& x, const Tensor& stats)
       : RowArguments("channel_stats", x),
         x(leading_activation()),
-        stats(table("stats", stats, {kStatsRows, C})) {}
+        stats(table("stats", stats, {kStatsRows, C})) {
+    apart({this->stats}, {this->x});
+  }
 };
 
 struct NormFold : TableArguments {
@@ -148,7 +176,9 @@ struct NormFold : TableArguments {
         stats(table("stats", stats, {kStatsRows, C})),
         gamma(contiguous("gamma", gamma, {C})),
         beta(contiguous("beta", beta, {C})),
-        norm(table("norm", norm, {kNormRows, C})) {}
+        norm(table("norm", norm, {kNormRows, C})) {
+    apart({this->norm}, {this->stats, this->gamma, this->beta});
+  }
 };
 
 struct NormCorrection : TableArguments {
@@ -163,7 +193,9 @@ struct NormCorrection : TableArguments {
         dnorm(table("dnorm", dnorm, {kDnormRows, C})),
         correction(
             table("correction", correction, {kCorrectionRows, width(correction, accumulate)})),
-        count(checked_count(count)) {}
+        count(checked_count(count)) {
+    apart({this->correction}, {this->norm, this->dnorm});
+  }
 
  private:
   int64_t width(const Tensor& correction, bool accumulate) const {
@@ -183,7 +215,9 @@ struct NormCorrectionApply : RowArguments {
       : RowArguments("norm_correction_apply", x),
         x(leading_activation()),
         dx(activation("dx", dx, {M, C})),
-        correction(table("correction", correction, {kCorrectionRows, C})) {}
+        correction(table("correction", correction, {kCorrectionRows, C})) {
+    apart({this->dx}, {this->x, this->correction});
+  }
 };
 
 struct NormReluConv1x1Forward : RowArguments {
@@ -200,7 +234,9 @@ struct NormReluConv1x1Forward : RowArguments {
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, {K, C})),
         y(activation("y", y, {M, K})),
-        stats(table("stats", stats, {kStatsRows, K})) {}
+        stats(table("stats", stats, {kStatsRows, K})) {
+    apart({this->y, this->stats}, {this->x, this->norm, whole(weight)});
+  }
 };
 
 struct NormReluConv1x1Backward : RowArguments {
@@ -222,7 +258,10 @@ struct NormReluConv1x1Backward : RowArguments {
         weight(checked_weight(weight, {K, C})),
         dx(activation("dx", dx, {M, C})),
         dweight(contiguous("dweight", dweight, {K, C})),
-        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {
+    apart({this->dx, this->dweight, this->dnorm},
+          {this->x, this->dz_y, this->y, this->correction, this->norm, whole(weight)});
+  }
 };
 
 struct NormReluConv3x3Forward : ImageArguments {
@@ -239,7 +278,9 @@ struct NormReluConv3x3Forward : ImageArguments {
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, kernel(K, 3))),
         y(activation("y", y, shape(K))),
-        stats(table("stats", stats, {kStatsRows, K})) {}
+        stats(table("stats", stats, {kStatsRows, K})) {
+    apart({this->y, this->stats}, {this->x, this->norm, whole(weight)});
+  }
 };
 
 struct NormReluConv3x3Backward : ImageArguments {
@@ -262,7 +303,10 @@ struct NormReluConv3x3Backward : ImageArguments {
         weight(checked_weight(weight, kernel(K, 3))),
         dx(activation("dx", dx, shape(C))),
         dweight(contiguous("dweight", dweight, kernel(K, 3))),
-        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {
+    apart({this->dx, this->dweight, this->dnorm},
+          {this->x, this->dy, this->y, this->correction, this->norm, whole(weight)});
+  }
 
  private:
   Strided given_with(const OptionalTensor& correction, const OptionalTensor& y) const {
@@ -286,7 +330,9 @@ struct TransitionForward : ImageArguments {
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, {K, C})),
         y(activation("y", y, shape(halved(), K))),
-        stats(table("stats", stats, {kStatsRows, K})) {}
+        stats(table("stats", stats, {kStatsRows, K})) {
+    apart({this->y, this->stats}, {this->x, this->norm, whole(weight)});
+  }
 };
 
 struct TransitionBackward : ImageArguments {
@@ -308,7 +354,9 @@ struct TransitionBackward : ImageArguments {
         count(checked_count(count)),
         dx(activation("dx", dx, shape(C))),
         dweight(contiguous("dweight", dweight, {K, C})),
-        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {
+    apart({this->dx, this->dweight, this->dnorm}, {this->x, this->dy, this->norm, whole(weight)});
+  }
 };
 
 struct StemForward : ImageArguments {
@@ -319,7 +367,9 @@ struct StemForward : ImageArguments {
         x(leading_activation()),
         norm(table("norm", norm, {kNormRows, C})),
         y(activation("y", y, shape(halved_up(), C))),
-        stats(table("stats", stats, {kStatsRows, C})) {}
+        stats(table("stats", stats, {kStatsRows, C})) {
+    apart({this->y, this->stats}, {this->x, this->norm});
+  }
 };
 
 struct StemBackward : ImageArguments {
@@ -335,7 +385,9 @@ struct StemBackward : ImageArguments {
         norm(table("norm", norm, {kNormRows, C})),
         count(checked_count(count)),
         dx(activation("dx", dx, shape(C))),
-        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {}
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {
+    apart({this->dx, this->dnorm}, {this->x, this->dy, this->norm});
+  }
 };
 
 }  // namespace densenet_efficient::arguments

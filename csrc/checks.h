@@ -8,6 +8,7 @@
 #include <string>
 
 #include "stable.h"
+#include "views.h"
 
 namespace densenet_efficient {
 
@@ -36,6 +37,11 @@ inline const char* dtype_text(ScalarType dtype) {
   }
 }
 
+inline std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "another device, ") + std::to_string(tensor.get_device());
+}
+
 template <typename... Parts>
 [[noreturn]] void fail(const Arg& arg, const Parts&... parts) {
   std::ostringstream text;
@@ -54,9 +60,15 @@ struct Shape {
   void add(int64_t size) { sizes[dim++] = size; }
 };
 
+inline void check_given(const Arg& arg) {
+  if (!arg.tensor.defined()) fail(arg, "must be a tensor, got None");
+}
+
 inline void check_shape(const Arg& arg, const Shape& expected) {
-  bool same = arg.tensor.dim() == expected.dim;
-  for (int64_t d = 0; same && d < expected.dim; ++d) same = arg.tensor.size(d) == expected.sizes[d];
+  check_given(arg);
+  const auto sizes = arg.tensor.sizes();
+  bool same = static_cast<int64_t>(sizes.size()) == expected.dim;
+  for (int64_t d = 0; same && d < expected.dim; ++d) same = sizes[d] == expected.sizes[d];
   if (same) return;
   std::ostringstream text;
   for (int64_t d = 0; d < expected.dim; ++d) text << (d ? ", " : "") << expected.sizes[d];
@@ -64,6 +76,7 @@ inline void check_shape(const Arg& arg, const Shape& expected) {
 }
 
 inline void check_dim(const Arg& arg, int64_t dim) {
+  check_given(arg);
   if (arg.tensor.dim() != dim)
     fail(arg, "must have ", dim, " dimensions, got shape ", shape_text(arg.tensor));
 }
@@ -83,40 +96,49 @@ inline void check_activation_dtype(const Arg& arg) {
   }
 }
 
-inline void check_device(const Arg& arg, const Arg& like) {
-  if (arg.tensor.is_cpu() != like.tensor.is_cpu() ||
-      arg.tensor.get_device() != like.tensor.get_device())
-    fail(arg, "must be on the same device as ", like.name);
+// Where a tensor is: asked once for the leading tensor.
+struct Place {
+  bool cpu;
+  int index;
+
+  explicit Place(const Tensor& tensor) : cpu(tensor.is_cpu()), index(tensor.get_device()) {}
+  bool operator==(const Place&) const = default;
+};
+
+inline void check_device(const Arg& arg, const Arg& like, const Place& place) {
+  if (!(Place(arg.tensor) == place))
+    fail(arg, "must be on ", device_text(like.tensor), " as ", like.name, ", got ",
+         device_text(arg.tensor));
 }
 
 inline void check_contiguous(const Arg& arg) {
   if (!arg.tensor.is_contiguous()) fail(arg, "must be contiguous");
 }
 
-// The distance in elements between two neighbouring rows of a channels-last tensor of any rank;
-// fails where the rows are not evenly spaced or the channels are not neighbours.
-inline int64_t check_rows(const Arg& arg) {
-  const Tensor& t = arg.tensor;
-  const int64_t last = t.dim() - 1;
-  const int64_t channels = t.size(last);
-  if (channels > 1 && t.stride(last) != 1)
-    fail(arg, "must be channels last: stride of the last dimension 1, got ", t.stride(last));
-  int64_t row_stride = channels, inner = 1;
+// The rows of a channels-last tensor of any rank; fails where they are not evenly spaced or the
+// channels are not neighbours.
+inline Strided check_rows(const Arg& arg) {
+  const auto sizes = arg.tensor.sizes(), strides = arg.tensor.strides();
+  const int64_t last = static_cast<int64_t>(sizes.size()) - 1;
+  const int64_t channels = sizes[last];
+  if (channels > 1 && strides[last] != 1)
+    fail(arg, "must be channels last: stride of the last dimension 1, got ", strides[last]);
+  int64_t row_stride = channels, rows = 1;
   bool found = false;
   for (int64_t d = last - 1; d >= 0; --d) {
-    if (t.size(d) == 0) return channels;
-    if (t.size(d) > 1) {
+    if (sizes[d] == 0) return {&arg.tensor, arg.name, channels, 0, channels};
+    if (sizes[d] > 1) {
       if (!found) {
-        row_stride = t.stride(d) / inner;
+        row_stride = strides[d] / rows;
         found = true;
       }
-      if (t.stride(d) != row_stride * inner || row_stride < channels)
+      if (strides[d] != row_stride * rows || row_stride < channels)
         fail(arg, "must have evenly spaced rows of at least ", channels,
-             " elements; stride of dimension ", d, " is ", t.stride(d));
+             " elements; stride of dimension ", d, " is ", strides[d]);
     }
-    inner *= t.size(d);
+    rows *= sizes[d];
   }
-  return row_stride;
+  return {&arg.tensor, arg.name, row_stride, rows, channels};
 }
 
 }  // namespace densenet_efficient

@@ -14,10 +14,12 @@ struct Rows {
   DE_HOST_DEVICE T* operator[](int64_t row) const { return data + row * stride; }
 };
 
-// A tensor and the distance between its rows, in elements. Null: not given.
+// The rows of a tensor: `channels` elements each, `stride` elements from one to the next. Null: not
+// given.
 struct Strided {
   const Tensor* tensor = nullptr;
-  int64_t stride = 0;
+  const char* name = nullptr;
+  int64_t stride = 0, rows = 0, channels = 0;
 
   explicit operator bool() const { return tensor; }
 };

@@ -25,7 +25,7 @@ inline device::RowTensor output_row_tensor(const Strided& rows) {
 // A weight [K, C], which these kernels read by rows: a layout without is refused here.
 template <typename Call>
 device::RowTensor weight_rows(const Call& call) {
-  return row_tensor({&call.weight, check_rows({call.lead.op, "weight", call.weight})});
+  return row_tensor(check_rows({call.lead.op, "weight", call.weight}));
 }
 
 inline device::Table float_table(const Strided& table) {
