@@ -21,8 +21,8 @@ struct Arguments {
   Arguments(const Arg& lead, int64_t dim) : Arguments(lead) { check_dim(lead, dim); }
 
   // The leading tensor's channels, its last dimension.
-  int64_t channels() const {
-    const int64_t C = lead.tensor.size(lead.tensor.dim() - 1);
+  int64_t channels(int64_t dim) const {
+    const int64_t C = lead.tensor.size(dim - 1);
     if (C == 0) fail(lead, "must have at least one channel, got shape ", shape_text(lead.tensor));
     return C;
   }
@@ -74,7 +74,7 @@ struct Arguments {
     const auto sizes = weight.sizes(), strides = weight.strides();
     int64_t last = 0;
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-    return {&weight, "weight", last + 1, 1, last + 1};
+    return {&weight, last + 1, 1, last + 1, "weight"};
   }
 
   int64_t checked_count(int64_t count) const {
@@ -102,7 +102,7 @@ struct Arguments {
 struct TableArguments : Arguments {
   int64_t C;
 
-  explicit TableArguments(const Arg& lead) : Arguments(lead, 2), C(channels()) {
+  explicit TableArguments(const Arg& lead) : Arguments(lead, 2), C(channels(2)) {
     check_dtype(lead, arithmetic);
   }
 };
@@ -112,7 +112,7 @@ struct RowArguments : Arguments {
   int64_t M, C;
 
   RowArguments(const char* op, const Tensor& x)
-      : Arguments({op, "x", x}, 2), M(x.size(0)), C(channels()) {}
+      : Arguments({op, "x", x}, 2), M(x.size(0)), C(channels(2)) {}
 };
 
 // Led by x [N, *spatial, C] of one to three spatial dimensions.
@@ -120,7 +120,7 @@ struct ImageArguments : Arguments, Image {
   int64_t C;
 
   ImageArguments(const char* op, const Tensor& x)
-      : Arguments({op, "x", x}), Image(image_of(lead)), C(channels()) {}
+      : Arguments({op, "x", x}), Image(image_of(lead)), C(channels(dims + 2)) {}
 
  protected:
   // [N, *spatial, channels] for the pixels of an image.

@@ -33,6 +33,10 @@ inline const char* dtype_text(ScalarType dtype) {
     case ScalarType::Float: return "float32";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
     default: return "another dtype";
   }
 }
@@ -60,25 +64,26 @@ struct Shape {
   void add(int64_t size) { sizes[dim++] = size; }
 };
 
+// None arrives as an undefined tensor, whose shape [0] no argument has.
 inline void check_given(const Arg& arg) {
   if (!arg.tensor.defined()) fail(arg, "must be a tensor, got None");
 }
 
 inline void check_shape(const Arg& arg, const Shape& expected) {
-  check_given(arg);
   const auto sizes = arg.tensor.sizes();
   bool same = static_cast<int64_t>(sizes.size()) == expected.dim;
   for (int64_t d = 0; same && d < expected.dim; ++d) same = sizes[d] == expected.sizes[d];
   if (same) return;
+  check_given(arg);
   std::ostringstream text;
   for (int64_t d = 0; d < expected.dim; ++d) text << (d ? ", " : "") << expected.sizes[d];
   fail(arg, "must have shape [", text.str(), "], got ", shape_text(arg.tensor));
 }
 
 inline void check_dim(const Arg& arg, int64_t dim) {
+  if (arg.tensor.dim() == dim) return;
   check_given(arg);
-  if (arg.tensor.dim() != dim)
-    fail(arg, "must have ", dim, " dimensions, got shape ", shape_text(arg.tensor));
+  fail(arg, "must have ", dim, " dimensions, got shape ", shape_text(arg.tensor));
 }
 
 inline void check_dtype(const Arg& arg, ScalarType expected) {
@@ -92,7 +97,9 @@ inline void check_activation_dtype(const Arg& arg) {
     case ScalarType::Float:
     case ScalarType::BFloat16:
     case ScalarType::Half: return;
-    default: fail(arg, "must be float64, float32, bfloat16 or float16");
+    default:
+      fail(arg, "must be float64, float32, bfloat16 or float16, got ",
+           dtype_text(arg.tensor.scalar_type()));
   }
 }
 
@@ -126,7 +133,7 @@ inline Strided check_rows(const Arg& arg) {
   int64_t row_stride = channels, rows = 1;
   bool found = false;
   for (int64_t d = last - 1; d >= 0; --d) {
-    if (sizes[d] == 0) return {&arg.tensor, arg.name, channels, 0, channels};
+    if (sizes[d] == 0) return {&arg.tensor, channels, 0, channels, arg.name};
     if (sizes[d] > 1) {
       if (!found) {
         row_stride = strides[d] / rows;
@@ -138,7 +145,7 @@ inline Strided check_rows(const Arg& arg) {
     }
     rows *= sizes[d];
   }
-  return {&arg.tensor, arg.name, row_stride, rows, channels};
+  return {&arg.tensor, row_stride, rows, channels, arg.name};
 }
 
 }  // namespace densenet_efficient

@@ -15,8 +15,9 @@
 // Activations are float64, float32, bfloat16 or float16, weights have the activations' dtype. norm,
 // stats, dnorm, correction and weight gradients are float32 (float64 with float64 activations).
 // On CUDA the convolutions and transitions multiply float32 in TF32 and take no float64: where they
-// may be used is densenet_efficient/paths.py's to say.
-// Kernels write only into the tensors marked with "!".
+// may be used is densenet_efficient/ops/dispatch.py's to say.
+// Kernels write only into the tensors marked with "!", which share no element with another argument
+// (overlap.h) and are no negative views (ops/compiled.py). Every argument is checked before that.
 #include "stable.h"
 
 STABLE_TORCH_LIBRARY(densenet_efficient, library) {

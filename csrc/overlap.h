@@ -17,9 +17,9 @@ struct Extent {
   bool one_row = false;
 
   Extent() = default;
-  explicit Extent(const Strided& rows)
+  Extent(const Strided& rows, const void* data)
       : name(rows.name),
-        begin(reinterpret_cast<uintptr_t>(rows.tensor->const_data_ptr())),
+        begin(reinterpret_cast<uintptr_t>(data)),
         end(begin),
         one_row(rows.rows == 1) {
     const uintptr_t bytes = rows.tensor->element_size();
@@ -49,16 +49,14 @@ inline void check_apart(const char* op, std::initializer_list<Strided> written,
   Extent extents[kMost];
   const Tensor* outputs[kMost];
   int outputs_given = 0, given = 0;
-  // A copy-on-write tensor gets memory of its own before anybody's is looked at.
-  for (const Strided& rows : written)
-    if (rows) rows.tensor->mutable_data_ptr();
+  // The outputs first: a copy-on-write tensor gets memory of its own when it is asked for.
   for (const Strided& rows : written) {
     if (!rows) continue;
     outputs[outputs_given++] = rows.tensor;
-    extents[given++] = Extent(rows);
+    extents[given++] = Extent(rows, rows.tensor->mutable_data_ptr());
   }
   for (const Strided& rows : read)
-    if (rows) extents[given++] = Extent(rows);
+    if (rows) extents[given++] = Extent(rows, rows.tensor->const_data_ptr());
   for (int i = 0; i < outputs_given; ++i)
     for (int j = i + 1; j < given; ++j)
       if (overlap(extents[i], extents[j]))

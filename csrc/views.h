@@ -18,8 +18,8 @@ struct Rows {
 // given.
 struct Strided {
   const Tensor* tensor = nullptr;
-  const char* name = nullptr;
   int64_t stride = 0, rows = 0, channels = 0;
+  const char* name = nullptr;
 
   explicit operator bool() const { return tensor; }
 };

@@ -241,3 +241,54 @@ def test_bad_input_is_named_and_nothing_is_written(
     name: str, arguments: tuple, message: str
 ) -> None:
     assert_refused(lambda op, *a: getattr(compiled, op)(*a), name, arguments, message)
+
+
+def test_slices_of_one_buffer_may_lie_between_each_other() -> None:
+    """As features do: x in front of y or after it, in the same rows or in others, and with a single
+    row."""
+    norm, weight = torch.rand(4, 6), torch.rand(5, 6)
+    for rows in (1, 7):
+        for first, second in ((0, 6), (5, 0), (2, 9), (8, 3)):
+            for begin in (0, 1, rows):
+                whole = torch.rand(2 * rows, 16)
+                x = whole[:rows, first : first + 6]
+                y = whole[begin : begin + rows, second : second + 5]
+                expected = torch.empty(rows, 5)
+                compiled.norm_relu_conv1x1_forward(x.clone(), norm, weight, expected, None)
+                compiled.norm_relu_conv1x1_forward(x, norm, weight, y, None)
+                assert torch.equal(y, expected)
+
+
+def test_a_copy_on_write_output_has_memory_of_its_own() -> None:
+    x = torch.rand(7, 6)
+    y = torch._lazy_clone(x)
+    before = x.clone()
+    correction = torch.rand(4, 6)
+    compiled.norm_correction_apply(y, x, correction)
+    assert torch.equal(x, before) and not torch.equal(y, before)
+
+
+def test_negative_views_are_read_and_not_written() -> None:
+    case = make_case("norm_relu_conv1x1_forward", (9, 6, 5), torch.float32)
+    arguments = {**case.arguments, "x": torch._neg_view(-case.arguments["x"].clone())}
+    compiled.norm_relu_conv1x1_forward(*case.arguments.values())
+    expected = case.arguments["y"].clone()
+    case.arguments["y"].zero_()
+    compiled.norm_relu_conv1x1_forward(*arguments.values())
+    assert torch.equal(case.arguments["y"], expected)
+    values = [v.nan_to_num() if isinstance(v, Tensor) else v for v in arguments.values()]
+    values[list(arguments).index("y")] = torch._neg_view(torch.zeros(9, 5))
+    message = "y is written and must not be a negative view"
+    assert_refused(lambda op, *a: getattr(compiled, op)(*a), case.op, tuple(values), message)
+
+
+@pytest.mark.parametrize("name", ["x", "y", "stats", "norm", "weight"])
+def test_a_meta_tensor_among_real_ones_is_named(name: str) -> None:
+    case = make_case("norm_relu_conv1x1_forward", (9, 6, 5), torch.float32)
+    case.arguments[name] = case.arguments[name].to("meta")
+    with pytest.raises(RuntimeError, match=r"must be on (cpu|meta) as x, got (cpu|meta)"):
+        compiled.norm_relu_conv1x1_forward(*case.arguments.values())
+    case.check_outside()
+    for value in case.arguments.values():
+        if isinstance(value, Tensor) and not value.is_meta and value.shape in ((9, 5), (2, 5)):
+            assert value.isnan().all()

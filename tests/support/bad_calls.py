@@ -11,6 +11,8 @@ from torch import Tensor
 
 X, NORM, W1, W3 = (10, 6), (4, 6), (5, 6), (5, 6, 3, 3)
 
+BUFFER, TABLES = torch.zeros(10, 16), torch.zeros(4, 40)
+
 # (operator, arguments, message)
 BAD_CALLS: list[tuple[str, tuple, str]] = [
     ("channel_stats", (torch.zeros(6), torch.zeros(2, 6)), "x must have 2 dimensions"),
@@ -99,6 +101,48 @@ BAD_CALLS: list[tuple[str, tuple, str]] = [
             torch.zeros(2, 6),
         ),
         "count must not be negative",
+    ),
+    ("channel_stats", (torch.zeros(5, 0), torch.zeros(2, 0)), "x must have at least one channel"),
+    (
+        "norm_relu_conv1x1_forward",
+        (torch.zeros(X), torch.zeros(NORM), torch.zeros(0, 6), torch.zeros(10, 0), None),
+        "weight must have at least one output",
+    ),
+    ("channel_stats", (None, torch.zeros(2, 6)), "x must be a tensor, got None"),
+    ("channel_stats", (torch.zeros(X), None), "stats must be a tensor, got None"),
+    *(  # y begins among the last channels of x; then it begins in front of x
+        (
+            "norm_relu_conv1x1_forward",
+            (
+                BUFFER[:, first : first + 6],
+                torch.zeros(NORM),
+                torch.zeros(W1),
+                BUFFER[:, second : second + 5],
+                None,
+            ),
+            "y is written and must not share memory with x",
+        )
+        for first, second in ((0, 5), (4, 0))
+    ),
+    (
+        "norm_relu_conv1x1_backward",
+        (
+            torch.zeros(10, 5),
+            torch.zeros(10, 5),
+            torch.zeros(4, 5),
+            BUFFER[:, :6],
+            torch.zeros(NORM),
+            torch.zeros(W1),
+            BUFFER[:, 6:12],
+            TABLES[0, :30].view(5, 6),
+            TABLES[:2, 24:30],
+        ),
+        "dweight is written and must not share memory with dnorm",
+    ),
+    (
+        "norm_correction_apply",
+        (BUFFER[:, :6], BUFFER[:, :6], torch.zeros(4, 6)),
+        "dx is written and must not share memory with x",
     ),
 ]
 
