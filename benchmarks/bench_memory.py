@@ -138,43 +138,15 @@ def against_batch(device: str, dtype: str, batches: tuple[int, ...]) -> dict[str
     return {"batches": batches, "peaks": peaks, "text": f"{title}\n\n{text}"}
 
 
-def draw(parts: dict[str, Any], path: Path) -> None:
-    """Memory against depth and against the batch, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [name for name in ("depth", "batch") if name in parts]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), squeeze=False)
-    colours = {"eager": "C3", "checkpoint": "C1", "recompute": "C0"}
-    for axis, name in zip(axes[0], panels, strict=True):
-        part = parts[name]
-        for peer in CURVES:
-            if name == "depth":
-                x, y = part["depths"], [v / 1e6 for v in part["bytes_per_image"][peer]]
-            else:
-                x, y = part["batches"], [v / 1e6 for v in part["peaks"][peer]]
-            axis.plot(x, y, "o-", color=colours[peer], label=LABELS[peer], markersize=4)
-        axis.set_xlabel("depth (layers)" if name == "depth" else "batch (images)")
-        axis.set_ylabel("activations, MB per image" if name == "depth" else "peak, MB")
-        axis.set_title("DenseNet-BC, k = 12, 32 px" if name == "depth" else "DenseNet-BC-100-12")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
 def store(parts: dict[str, Any], options: argparse.Namespace, on_gpu: bool) -> Path:
     """Figure and tables of the parts measured so far."""
     suffix = "" if options.part == "all" else f"-{options.part}"
     name = f"memory-{'cuda' if on_gpu else 'cpu'}{suffix}"
     text = "\n\n".join(part["text"] for part in parts.values())
     if "depth" in parts or "batch" in parts:
-        draw(parts, options.output / f"{name}.png")
+        from tools.pictures.measured import curves
+
+        curves(parts, options.output / f"{name}.png")
         text += f"\n\n![memory against depth and batch]({name}.png)"
     figures = {key: {k: v for k, v in part.items() if k != "text"} for key, part in parts.items()}
     title = "Memory of a training step"

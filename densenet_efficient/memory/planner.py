@@ -23,7 +23,7 @@ from ..nn.features import FeaturesExecution
 from ..ops.dtypes import FLOATING, accumulation_dtype
 from . import fully_convolutional
 from .steps import PARAMETER_GRADIENTS, SCRATCH, Part, gradient_bytes, parts_of
-from .timeline import Timeline
+from .timeline import Moment, Timeline
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Plan:
 
     rows: every buffer in the order of its allocation. peak_bytes: peak memory above the baseline
     before the step; peak_at: where in the step; at_peak: name -> bytes of what is live then.
+    moments: what is live at every place of the step, in order.
     """
 
     rows: tuple[Buffer, ...]
@@ -39,6 +40,7 @@ class Plan:
     peak_at: str
     at_peak: dict[str, int] = field(repr=False)
     batch: int = 1
+    moments: tuple[Moment, ...] = field(default=(), repr=False)
 
     @property
     def total_bytes(self) -> int:
@@ -138,8 +140,9 @@ def plan(
     if training:
         for name, lifetime in ((PARAMETER_GRADIENTS, "gradient"), (SCRATCH, "scratch")):
             timeline.rows.append(Buffer(name, (timeline.bytes_of(name),), torch.uint8, lifetime))
-    found = timeline
-    return Plan(tuple(found.rows), found.peak, found.peak_at, found.at_peak, shape[0])
+    peak = max(timeline.moments, key=lambda moment: moment.bytes)
+    moments = tuple(timeline.moments)
+    return Plan(tuple(timeline.rows), peak.bytes, peak.where, peak.live, shape[0], moments)
 
 
 def _feature_extractor(model: nn.Module) -> tuple[FeaturesExecution, nn.Module]:

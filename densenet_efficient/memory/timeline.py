@@ -1,18 +1,31 @@
-"""A step's allocations and releases in order, and the peak live bytes."""
+"""A step's allocations and releases in order: what is live at every moment of it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from ..core.arena import Buffer
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A place in a step, such as "the forward of denseblock1", and the bytes live there by name."""
+
+    where: str
+    live: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """All that is live."""
+        return sum(self.live.values())
+
+
 class Timeline:
-    """Live buffers by name, the rows of the table, and the largest sum so far (bytes)."""
+    """Live buffers by name, the rows of the table, and the moments at which memory may be most."""
 
     def __init__(self) -> None:
         self.rows: list[Buffer] = []
-        self.peak = 0
-        self.peak_at = "the beginning"
-        self.at_peak: dict[str, int] = {}
+        self.moments: list[Moment] = []
         self._live: dict[str, int] = {}
 
     def allocate(self, row: Buffer, where: str) -> str:
@@ -36,13 +49,9 @@ class Timeline:
         return self._live.get(name, 0)
 
     def mark(self, where: str, extra: int = 0) -> None:
-        """Notes the sum, with ``extra`` bytes that live inside one operator."""
-        total = sum(self._live.values()) + extra
-        if total > self.peak:
-            self.peak, self.peak_at = total, where
-            self.at_peak = dict(self._live)
-            if extra:
-                self.at_peak["inside the operator"] = extra
+        """Notes what is live, with ``extra`` bytes that live inside one operator."""
+        inside = {"inside the operator": extra} if extra else {}
+        self.moments.append(Moment(where, {**self._live, **inside}))
 
     def lifetime(self, name: str) -> str:
         """Of the last buffer of that name."""

@@ -10,16 +10,17 @@ from .summary import Summary
 
 __all__ = ["draw_summary"]
 
+# Of Okabe and Ito: told apart by readers with any colour vision.
+_OTHER = "#999999"
 _COLOURS = {
-    "input": "#b0b0b0",
-    "convolution": "#4c72b0",
-    "norm": "#8c8c8c",
-    "ReLU": "#8c8c8c",
-    "pooling": "#937860",
-    "dense block": "#dd8452",
-    "transition": "#55a868",
-    "linear": "#8172b3",
+    "input": "#ffffff",
+    "convolution": "#0072b2",
+    "pooling": "#56b4e9",
+    "dense block": "#e69f00",
+    "transition": "#009e73",
+    "linear": "#cc79a7",
 }
+_SLOT = 1.0  # at least: room for the text under a box
 
 
 def draw_summary(summary: Summary, path: str | os.PathLike[str]) -> None:
@@ -41,30 +42,34 @@ def draw_summary(summary: Summary, path: str | os.PathLike[str]) -> None:
     boxes += [(v.name, v.kind, v.shape, v.layers) for v in summary.volumes]
     widest = max(shape[1] for _, _, shape, _ in boxes)
     highest = max((*shape[2:], 1)[0] for _, _, shape, _ in boxes)
-    figure, axis = pyplot.subplots(figsize=(max(8.0, 0.95 * len(boxes)), 4.6))
+    figure, axis = pyplot.subplots(figsize=(max(8.0, 1.05 * len(boxes)), 4.2))
     left, labelled = 0.0, set()
     for name, kind, shape, layers in boxes:
         width = 0.15 + 0.85 * shape[1] / widest
         height = math.sqrt((shape[2] if len(shape) > 2 else 1) / highest)
-        colour = _COLOURS.get(kind, "#8c8c8c")
-        label = None if kind in labelled else kind
-        labelled.add(kind)
+        slot = max(width, _SLOT)
+        corner = left + (slot - width) / 2
+        colour = _COLOURS.get(kind, _OTHER)
+        group = kind if kind in _COLOURS else "norm, ReLU"
+        label = None if group in labelled else group
+        labelled.add(group)
         axis.bar(
-            left + width / 2, height, width, bottom=-height / 2, color=colour, edgecolor="black",
+            left + slot / 2, height, width, bottom=-height / 2, color=colour, edgecolor="black",
             linewidth=0.6, label=label,
         )  # fmt: skip
         # A dense block is drawn as what it is: its input, and a slice for every layer.
         for layer in range(1, layers):
-            axis.plot([left + width * layer / layers] * 2, [-height / 2, height / 2], "k-", lw=0.3)
-        sides = " x ".join(str(side) for side in shape[2:]) or "-"
+            place = corner + width * layer / layers
+            axis.plot([place] * 2, [-height / 2, height / 2], "k-", lw=0.3)
+        sides = " x ".join(str(side) for side in shape[2:])
         text = f"{name}\n{shape[1]} channels\n{sides}"
-        axis.text(left + width / 2, -0.56, text, rotation=60, ha="right", va="top", fontsize=7)
-        left += width + 0.25
+        axis.text(left + slot / 2, -0.53, text, ha="center", va="top", fontsize=7)
+        left += slot + 0.2
     axis.set(xlim=(-0.2, left), ylim=(-0.56, 0.62), xticks=[], yticks=[])
     axis.set_title(
         f"{summary.title}: {summary.parameters:,} parameters, "
         f"{summary.multiply_adds / summary.input_shape[0] / 1e9:.2f} G multiply-adds an image\n"
-        "width: channels; height: the root of the image's side",
+        "width: channels; height: square root of the side of the image",
         fontsize=9,
     )
     axis.legend(loc="upper right", ncols=4, fontsize=7, frameon=False)
