@@ -98,7 +98,11 @@ def test_no_function_hides_a_module_of_its_name() -> None:
 @pytest.mark.parametrize(
     ("folders", "endings", "budget"),
     [
-        (["densenet_efficient", "tests", "tools", "benchmarks", "build_backend"], {".py"}, 350),
+        (
+            ["densenet_efficient", "tests", "tools", "benchmarks", "build_backend", "examples"],
+            {".py"},
+            350,
+        ),
         (["csrc"], {".cpp", ".h", ".cu", ".cuh"}, 400),
     ],
 )
