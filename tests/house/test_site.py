@@ -4,6 +4,7 @@ link and anchor leads somewhere, every docstring of the reference can be read.""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import densenet_efficient
 from tests.support.markdown import ROOT
 
 pytest.importorskip("mkdocs", reason="mkdocs is missing: it comes with requirements-dev.txt")
@@ -39,6 +41,12 @@ class _Targets(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found += [value or "" for name, value in attrs if name in ("href", "src")]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    listed = re.findall(r"^::: densenet_efficient\.(\w+)$", pages, re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted(densenet_efficient.__all__)
 
 
 @pytest.mark.slow
