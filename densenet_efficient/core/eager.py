@@ -30,8 +30,6 @@ def unusual_mode() -> str | None:
         return f"{type(mode).__name__} is active"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
     for index in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(index)
         if type(mode) is not DeviceContext:  # of torch.set_default_device and torch.device
@@ -43,6 +41,13 @@ def unusual_mode() -> str | None:
         or module.__getattr__ is not _GETATTR
     ):
         return "torch.nn.Module is patched, as torch.fx does while it traces"
+    return unusual_for_modules()
+
+
+def unusual_for_modules() -> str | None:
+    """What of it holds as well for the code that torch.compile traces."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     if nn_module._has_any_global_hook():
         return "a hook is registered for all modules"
     return None

@@ -144,16 +144,10 @@ class TransitionFunction(torch.autograd.Function):
             )
         else:
             with torch.autocast(dy.device.type, enabled=False):
-                rows = layout.channels_last(x)
-                dx, dnorm, dweight, dstats = pooling.transition_backward(
-                    spec, dy, rows, stats, gamma, beta, weight, wanted[6], defer=wanted[2]
-                )
-            dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
-            dweight = _like(dweight, weight)
-            dbias = None
-            if wanted[7]:
-                sums = dy.sum([d for d in range(dy.dim()) if d != 1], dtype=stats.dtype)
-                dbias = _like(sums, bias)
+                dx, (dgamma, dbeta, dweight, dbias), dstats = pooling.transition_gradients(
+                    spec, dy, layout.channels_last(x), stats, (gamma, beta, weight, bias),
+                    wanted[4:], defer=wanted[2],
+                )  # fmt: skip
         return _where(wanted, (None, dx, dstats, None, dgamma, dbeta, dweight, dbias))
 
 
@@ -190,9 +184,10 @@ class StemFunction(torch.autograd.Function):
             )
         else:
             with torch.autocast(dy.device.type, enabled=False):
-                rows = layout.channels_last(x)
-                dx, dnorm = pooling.stem_backward(spec, dy, rows, stats, gamma, beta)
-            dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
+                dx, (dgamma, dbeta) = pooling.stem_gradients(
+                    spec, dy, layout.channels_last(x), stats, (gamma, beta),
+                    ctx.needs_input_grad[3:],
+                )  # fmt: skip
         return _where(ctx.needs_input_grad, (None, dx, None, dgamma, dbeta))
 
 

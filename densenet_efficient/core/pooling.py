@@ -9,6 +9,8 @@ block that produced the channels, as the gradient of the statistics that it hand
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -139,6 +141,41 @@ def transition_backward(
     return dx, dnorm, None if dweight is None else dweight.view(weight.shape), dstats
 
 
+def transition_gradients(
+    spec: PoolSpec,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    parameters: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    defer: bool = False,
+) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+    """`transition_backward`, with the gradients of gamma, beta, weight and bias in their own dtypes
+    where they are wanted: dx, these, and the gradient of the statistics."""
+    gamma, beta, weight, _ = parameters
+    assert weight is not None
+    dx, dnorm, dweight, dstats = transition_backward(
+        spec, dy, x, stats, gamma, beta, weight, wanted[2], defer
+    )
+    dbias = None
+    if wanted[3]:
+        dbias = dy.sum([d for d in range(dy.dim()) if d != 1], dtype=stats.dtype)
+    return dx, _like((*dnorm, dweight, dbias), parameters, wanted), dstats
+
+
+def _like(
+    gradients: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    return [
+        gradient.to(parameter.dtype)
+        if need and gradient is not None and parameter is not None
+        else None
+        for gradient, parameter, need in zip(gradients, parameters, wanted, strict=True)
+    ]
+
+
 def _pointwise_backward(
     spec: PoolSpec,
     dy: Tensor,
@@ -193,6 +230,20 @@ def stem_backward(
     )
     _through_statistics(spec, dx.movedim(1, -1), x, norm, dnorm, defer=False)
     return dx, dnorm
+
+
+def stem_gradients(
+    spec: PoolSpec,
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    parameters: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`stem_backward`, with the gradients of gamma and beta in their own dtypes where they are
+    wanted."""
+    dx, dnorm = stem_backward(spec, dy, x, stats, *parameters)
+    return dx, _like((*dnorm,), parameters, wanted)
 
 
 def norm_forward(

@@ -135,6 +135,12 @@ class BlockSpec:
         return self.layers[-1].in_channels + self.layers[-1].growth
 
     @property
+    def new(self) -> slice:
+        """The channels of the feature buffer that are not the block's input."""
+        added = self.out_channels - self.in_channels
+        return slice(0, added) if self.newest_first else slice(self.in_channels, self.out_channels)
+
+    @property
     def batch_stats(self) -> bool:
         """Whether any norm1 of the block uses the batch's statistics of F's channels."""
         return any(layer.norm1.running is None for layer in self.layers)

@@ -86,9 +86,15 @@ class EfficientFCDenseNet(FCDenseNetBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `FCDenseNetBase.forward`."""
-        if torch.compiler.is_exporting():
-            return super().forward(x)
+        if torch.compiler.is_compiling():
+            return self._traced_forward(x)
         return self._efficient_forward(x)
+
+    def _traced_forward(self, x: Tensor) -> Tensor:
+        self.check_images(x)
+        if torch.compiler.is_exporting() or not handover.prefers_contiguous(x):
+            return super().forward(x)
+        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
     @torch.compiler.disable  # one opaque step, as its blocks are
     def _efficient_forward(self, x: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ class EfficientFCDenseNet(FCDenseNetBase):
 
     @staticmethod
     def _is_ordinary(x: Tensor) -> bool:
-        return not torch.compiler.is_exporting() and execution.input_problem(x) is None
+        return not torch.compiler.is_compiling() and execution.input_problem(x) is None
 
     def _first(self, x: Tensor) -> Tensor:
         if not self._is_ordinary(x) or watch.own_change(self.conv0) or watch.patch():
@@ -106,7 +112,7 @@ class EfficientFCDenseNet(FCDenseNetBase):
 
     def _call(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Channels last in memory from child to child, so that no block copies its output."""
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_compiling():
             return super()._call(module, *inputs)
         with handover.asking_for(contiguous=False):
             return module(*inputs)

@@ -15,12 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from ..core import gradients
+from ..core import graph as core_graph
 from ..core.functions import DenseBlockFunction, Result
 from ..core.specs import BlockSpec, LayerSpec
+from ..ops import dispatch
 from ..ops.dispatch import Dispatch
-from . import execution, handover
+from . import execution, graph, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
-from .layers import LayerParts, layer_parameters, layer_spec, standard_parts, tail_parameters
+from .graph import GraphPlan
+from .layers import (
+    LayerParts,
+    layer_parameters,
+    layer_spec,
+    parameter_places,
+    standard_parts,
+    tail_parameters,
+)
 from .norms import BatchNorm, begin_exchange, update_running_statistics
 from .options import check_memory
 from .plain import PlainDenseBlock
@@ -87,11 +97,18 @@ class DenseBlockExecution(Efficient):
         return self._decision(_joined(x))[0]
 
     def _decision(self, x: Any) -> tuple[Dispatch, list[LayerParts], tuple[LayerSpec, ...]]:
-        reason = self._input_problem(x) or self._change()
+        reason = self._input_problem(x)
+        if reason is not None:
+            return Dispatch(ORIGINAL, reason), [], ()
+        return self._specification(execution.working_dtype(x), x.device)
+
+    def _specification(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Dispatch, list[LayerParts], tuple[LayerSpec, ...]]:
+        reason = self._change()
         if reason is not None:
             return Dispatch(ORIGINAL, reason), [], ()
         parts = self.parts()
-        dtype = execution.working_dtype(x)
         specs: list[LayerSpec] = []
         shares = False
         channels = parts[0].norm1.num_features
@@ -107,13 +124,80 @@ class DenseBlockExecution(Efficient):
             reason = "its norms take their statistics over different processes"
             return Dispatch(ORIGINAL, reason), parts, ()
         dims = len(parts[0].conv1.kernel_size)
-        return execution.choose(x, dims), parts, tuple(specs)
+        return dispatch.choose(device, dtype, dims), parts, tuple(specs)
 
     def forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         """[N, C, *spatial] (or a list of tensors to concatenate) -> all features."""
-        if torch.compiler.is_exporting():
-            return self._original(init_features)
+        if torch.compiler.is_compiling():
+            return self._traced_forward(init_features)
         return self._efficient_forward(init_features)
+
+    def _traced_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
+        x = _joined(init_features)
+        if torch.compiler.is_exporting() or not graph.is_usual(x):
+            return self._original(init_features)
+        return self.in_graph(x, None, handover.prefers_contiguous(x))[0]
+
+    def in_graph(
+        self, x: Tensor, known: Tensor | None, contiguous: bool | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The forward as torch.compile traces it: the output and its statistics ``[2, C]``.
+
+        known: the statistics of x. contiguous: whether the output is to be contiguous or channels
+        last, or None where the next operator of ours alone sees it.
+        """
+        dtype = execution.working_dtype(x)
+        plan = self._graph_plan(id(self), self.memory, dtype, x.device)
+        graph.guard(self, plan)
+        if plan.kind == graph.ORIGINAL:
+            return self._original(x), None
+        if plan.kind == graph.EAGER:
+            return self._efficient_forward(x), None
+        running, parameters = graph.tensors(self, plan)
+        graph.check_input(x, plan, parameters)
+        x, known = handover.as_dtype(x, known, dtype)
+        y, table, _, _ = core_graph.dense_block(
+            plan.call, plan.given, x, known, running, parameters, graph.seed(plan)
+        )
+        graph.update(self, plan, table, x.numel() // x.shape[1])
+        stats = table[:, : y.shape[1]] if plan.has_stats else None
+        if plan.new is not None:
+            y, stats = handover.new_features(y, stats, slice(*plan.new))
+            y, stats = handover.as_dtype(y, stats, execution.convolution_dtype(x))
+        return y if contiguous is None else graph.leave(y, contiguous), stats
+
+    @torch.compiler.assume_constant_result
+    def _graph_plan(
+        self, ident: int, memory: str, dtype: torch.dtype, device: torch.device
+    ) -> GraphPlan:
+        """How `in_graph` runs. ident: guards on this very module."""
+        chosen, parts, specs = self._specification(dtype, device)
+        if chosen.kind == ORIGINAL:
+            return graph.make_plan(self.named_modules(), graph.ORIGINAL)
+        state = self._efficient
+        spec = BlockSpec(specs, None, memory, newest_first=state.newest_first)  # type: ignore[arg-type]
+        new = None
+        if state.with_input is not None and not state.with_input(self):
+            new = spec.new.start, spec.new.stop
+        norms, column = [], spec.out_channels
+        for index, (part, layer) in enumerate(zip(parts, specs, strict=True)):
+            inputs = spec.inputs(index)
+            norms.append((part.norm1, layer.norm1, inputs.start or 0, inputs.stop))
+            if part.norm2 is not None and layer.norm2 is not None:
+                norms.append((part.norm2, layer.norm2, column, column + layer.bottleneck))
+            column += layer.bottleneck
+        return graph.make_plan(
+            self.named_modules(),
+            graph.OPERATOR,
+            spec,
+            [place for part in parts for place in parameter_places(part)],
+            norms,
+            name=f"{next(iter(self.dense_layers()))}.conv1",
+            channels=spec.in_channels,
+            drops=any(layer.drops() for layer in specs),
+            has_stats=spec.batch_stats,
+            new=new,
+        )
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def _efficient_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
@@ -159,7 +243,7 @@ class DenseBlockExecution(Efficient):
         stats = result.stats
         with_input = self._efficient.with_input
         if with_input is not None and not with_input(self):
-            y, stats = handover.new_features(y, stats, spec)
+            y, stats = handover.new_features(y, stats, spec.new)
             y, stats = handover.as_dtype(y, stats, execution.convolution_dtype(x))
         return handover.hand_over(y, stats, contiguous, exchange)
 

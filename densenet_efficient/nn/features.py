@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import graph_pooling
 from ..core.functions import Result, StemFunction
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
-from . import execution, handover, watch
+from . import execution, graph, handover, watch
 from .architecture import STEM, plain_outputs
 from .dense_block import DenseBlockExecution
 from .execution import ORIGINAL, OVERFLOW, Efficient
+from .graph import GraphPlan
 from .layers import CONVOLUTIONS
 from .norms import (
     batch_norm,
     begin_exchange,
+    check_count,
     includes_relu,
     is_batch_norm,
     norm_problem,
@@ -27,7 +30,7 @@ from .norms import (
     update_running_statistics,
     uses_batch_statistics,
 )
-from .transition import once
+from .transition import TransitionExecution, once
 
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
@@ -83,18 +86,23 @@ class FeaturesExecution(Efficient):
 
     def forward(self, input: Tensor) -> Tensor:
         """x ``[N, C_in, *spatial]`` -> the last child's output."""
-        if torch.compiler.is_exporting():
-            return self.original_class.forward(self, input)
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting() or not graph.is_usual(input):
+                return self._original(input)
+            return self._in_graph(input, {}, ())
         return self._efficient_forward(input)
 
     def named_outputs(self, input: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """As the forward; returns the outputs of the children named in `wanted`, of the last part
         of the stem as "stem", and the last child's."""
-        if torch.compiler.is_exporting():
-            return plain_outputs(self, input, wanted)
+        if torch.compiler.is_compiling():
+            outputs: dict[str, Tensor] = {}
+            if torch.compiler.is_exporting() or not graph.is_usual(input):
+                return plain_outputs(self, input, wanted)
+            self._in_graph(input, outputs, wanted)
+            return outputs
         return self._named_outputs(input, wanted)
 
-    @torch.compiler.disable
     def _named_outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         if self._input_problem(x) or self._patch():
             return plain_outputs(self, x, wanted)
@@ -161,6 +169,75 @@ class FeaturesExecution(Efficient):
         with handover.asking_for(contiguous and not to_ours, private):
             return child(x)
 
+    def _in_graph(self, x: Tensor, outputs: dict[str, Tensor], wanted: Collection[str]) -> Tensor:
+        """`_run` as torch.compile traces it, the statistics handed on as a tensor."""
+        contiguous = self._answers_contiguous(x)
+        children: list[tuple[str, Any]] = list(self._modules.items())
+        stem, stats = 0, None
+        if "relu0" not in wanted:
+            x, stats, stem = self._stem_in_graph(x, contiguous)
+        if stem and "stem" in wanted:
+            outputs["stem"] = graph.leave(x, contiguous)
+        last_of_stem = [name for name in self._modules if name in STEM][-1:]
+        for index, (name, child) in enumerate(children):
+            if index < stem:
+                continue
+            keys = [name, *["stem"] * (name in last_of_stem)]
+            taken = [key for key in keys if key in wanted]
+            if isinstance(child, (DenseBlockExecution, TransitionExecution)) and _is_bare(child):
+                following = children[index + 1][1] if index + 1 < len(children) else None
+                ours = isinstance(following, (DenseBlockExecution, TransitionExecution))
+                private = ours and not taken and _is_bare(following)
+                x, stats = child.in_graph(x, stats, None if private else contiguous)
+            else:
+                x, stats = child(x), None
+            for key in taken:
+                outputs[key] = x
+        if children:
+            outputs[children[-1][0]] = x
+        return x
+
+    def _stem_in_graph(self, x: Tensor, contiguous: bool) -> tuple[Tensor, Tensor | None, int]:
+        """What the stem gives, its statistics, and how many children that was."""
+        children = [child for _, child in self.stem_children()]
+        plan = self._graph_plan(id(self))
+        graph.guard(self, plan)
+        if plan.kind == graph.ORIGINAL:
+            return x, None, 0
+        conv, norm, *rest = children
+        execution.check_input(x, len(conv.kernel_size), conv.in_channels, conv.weight, "conv0")
+        answer = execution.pooling_dtype(x, len(conv.kernel_size))
+        x = channels_last_convolution(conv, x, conv.weight)
+        if plan.kind == graph.EAGER:
+            for child in (norm, *rest):
+                x = child(x)
+            return x, None, len(children)
+        if plan.batch_stats:
+            check_count(x.numel() // x.shape[1], tuple(x.shape))
+        running, parameters = graph.tensors(self, plan)
+        y, stats, used = graph_pooling.stem(plan.call, plan.given, x, None, running, parameters)
+        graph.update(self, plan, used, x.numel() // x.shape[1])
+        y, stats = handover.as_dtype(y, stats if plan.has_stats else None, answer)
+        return y, stats, len(children)
+
+    @torch.compiler.assume_constant_result
+    def _graph_plan(self, ident: int) -> GraphPlan:
+        """How `_stem_in_graph` runs. ident: guards on this very module."""
+        inside = self.stem_children()
+        reason = self._patch() or self._stem_problem()
+        if reason is not None:
+            return graph.make_plan(inside, graph.ORIGINAL)
+        norm = inside[1][1]
+        own = norm_spec(norm, torch.float32)
+        return graph.make_plan(
+            inside,
+            graph.OPERATOR,
+            PoolSpec(own, None, own.running is None),  # type: ignore[arg-type]
+            [(norm, "weight"), (norm, "bias")],
+            [(norm, own, 0, norm.num_features)],
+            has_stats=own.running is None,
+        )
+
     def _answers_contiguous(self, x: Tensor) -> bool:
         """Whether the original children would answer x with contiguous memory: it is contiguous,
         and no channels-last weight of the first convolution decides otherwise."""
@@ -191,6 +268,16 @@ class FeaturesExecution(Efficient):
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)
         return handover.hand_over(*handover.as_dtype(y, result.stats, answer), contiguous=False)
+
+
+def _is_bare(module: Any) -> bool:
+    """Whether nobody waits at the module's door for what goes in or comes out."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class EfficientFeatures(FeaturesExecution, nn.Sequential):

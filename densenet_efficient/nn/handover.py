@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..core.exchange import Exchange
 from ..core.functions import MatchLayoutFunction, NewFeaturesFunction
-from ..core.specs import BlockSpec
 
 _data_address = torch._C._data_address  # type: ignore[attr-defined]
 _is_cow_tensor = torch._C._is_cow_tensor  # type: ignore[attr-defined]
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _STATS = "_densenet_efficient_stats"
 
 
@@ -63,8 +63,7 @@ def prefers_contiguous(x: Tensor) -> bool:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+    return x.dim() in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.dim()])
 
 
 def match_layout(x: Tensor) -> Tensor:
@@ -72,13 +71,12 @@ def match_layout(x: Tensor) -> Tensor:
     return MatchLayoutFunction.apply(x) if x.requires_grad else x
 
 
-def new_features(y: Tensor, stats: Tensor | None, spec: BlockSpec) -> tuple[Tensor, Tensor | None]:
+def new_features(y: Tensor, stats: Tensor | None, new: slice) -> tuple[Tensor, Tensor | None]:
     """The channels that a block's layers added to y, and their statistics; a copy, for a caller
     who takes dense memory for granted."""
-    given, total = spec.in_channels, spec.out_channels
-    new = slice(total - given) if spec.newest_first else slice(given, total)
-    new_y = NewFeaturesFunction.apply(y, new.start or 0, new.stop)
-    return new_y, None if stats is None else stats[:, new]
+    return NewFeaturesFunction.apply(y, new.start, new.stop), None if stats is None else stats[
+        :, new
+    ]
 
 
 def as_dtype(x: Tensor, stats: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

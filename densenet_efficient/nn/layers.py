@@ -144,11 +144,13 @@ def tail_parameters(part: LayerParts) -> list[Tensor | None]:
     return [] if part.tail is None else list(part.tail.parameters())
 
 
+def parameter_places(part: LayerParts) -> list[tuple[nn.Module | None, str]]:
+    """Module and name of the layer's parameters, in the order of `specs.PARAMETERS_PER_LAYER`; None
+    where the layer has no such module."""
+    modules = (part.norm1, part.conv1, part.norm2, part.conv2)
+    return [(module, name) for module in modules for name in ("weight", "bias")]
+
+
 def layer_parameters(part: LayerParts) -> list[Tensor | None]:
     """The layer's parameters in the order of `specs.PARAMETERS_PER_LAYER`, each read once."""
-    first = [part.norm1.weight, part.norm1.bias, part.conv1.weight, part.conv1.bias]
-    if part.norm2 is None:
-        return [*first, None, None, None, None]
-    if part.conv2 is None:
-        return [*first, part.norm2.weight, part.norm2.bias, None, None]
-    return [*first, part.norm2.weight, part.norm2.bias, part.conv2.weight, part.conv2.bias]
+    return [None if m is None else getattr(m, name) for m, name in parameter_places(part)]

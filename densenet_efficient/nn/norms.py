@@ -14,8 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import running
 from ..core.exchange import Exchange
 from ..core.functions import Result, SharedNormFunction
+from ..core.running import Running
 from ..core.specs import NormSpec, PoolSpec
 from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
@@ -70,7 +72,7 @@ def uses_batch_statistics(norm: BatchNorm) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def _tracks(norm: BatchNorm) -> bool:
+def tracks(norm: BatchNorm) -> bool:
     """Whether a call updates the running statistics and the counter, as far as there are any."""
     return norm.training and norm.track_running_stats
 
@@ -109,14 +111,13 @@ def norm_spec(norm: BatchNorm, dtype: torch.dtype) -> NormSpec:
         return NormSpec(norm.eps, group=group)
     # A copy: later updates of the module must not reach a backward that is still to come.
     assert norm.running_mean is not None and norm.running_var is not None
-    running = torch.stack((norm.running_mean.detach(), norm.running_var.detach()))
-    return NormSpec(norm.eps, running.to(accumulation_dtype(dtype)))
+    moments = torch.stack((norm.running_mean.detach(), norm.running_var.detach()))
+    return NormSpec(norm.eps, moments.to(accumulation_dtype(dtype)))
 
 
-def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass: activation checkpointing's second run,
-    which must leave running statistics alone."""
-    return torch._C._current_graph_task_id() != -1
+def running_of(norm: BatchNorm) -> Running:
+    """What the norm keeps of the batches it has seen."""
+    return Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
 
 
 def update_running_statistics(
@@ -124,54 +125,11 @@ def update_running_statistics(
 ) -> None:
     """One training step's update of every norm, after the whole call has succeeded.
 
-    stats: mean and biased variance ``[2, C]`` for each norm, over ``count`` values; the running
-    variance takes the unbiased one. ``momentum=None`` is the cumulative average. Norms in eval mode
-    or without running statistics are left alone, and so is everything in a recomputation. The
-    moments are mixed in the accumulation dtype before they are stored: the variance of a float16
-    batch need not fit float16.
+    stats: mean and biased variance ``[2, C]`` for each norm, over ``count`` values. Norms in eval
+    mode or without running statistics are left alone.
     """
-    if count == 0 or is_recomputation():
-        return
-    tracked = [pair for pair in zip(norms, stats, strict=True) if _tracks(pair[0])]
-    # momentum -> running means and variances, batch means and variances, all in one dtype
-    groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], ...]] = {}
-    narrow: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        counters = [n.num_batches_tracked for n, _ in tracked if n.num_batches_tracked is not None]
-        if counters:
-            torch._foreach_add_(counters, 1)
-        for norm, values in tracked:
-            if norm.running_mean is None:
-                continue
-            running = [norm.running_mean, norm.running_var]
-            if norm.running_mean.dtype != values.dtype:
-                wide = [moment.to(values.dtype) for moment in running]  # type: ignore[union-attr]
-                narrow += zip(running, wide, strict=True)  # type: ignore[arg-type]
-                running = wide
-            if norm.momentum is None:
-                _average_cumulatively(norm, running, values, count)  # type: ignore[arg-type]
-                continue
-            group = groups.setdefault((norm.momentum, values.dtype), ([], [], [], []))
-            for moments, moment in zip(group, (*running, *values), strict=True):
-                moments.append(moment)
-        for (momentum, _), (means, variances, batch_means, batch_variances) in groups.items():
-            torch._foreach_mul_(means + variances, 1.0 - momentum)
-            torch._foreach_add_(means, batch_means, alpha=momentum)
-            torch._foreach_add_(variances, batch_variances, alpha=momentum * count / (count - 1))
-        for stored, moment in narrow:
-            stored.copy_(moment)
-
-
-def _average_cumulatively(
-    norm: BatchNorm, running: Sequence[Tensor], values: Tensor, count: int
-) -> None:
-    """The running moments become the average over all batches; without a counter they stay. The
-    weight is a tensor, so that the host does not wait for the device."""
-    if norm.num_batches_tracked is None:
-        return
-    weight = norm.num_batches_tracked.to(values.dtype).reciprocal()
-    running[0].lerp_(values[0], weight)
-    running[1].lerp_(values[1] * (count / (count - 1)), weight)
+    tracked = [pair for pair in zip(norms, stats, strict=True) if tracks(pair[0])]
+    running.update([running_of(n) for n, _ in tracked], [values for _, values in tracked], count)
 
 
 def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
@@ -185,7 +143,7 @@ def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
     count = x.numel() // x.shape[1]
     check_count(count, tuple(x.shape))
     y = F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
-    if _tracks(norm):
+    if tracks(norm):
         stats, _ = known_stats(x)
         if stats is None:
             with torch.no_grad():

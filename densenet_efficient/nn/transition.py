@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import graph_pooling
 from ..core.functions import MaxPoolFunction, Result, TransitionFunction
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
-from . import execution, handover
+from . import execution, graph, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
+from .graph import GraphPlan
 from .layers import CONVOLUTIONS, Convolution
 from .norms import (
     BatchNorm,
@@ -29,6 +31,7 @@ from .plain import transition_children
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
@@ -60,6 +63,14 @@ def once(value: Any) -> Any:
     return value
 
 
+def check_size(x: Tensor) -> None:
+    """ValueError for an image that pooling by two leaves nothing of."""
+    if min(x.shape[2:]) < 2:
+        raise ValueError(
+            f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class TransitionParts:
     """The modules of a transition, whatever its class calls them: norm, ReLU, 1x1 convolution,
@@ -71,6 +82,18 @@ class TransitionParts:
     conv: Convolution
     pool: nn.Module | None = None
     drop_rate: float = 0.0
+
+
+def _pools(parts: TransitionParts) -> bool:
+    return type(parts.pool) is not nn.Identity
+
+
+def _dtypes(x: Tensor, pools: bool) -> tuple[torch.dtype, torch.dtype]:
+    """What the operators run in and what the original modules answer in."""
+    answer = execution.convolution_dtype(x)
+    if pools:
+        answer = execution.pooling_dtype(x, x.dim() - 2)
+    return torch.promote_types(execution.working_dtype(x), answer), answer
 
 
 def standard_transition_parts(transition: nn.Module) -> TransitionParts:
@@ -98,15 +121,8 @@ class TransitionExecution(Efficient):
         reason = self._input_problem(x) or self._change() or self._problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
-        return execution.choose(x, len(self.parts().conv.kernel_size), self._dtypes(x)[0])
-
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """What the operators run in and what the original modules answer in."""
         parts = self.parts()
-        if type(parts.pool) is nn.Identity:
-            return execution.working_dtype(x), execution.convolution_dtype(x)
-        answer = execution.pooling_dtype(x, len(parts.conv.kernel_size))
-        return torch.promote_types(execution.working_dtype(x), answer), answer
+        return execution.choose(x, len(parts.conv.kernel_size), _dtypes(x, _pools(parts))[0])
 
     def _problem(self) -> str | None:
         """Why the operators cannot replace the modules, in words."""
@@ -132,9 +148,69 @@ class TransitionExecution(Efficient):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *spatial] -> [N, K, *(spatial // 2)]; without pooling [N, K, *spatial]."""
-        if torch.compiler.is_exporting():
-            return self.original_class.forward(self, input)
+        if torch.compiler.is_compiling():
+            return self._traced_forward(input)
         return self._efficient_forward(input)
+
+    def _traced_forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() or not graph.is_usual(x):
+            return self._original(x)
+        return self.in_graph(x, None, handover.prefers_contiguous(x))[0]
+
+    def in_graph(
+        self, x: Tensor, known: Tensor | None, contiguous: bool | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `DenseBlockExecution.in_graph`."""
+        plan = self._graph_plan(id(self))
+        graph.guard(self, plan)
+        if plan.kind == graph.ORIGINAL:
+            return self._original(x), None
+        if plan.kind == graph.EAGER:
+            return self._efficient_forward(x), None
+        running, parameters = graph.tensors(self, plan)
+        graph.check_input(x, plan, parameters)
+        if plan.pools:
+            check_size(x)
+        dtype, answer = _dtypes(x, plan.pools)
+        x, known = handover.as_dtype(x, known, dtype)
+        y, stats, used = graph_pooling.transition(
+            plan.call, plan.given, x, known, running, parameters
+        )
+        graph.update(self, plan, used, x.numel() // x.shape[1])
+        if plan.drop_rate > 0:
+            y = F.dropout(y, plan.drop_rate)
+        if plan.pools and not plan.fused:
+            pool = _MAX_POOL if plan.largest else _AVG_POOL
+            y = pool[y.dim() - 3](y, 2, 2)
+        y, stats = handover.as_dtype(y, stats if plan.has_stats else None, answer)
+        return y if contiguous is None else graph.leave(y, contiguous), stats
+
+    @torch.compiler.assume_constant_result
+    def _graph_plan(self, ident: int) -> GraphPlan:
+        """How `in_graph` runs. ident: guards on this very module."""
+        reason = self._change() or self._problem()
+        if reason is not None:
+            return graph.make_plan(self.named_modules(), graph.ORIGINAL)
+        parts = self.parts()
+        norm, conv, drops = parts.norm, parts.conv, parts.drop_rate > 0
+        pools, largest = _pools(parts), is_max_pool_by_two(parts.pool)
+        own = norm_spec(norm, torch.float32)
+        last = not drops and not largest  # whether the operator's result is the transition's
+        want = own.running is None and last
+        return graph.make_plan(
+            self.named_modules(),
+            graph.OPERATOR,
+            PoolSpec(own, None, want, pools=pools and last),  # type: ignore[arg-type]
+            [(module, name) for module in (norm, conv) for name in ("weight", "bias")],
+            [(norm, own, 0, norm.num_features)],
+            name="conv",
+            channels=norm.num_features,
+            has_stats=want,
+            drop_rate=parts.drop_rate,
+            pools=pools,
+            fused=last,
+            largest=largest,
+        )
 
     @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
     def _efficient_forward(self, x: Tensor) -> Tensor:
@@ -148,13 +224,11 @@ class TransitionExecution(Efficient):
         original = x
         gamma, beta, weight, bias = norm.weight, norm.bias, conv.weight, conv.bias
         execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
-        pools, drops = type(parts.pool) is not nn.Identity, parts.drop_rate > 0
+        pools, drops = _pools(parts), parts.drop_rate > 0
         takes_largest = is_max_pool_by_two(parts.pool)
-        if pools and min(x.shape[2:]) < 2:
-            raise ValueError(
-                f"input must be at least 2 pixels in every direction, got shape {list(x.shape)}"
-            )
-        want, (dtype, answer) = uses_batch_statistics(norm), self._dtypes(x)
+        if pools:
+            check_size(x)
+        want, (dtype, answer) = uses_batch_statistics(norm), _dtypes(x, pools)
         own = norm_spec(norm, dtype)
         stats, known = handover.known_stats(x, own.group)
         exchange = begin_exchange(own.group, x, known) if want else None

@@ -3,7 +3,6 @@ test_exactness.py."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from densenet_efficient import reference
-from densenet_efficient.bench.accuracy import relative_error, training_step
 from densenet_efficient.models import densenet as models
 from densenet_efficient.models.pretrained import fetch_weights, load_weights
 from tests.support.peer import Weights, WeightsEnum, torchvision
@@ -169,21 +167,6 @@ def test_models_can_be_traced_and_exported(how: str) -> None:
     else:
         other = torch.export.export(model, (torch.randn(2, 3, 32, 32),)).module()
     torch.testing.assert_close(other(x), model(x))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_models_run_the_same_blocks() -> None:
-    """The blocks are opaque to torch.compile, so a deep network compiles in seconds."""
-    model = models.EfficientDenseNet(4, (3, 40), 8, num_classes=5).double()
-    expected = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    x, target = torch.randn(3, 3, 32, 32).double(), torch.tensor([1, 2, 3])
-    actual = training_step(compiled, x, target)
-    torch._dynamo.reset()
-    for name, value in training_step(expected, x, target).items():
-        key = name if name in actual else f"_orig_mod.{name}"
-        assert relative_error(actual[key], value) < 1e-12, name
 
 
 # Weights made elsewhere

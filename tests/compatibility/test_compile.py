@@ -1,0 +1,211 @@
+"""`torch.compile`: whole networks in one graph, and the numbers of eager execution."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch._inductor.config
+from torch import Tensor, nn
+
+from densenet_efficient import EfficientDenseBlock, EfficientDenseNet
+from densenet_efficient.core.encoding import decode, encode
+from tests.support.converted_pair import assert_close, converted_pair, images, training_step
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Nothing compiled remains of another test, nor for one; dropout draws as in eager."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(
+    model: nn.Module, backend: str = "aot_eager"
+) -> tuple[Any, torch._dynamo.testing.CompileCounterWithBackend]:
+    """The model in one graph, and what counts how often it is compiled."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    return torch.compile(model, backend=counter, fullgraph=True), counter
+
+
+def assert_same_steps(eager: nn.Module, graph: Any, batches: list[Tensor]) -> None:
+    """Steps of both, with the same random numbers, give the same."""
+    for x in batches:
+        found = []
+        for model in (eager, graph):
+            torch.manual_seed(5)
+            found.append(training_step(model, x))
+        expected, got = found
+        assert_close(expected, {k.removeprefix("_orig_mod."): v for k, v in got.items()})
+
+
+def small(**options: Any) -> nn.Module:
+    return EfficientDenseNet(4, (2, 3), 8, num_classes=5, **options).double()
+
+
+def with_dropout(memory: str) -> nn.Module:
+    model = small(drop_rate=0.3, drop_everywhere=True, small_inputs=True)
+    for module in model.modules():
+        if isinstance(module, EfficientDenseBlock):
+            module.memory = memory
+    return model
+
+
+def frozen() -> nn.Module:
+    """A block in eval mode, another whose convolutions are fixed, norms without parameters."""
+    model = small()
+    model.features.denseblock1.eval().requires_grad_(False)
+    for name, parameter in model.features.denseblock2.named_parameters():
+        parameter.requires_grad_("conv1" not in name)
+    for name in ("weight", "bias"):
+        setattr(model.features.denseblock2.denselayer1.norm2, name, None)
+    model.features.transition1.norm.momentum = None
+    model.features.transition1.norm.eps = 1e-2
+    return model
+
+
+def without_running_statistics() -> nn.Module:
+    model = small()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.num_features != 8:
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model.eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": small,
+    "CIFAR": lambda: small(small_inputs=True, bottleneck=False),
+    "converted": lambda: converted_pair()[1],
+    "dropout, recompute": lambda: with_dropout("recompute"),
+    "dropout, store": lambda: with_dropout("store"),
+    "eval": lambda: small().eval(),
+    "frozen": frozen,
+    "batch statistics": without_running_statistics,
+    "dilated": lambda: small(output_stride=4),
+    "features": lambda: converted_pair()[1].features,
+    "block": lambda: EfficientDenseBlock(3, 3, 2, 4, 0.2, memory="store").double(),
+}
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_one_graph_gives_the_steps_of_eager(build: Callable[[], nn.Module]) -> None:
+    """Output, gradients and running statistics of three steps, the batch growing."""
+    eager = build()
+    graph, counter = compiled(copy.deepcopy(eager))
+    assert_same_steps(eager, graph, [images(3), images(5), images(2)])
+    assert counter.frame_count == 2  # for one batch size, then for any
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_other_backends(backend: str) -> None:
+    eager = with_dropout("recompute")
+    graph, _ = compiled(copy.deepcopy(eager), backend)
+    x = images(2).contiguous(memory_format=torch.channels_last)
+    assert_same_steps(eager, graph, [x, images(2)])
+
+
+def test_a_dynamic_batch_is_compiled_once() -> None:
+    eager = small()
+    graph, counter = compiled(copy.deepcopy(eager))
+    batches = [images(n) for n in (3, 2, 7)]
+    for x in batches:
+        torch._dynamo.mark_dynamic(x, 0)
+    for x in batches:
+        assert_close(eager(x), graph(x))
+    assert counter.frame_count == 1
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "eval": lambda m: m.eval(),
+    "epsilon": lambda m: setattr(m.features.denseblock1.denselayer2.norm2, "eps", 0.1),
+    "momentum": lambda m: setattr(m.features.transition1.norm, "momentum", 0.5),
+    "memory": lambda m: setattr(m.features.denseblock2, "memory", "store"),
+    "dropout": lambda m: setattr(m.features.denseblock1.denselayer1, "drop_rate", 0.5),
+    "replaced": lambda m: setattr(m.features.denseblock1.denselayer1, "relu1", nn.ELU()),
+    "frozen": lambda m: m.features.denseblock1.requires_grad_(False),
+}
+
+
+def test_changes_after_compilation_compile_again() -> None:
+    eager = small()
+    graph, counter = compiled(copy.deepcopy(eager), "eager")
+    x = images(2)
+    with torch._dynamo.config.patch(recompile_limit=20):
+        for change in (lambda m: m, *CHANGES.values()):
+            before = counter.frame_count
+            for model in (eager, graph._orig_mod):
+                change(model)
+            assert_same_steps(eager, graph, [x, x])
+            assert counter.frame_count == before + 1
+
+
+def test_blocks_compiled_one_by_one_keep_their_own_plans() -> None:
+    """Dynamo caches by the code, which all blocks share."""
+    blocks = [
+        EfficientDenseBlock(2, 3, 2, 4, 0.0, eps=eps, memory=memory).double()
+        for eps, memory in ((1e-5, "store"), (0.1, "recompute"))
+    ]
+    for block in blocks:
+        block.load_state_dict(blocks[0].state_dict())
+        assert_same_steps(copy.deepcopy(block), compiled(block, "eager")[0], [images(2)])
+
+
+def test_autocast_inside_and_outside() -> None:
+    block = EfficientDenseBlock(2, 3, 2, 4, 0.0)
+    eager, x = copy.deepcopy(block), images(2).float()
+    graph, _ = compiled(block)
+    for model in (eager, graph):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+    for expected, got in zip(eager.parameters(), block.parameters(), strict=True):
+        assert_close(expected.grad, got.grad)
+
+
+def test_an_output_may_be_written_to() -> None:
+    """Though the block keeps it for backward, as long as nobody has written."""
+    block = EfficientDenseBlock(2, 3, 2, 4, 0.0).double()
+
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x.contiguous(memory_format=torch.channels_last)).mul_(2)
+
+    x = images(2)
+    expected = training_step(copy.deepcopy(block), x, call)
+    got = training_step(compiled(block)[0], x, call)
+    assert_close(list(expected.values()), list(got.values()))
+
+
+def test_hooked_blocks_are_traced_as_they_are() -> None:
+    eager = small()
+    calls = []
+    eager.features.denseblock1.denselayer1.conv1.register_forward_hook(
+        lambda module, args, y: calls.append(y.shape) or 2 * y
+    )
+    graph, _ = compiled(copy.deepcopy(eager), "eager")
+    assert_same_steps(eager, graph, [images(2)])
+    assert len(calls) == 2
+
+
+def test_end_points() -> None:
+    eager = small()
+    graph = torch.compile(eager.forward_end_points, backend="eager", fullgraph=True)
+    x = images(2)
+    assert_close(eager.eval().forward_end_points(x), graph(x))
+
+
+def test_a_call_is_a_string() -> None:
+    """What a graph stores of a call is all of it, and nothing of this process."""
+    block = frozen().features.denseblock1
+    with torch.no_grad():
+        _, _, layers = block._decision(images(2).new_zeros(2, 8, 4, 4))
+    text = encode(layers)
+    assert encode(decode(text)) == text
+    assert decode(text)[0].norm1.running is True
