@@ -162,7 +162,7 @@ class DenseBlockExecution(Efficient):
         graph.update(self, plan, table, x.numel() // x.shape[1])
         stats = table[:, : y.shape[1]] if plan.has_stats else None
         if plan.new is not None:
-            y, stats = handover.new_features(y, stats, slice(*plan.new))
+            y, stats = handover.new_features_in_graph(y, stats, slice(*plan.new))
             y, stats = handover.as_dtype(y, stats, execution.convolution_dtype(x))
         return y if contiguous is None else graph.leave(y, contiguous), stats
 

@@ -79,6 +79,14 @@ def new_features(y: Tensor, stats: Tensor | None, new: slice) -> tuple[Tensor, T
     ]
 
 
+def new_features_in_graph(
+    y: Tensor, stats: Tensor | None, new: slice
+) -> tuple[Tensor, Tensor | None]:
+    """`new_features` of PyTorch's operators alone."""
+    copy = y[:, new].contiguous(memory_format=_FORMATS.get(y.dim(), torch.contiguous_format))
+    return copy, None if stats is None else stats[:, new]
+
+
 def as_dtype(x: Tensor, stats: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """x and the statistics of its values in another dtype; None where they are no longer theirs."""
     if x.dtype == dtype:

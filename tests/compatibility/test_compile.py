@@ -12,7 +12,7 @@ import torch._dynamo.testing
 import torch._inductor.config
 from torch import Tensor, nn
 
-from densenet_efficient import EfficientDenseBlock, EfficientDenseNet
+from densenet_efficient import EfficientDenseBlock, EfficientDenseNet, EfficientFCDenseNet
 from densenet_efficient.core.encoding import decode, encode
 from tests.support.converted_pair import assert_close, converted_pair, images, training_step
 
@@ -90,6 +90,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch statistics": without_running_statistics,
     "dilated": lambda: small(output_stride=4),
     "features": lambda: converted_pair()[1].features,
+    "segmentation": lambda: EfficientFCDenseNet(
+        4, (2, 2, 2), 8, drop_rate=0.0, num_classes=5
+    ).double(),
     "block": lambda: EfficientDenseBlock(3, 3, 2, 4, 0.2, memory="store").double(),
 }
 
@@ -157,17 +160,18 @@ def test_blocks_compiled_one_by_one_keep_their_own_plans() -> None:
         assert_same_steps(copy.deepcopy(block), compiled(block, "eager")[0], [images(2)])
 
 
-def test_autocast_inside_and_outside() -> None:
-    block = EfficientDenseBlock(2, 3, 2, 4, 0.0)
-    eager, x = copy.deepcopy(block), images(2).float()
-    graph, _ = compiled(block)
-    for model in (eager, graph):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    model = small().float().features.denseblock1
+    eager, x = copy.deepcopy(model), torch.randn(2, 8, 8, 8).to(dtype)
+    graph, _ = compiled(model)
+    found = []
+    for module in (eager, graph):
         with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
-        assert y.dtype == torch.bfloat16
+            y = module(x)
         y.float().square().sum().backward()
-    for expected, got in zip(eager.parameters(), block.parameters(), strict=True):
-        assert_close(expected.grad, got.grad)
+        found.append([y, *(p.grad for p in module.parameters()), *module.buffers()])
+    assert_close(*found)
 
 
 def test_an_output_may_be_written_to() -> None:
