@@ -18,7 +18,6 @@ from ..core import gradients
 from ..core import graph as core_graph
 from ..core.functions import DenseBlockFunction, Result
 from ..core.specs import BlockSpec, LayerSpec
-from ..ops import dispatch
 from ..ops.dispatch import Dispatch
 from . import execution, graph, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
@@ -100,14 +99,18 @@ class DenseBlockExecution(Efficient):
         reason = self._input_problem(x)
         if reason is not None:
             return Dispatch(ORIGINAL, reason), [], ()
-        return self._specification(execution.working_dtype(x), x.device)
+        problem, parts, specs = self._specification(execution.working_dtype(x))
+        if problem is not None:
+            return Dispatch(ORIGINAL, problem), parts, ()
+        return execution.choose(x, len(parts[0].conv1.kernel_size)), parts, specs
 
     def _specification(
-        self, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Dispatch, list[LayerParts], tuple[LayerSpec, ...]]:
+        self, dtype: torch.dtype
+    ) -> tuple[str | None, list[LayerParts], tuple[LayerSpec, ...]]:
+        """What a call in a dtype is, or why the operators cannot run it, in words."""
         reason = self._change()
         if reason is not None:
-            return Dispatch(ORIGINAL, reason), [], ()
+            return reason, [], ()
         parts = self.parts()
         specs: list[LayerSpec] = []
         shares = False
@@ -115,16 +118,14 @@ class DenseBlockExecution(Efficient):
         for (name, layer), part in zip(self.dense_layers().items(), parts, strict=True):
             spec, problem = layer_spec(part, name, channels, dtype, layer.training)
             if spec is None:
-                return Dispatch(ORIGINAL, problem or ""), parts, ()
+                return problem, parts, ()
             specs.append(spec)
             channels += spec.growth
             norm1, norm2 = spec.norm1, spec.norm2
             shares |= norm1.group is not None or (norm2 is not None and norm2.group is not None)
         if shares and len({norm.group for layer in specs for norm in layer.batch_norms()}) > 1:
-            reason = "its norms take their statistics over different processes"
-            return Dispatch(ORIGINAL, reason), parts, ()
-        dims = len(parts[0].conv1.kernel_size)
-        return dispatch.choose(device, dtype, dims), parts, tuple(specs)
+            return "its norms take their statistics over different processes", parts, ()
+        return None, parts, tuple(specs)
 
     def forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         """[N, C, *spatial] (or a list of tensors to concatenate) -> all features."""
@@ -147,7 +148,7 @@ class DenseBlockExecution(Efficient):
         last, or None where the next operator of ours alone sees it.
         """
         dtype = execution.working_dtype(x)
-        plan = self._graph_plan(id(self), self.memory, dtype, x.device)
+        plan = self._graph_plan(id(self), self.memory, dtype)
         graph.guard(self, plan)
         if plan.kind == graph.ORIGINAL:
             return self._original(x), None
@@ -167,12 +168,10 @@ class DenseBlockExecution(Efficient):
         return y if contiguous is None else graph.leave(y, contiguous), stats
 
     @torch.compiler.assume_constant_result
-    def _graph_plan(
-        self, ident: int, memory: str, dtype: torch.dtype, device: torch.device
-    ) -> GraphPlan:
+    def _graph_plan(self, ident: int, memory: str, dtype: torch.dtype) -> GraphPlan:
         """How `in_graph` runs. ident: guards on this very module."""
-        chosen, parts, specs = self._specification(dtype, device)
-        if chosen.kind == ORIGINAL:
+        problem, parts, specs = self._specification(dtype)
+        if problem is not None:
             return graph.make_plan(self.named_modules(), graph.ORIGINAL)
         state = self._efficient
         spec = BlockSpec(specs, None, memory, newest_first=state.newest_first)  # type: ignore[arg-type]
