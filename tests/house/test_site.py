@@ -17,6 +17,15 @@ from tests.support.markdown import ROOT
 
 pytest.importorskip("mkdocs", reason="mkdocs is missing: it comes with requirements-dev.txt")
 
+TAGS = {
+    "a", "article", "aside", "b", "blockquote", "body", "br", "button", "code", "dd", "details",
+    "div", "dl", "dt", "em", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header",
+    "hr", "html", "i", "img", "input", "label", "li", "link", "main", "meta", "nav", "noscript",
+    "ol", "p", "path", "pre", "script", "section", "small", "span",
+    "strong", "style", "sub", "summary",
+    "sup", "svg", "table", "tbody", "td", "th", "thead", "title", "tr", "ul",
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,16 +40,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class _Targets(HTMLParser):
-    """What a page refers to."""
+class _Page(HTMLParser):
+    """What a page refers to, and its tags."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.targets: list[str] = []
+        self.tags: set[str] = set()
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [value or "" for name, value in attrs if name in ("href", "src")]
+        self.targets += [value or "" for name, value in attrs if name in ("href", "src")]
+        self.tags.add(tag)
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -58,7 +69,7 @@ def test_it_builds_without_a_warning(site: Path) -> None:
 def test_every_link_of_the_site_leads_into_it(site: Path) -> None:
     missing = []
     for page in site.rglob("*.html"):
-        for target in _Targets(page).found:
+        for target in _Page(page).targets:
             path = target.partition("#")[0].partition("?")[0]
             if path and ":" not in path and page.name != "404.html":
                 found = page.parent / path
@@ -74,7 +85,14 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     loaded = [
         f"{page.relative_to(site)}: {target}"
         for page in site.rglob("*.html")
-        for target in _Targets(page).found
+        for target in _Page(page).targets
         if target.startswith("http") and target.endswith((".js", ".css", ".png", ".woff2"))
     ]
     assert not loaded
+
+
+@pytest.mark.slow
+def test_nothing_is_taken_for_a_tag(site: Path) -> None:
+    """A reader would not see kernel<bf16, 32> outside of code."""
+    for page in site.rglob("*.html"):
+        assert _Page(page).tags - TAGS == set(), page.parent.name

@@ -46,8 +46,13 @@ def executed_table(stages: Sequence[tuple[str, Executed]]) -> str:
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """As code where it would be taken for a tag: the name of a kernel with its parameters."""
+    return f"`{value}`" if "<" in str(value) else str(value)
 
 
 def _marks(title: str) -> tuple[str, str]:
@@ -58,14 +63,14 @@ def replaced(document: str, title: str, text: str) -> str:
     """The document with the text between the marks of this title replaced."""
     begin, end = _marks(title)
     before, rest = document.split(begin, 1)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}"
 
 
 def _rows(document: str, title: str) -> list[list[str]]:
     begin, end = _marks(title)
     between = document.split(begin, 1)[1].split(end, 1)[0]
     rows = [line.strip().strip("|").split("|") for line in between.splitlines() if "|" in line]
-    return [[cell.strip() for cell in row] for row in rows][2:]
+    return [[cell.strip(" `") for cell in row] for row in rows][2:]
 
 
 def stored_kernels(document: str) -> dict[str, Kernel]:
