@@ -14,7 +14,8 @@ Options come from the environment; `python -m densenet_efficient info` shows wha
                                  several; portable: those of a wheel
     DENSENET_EFFICIENT_PYTHONS   the Pythons of the module (default: the running one)
     DENSENET_EFFICIENT_CUDA      1: CUDA kernels or an error; 0: leave them out (default: compiled
-                                 where nvcc is found, left out with a warning where they fail)
+                                 where torch has CUDA and nvcc is found, left out with a warning
+                                 where they fail)
     CUDA_HOME                    which nvcc
     TORCH_CUDA_ARCH_LIST         which GPU architectures
     DENSENET_EFFICIENT_DEBUG     1: assertions and symbols, little optimisation
@@ -109,6 +110,11 @@ class Build:
             return None, "left out (DENSENET_EFFICIENT_CUDA=0)"
         if not self.cuda_sources:
             return None, "left out (the sources hold none)"
+        if not self.options.cuda and not self.torch.cuda:
+            return None, (
+                f"left out (torch {self.torch.version} has no CUDA; DENSENET_EFFICIENT_CUDA=1 "
+                "compiles them all the same)"
+            )
         nvcc = toolchain.find_nvcc()
         if nvcc is not None:
             return nvcc, "compiled"

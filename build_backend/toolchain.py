@@ -30,6 +30,7 @@ class BuildError(SystemExit):
 class Torch:
     root: Path  # the folder of the package, with include/ and lib/
     version: str
+    cuda: str  # the version of CUDA it was built with, "" for none
 
     @property
     def include(self) -> Path:
@@ -83,15 +84,17 @@ def find_torch() -> Torch:
         version_file = root / "version.py"
         if not (root / "include").is_dir() or not version_file.is_file():
             continue
-        match = re.search(r"__version__ = '([^']+)'", version_file.read_text())
+        text = version_file.read_text()
+        match = re.search(r"__version__ = '([^']+)'", text)
         version = match.group(1) if match else "unknown"
+        cuda = re.search(r"^cuda\b[^=]*= '([^']*)'", text, re.MULTILINE)
         numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
         if numbers < MINIMUM_TORCH:
             raise BuildError(
                 f"densenet-efficient needs torch >= 2.10, and {root} is torch {version}. Upgrade "
                 "it (pip install --upgrade torch), then run this command again."
             )
-        return Torch(root, version)
+        return Torch(root, version, cuda.group(1) if cuda else "")
     raise BuildError(
         "densenet-efficient is built against the PyTorch of the environment it is installed into, "
         f"and the environment of {sys.executable} has none. Install torch >= 2.10 there first (pip "

@@ -3,8 +3,8 @@
     python -m tools.wheel [--out dist] [--try PYTHON ...]
 
 1. The source distribution, and from it, unpacked, the wheel: CPU kernels for every level of the
-   processor (DENSENET_EFFICIENT_MARCH=portable), CUDA kernels where nvcc is found, and the module
-   for every Python of `PYTHONS` that is on PATH.
+   processor (DENSENET_EFFICIENT_MARCH=portable), CUDA kernels unless nvcc is missing or
+   DENSENET_EFFICIENT_CUDA is 0, and the module for every Python of `PYTHONS` that is on PATH.
 2. auditwheel gives it the manylinux tag of the oldest C library that it runs with. torch's
    libraries are left out: they are those of the torch it is installed next to.
 3. It is installed into an empty environment, with the torch of requirements-dev.txt, and
@@ -84,11 +84,13 @@ def unpack(path: Path) -> Path:
 def wheel(source: Path, out: Path) -> Path:
     """Builds and tags it; its path."""
     built = empty(WORK / "built")
+    cuda = os.environ.get("DENSENET_EFFICIENT_CUDA") or ("1" if shutil.which("nvcc") else "0")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
     run(
         *command,
         *("--wheel-dir", built, source),
         DENSENET_EFFICIENT_MARCH="portable",
+        DENSENET_EFFICIENT_CUDA=cuda,
         DENSENET_EFFICIENT_PYTHONS=os.pathsep.join(pythons()),
     )
     (untagged,) = built.glob("*.whl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -36,6 +37,8 @@ def project(native: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for name in ("CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "DENSENET_EFFICIENT_CUDA", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    with_cuda = dataclasses.replace(native.toolchain.find_torch(), cuda="13.0")
+    monkeypatch.setattr(native.toolchain, "find_torch", lambda: with_cuda)
     yield root
 
 
@@ -131,6 +134,20 @@ def test_cuda_can_be_demanded_and_refused(
     monkeypatch.setenv("DENSENET_EFFICIENT_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be 0 or 1, got 'yes'"):
         native.build(project, "1")
+
+
+def test_no_cuda_kernels_are_compiled_for_a_torch_without_cuda(
+    native: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing could run them, and they take minutes."""
+    fake_nvcc(tmp_path, COMPILE)
+    without = dataclasses.replace(native.toolchain.find_torch(), version="2.13.0+cpu", cuda="")
+    monkeypatch.setattr(native.toolchain, "find_torch", lambda: without)
+    native.build(project, "1")
+    assert "left out (torch 2.13.0+cpu has no CUDA; DENSENET_EFFICIENT_CUDA=1" in recorded(project)
+    monkeypatch.setenv("DENSENET_EFFICIENT_CUDA", "1")
+    native.build(project, "1")
+    assert '{"cuda", "compiled"}' in recorded(project)
 
 
 def test_serialised_wgmma_fails_the_build(

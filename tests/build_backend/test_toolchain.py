@@ -55,7 +55,7 @@ def test_torch_is_found_from_an_isolated_environment(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r})\n"
         "import importlib.util, toolchain\n"
         "assert importlib.util.find_spec('torch') is None\n"
-        "print(toolchain.find_torch().version)\n"
+        "found = toolchain.find_torch(); print(found.version, found.cuda or None)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1"}
     done = subprocess.run(
@@ -63,7 +63,7 @@ def test_torch_is_found_from_an_isolated_environment(tmp_path: Path) -> None:
     )
     import torch
 
-    assert done.stdout.strip() == torch.__version__, done.stderr
+    assert done.stdout.split() == [torch.__version__, str(torch.version.cuda)], done.stderr
 
 
 def test_missing_torch_says_what_to_do(
