@@ -57,7 +57,7 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        tags = [interpreter.tag for interpreter in targets.interpreters()]
+        tags = sorted(interpreter.tag for interpreter in targets.interpreters())
         return (python, abi, platform) if len(tags) == 1 else (".".join(tags), "none", platform)
 
 
