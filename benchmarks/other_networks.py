@@ -7,6 +7,7 @@ A benchmark describes its peers and calls `run`; conventions: densenet_efficient
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -31,11 +32,12 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Peer:
     """build: the network, the same weights for every peer; prepare: its layout, of model and
-    input."""
+    input; exact: the network that is compared in float64, where it is another, without dropout."""
 
     name: str
     build: Callable[[], nn.Module]
     prepare: Callable[[Any], Any] = lambda value: value
+    exact: Callable[[], nn.Module] | None = None
 
 
 class Step:
@@ -71,10 +73,15 @@ class Step:
 def check_agreement(first: Peer, others: Sequence[Peer], x: Tensor) -> float:
     """The largest error in float64 of the output, the input's gradient and the parameters', each
     relative to its largest value. MeasurementError where it exceeds 1e-9."""
-    expected = Step(first, x, torch.float64).results()
+
+    def results(peer: Peer) -> list[Tensor]:
+        exact = dataclasses.replace(peer, build=peer.exact or peer.build)
+        return Step(exact, x, torch.float64).results()
+
+    expected = results(first)
     worst = 0.0
     for peer in others:
-        for ours, theirs in zip(Step(peer, x, torch.float64).results(), expected, strict=True):
+        for ours, theirs in zip(results(peer), expected, strict=True):
             worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
         if not worst < 1e-9:
             raise MeasurementError(f"{peer.name} differs from {first.name} by {worst:.3g}")

@@ -117,11 +117,13 @@ class Case:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def batch_of(self, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Random images [size, C, H, W] float32 and labels [size] on the device."""
+        """Random images [size, C, H, W] float32 and labels [size], of every pixel for dense
+        prediction [size, H, W], on the device."""
         generator = torch.Generator().manual_seed(seed)
         n, s = self.network, self.image_size
         images = torch.randn(size, n.in_channels, s, s, generator=generator)
-        labels = torch.randint(n.num_classes, (size,), generator=generator)
+        labelled = (size, s, s) if n.dense else (size,)
+        labels = torch.randint(n.num_classes, labelled, generator=generator)
         return images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
 
 

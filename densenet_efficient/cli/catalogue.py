@@ -12,7 +12,7 @@ from .parser import add_command, json_option, print_json
 
 __all__ = ["register"]
 
-ERRORS = ("ImageNet", "ImageNet, cosine", "C10", "C10+", "C100", "C100+")
+ERRORS = ("ImageNet", "ImageNet, cosine", "C10", "C10+", "C100", "C100+", "CamVid")
 
 
 def register(commands: Any) -> None:

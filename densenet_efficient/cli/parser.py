@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..models.catalogue import CATALOGUE
-from ..models.networks import CIFAR, NETWORKS, NetworkSpec
+from ..models.networks import CIFAR, DENSE_NETWORKS, NETWORKS, NetworkSpec
 from ..train.device import device_memory_bytes
 
 __all__ = [
@@ -135,8 +135,9 @@ def network_options(parser: argparse.ArgumentParser, default: str | None) -> Non
     """--model and the options that belong to it. default: None leaves the choice to the command."""
     group = parser.add_argument_group("network")
     chosen = "" if default else f" (default: {CIFAR}; densenet121 for --data imagefolder)"
+    dense = DENSE_NETWORKS if default else ()  # without a default it is for a data set of classes
     group.add_argument(
-        "--model", choices=(*NETWORKS, *CIFAR_NAMES), default=default, metavar="NAME",
+        "--model", choices=(*NETWORKS, *CIFAR_NAMES, *dense), default=default, metavar="NAME",
         help=f"which DenseNet, one of those that `list` shows, or {CIFAR}{chosen}",
     )  # fmt: skip
     group.add_argument(
@@ -161,7 +162,7 @@ def network_options(parser: argparse.ArgumentParser, default: str | None) -> Non
         "--drop-rate",
         type=number,
         metavar="P",
-        help="dropout after the last convolution of every layer (default: 0)",
+        help="dropout after the last convolution of every layer (default: 0; FC-DenseNets 0.2)",
     )
     group.add_argument(
         "--drop-everywhere", action="store_true",
@@ -175,7 +176,7 @@ def network_from(
     """What the options of `network_options` say. classes: None is what the papers train it on."""
     small = is_small(options.model)
     if classes is None:
-        classes = 10 if small else 1000
+        classes = 10 if small else 11 if options.model in DENSE_NETWORKS else 1000
     given = {
         "depth": options.depth,
         "growth_rate": options.growth_rate,
@@ -183,6 +184,7 @@ def network_from(
         "compression": options.compression,
     }
     name = options.model
+    published_drop_rate = CATALOGUE[name].network.drop_rate if name in CATALOGUE else 0.0
     if name in CIFAR_NAMES:
         for option, value in given.items():
             if value is not None:
@@ -192,7 +194,7 @@ def network_from(
     return NetworkSpec(
         name,
         **given,
-        drop_rate=options.drop_rate or 0.0,
+        drop_rate=published_drop_rate if options.drop_rate is None else options.drop_rate,
         num_classes=classes,
         in_channels=channels,
         drop_everywhere=options.drop_everywhere,

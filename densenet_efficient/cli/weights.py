@@ -16,6 +16,9 @@ from .parser import add_command, count
 __all__ = ["register"]
 
 
+CLASSIFIERS = [name for name, entry in CATALOGUE.items() if not entry.network.dense]
+
+
 def register(commands: Any) -> None:
     """Add the command."""
     parser = add_command(
@@ -29,7 +32,7 @@ def register(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT", help="FILE.safetensors or FILE.pth")
     parser.add_argument(
-        "--model", choices=CATALOGUE, default="densenet121", metavar="NAME",
+        "--model", choices=CLASSIFIERS, default="densenet121", metavar="NAME",
         help="which network they are of, one of those that `list` shows",
     )  # fmt: skip
     parser.add_argument("--in-channels", type=count, default=3, metavar="N", help="of the images")

@@ -3,6 +3,7 @@
 Errors in per cent. ImageNet: top-1, one crop of 224 px. CIFAR: without augmentation (dropout 0.2
 after every convolution but the first) and, with a "+", with crops and flips. From arXiv 1608.06993,
 table 2, and the results that its authors publish with their code (the wide and the cosine ones).
+CamVid: the share of wrong pixels, from arXiv 1611.09326, table 3.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from .densenet import EfficientDenseNet
+from .fc_densenet import EfficientFCDenseNet
 from .networks import NetworkSpec
 
 __all__ = ["CATALOGUE", "Published", "build"]
@@ -19,7 +23,7 @@ __all__ = ["CATALOGUE", "Published", "build"]
 @dataclass(frozen=True)
 class Published:
     """network: which. parameters: for the classes of the data it was published for. errors: data
-    set -> per cent; "ImageNet", "ImageNet, cosine", "C10", "C10+", "C100", "C100+"."""
+    set -> per cent; "ImageNet", "ImageNet, cosine", "C10", "C10+", "C100", "C100+" or "CamVid"."""
 
     network: NetworkSpec
     parameters: int
@@ -42,6 +46,11 @@ def _cifar(
     return Published(network, parameters, found)
 
 
+def _camvid(name: str, parameters: int, error: float) -> Published:
+    network = NetworkSpec(name, num_classes=11, drop_rate=0.2)
+    return Published(network, parameters, {"CamVid": error})
+
+
 CATALOGUE: dict[str, Published] = {
     "densenet121": _imagenet("densenet121", 7_978_856, step=25.0),
     "densenet169": _imagenet("densenet169", 14_149_480, step=23.6),
@@ -58,19 +67,25 @@ CATALOGUE: dict[str, Published] = {
     "wide_densenet_bc_40_36": _cifar(40, 36, True, 1_542_682, None, 4.58, None, 22.30),
     "wide_densenet_bc_40_48": _cifar(40, 48, True, 2_733_130, None, 3.99, None, 20.29),
     "wide_densenet_bc_40_60": _cifar(40, 60, True, 4_261_690, None, 4.01, None, 19.99),
+    "fc_densenet56": _camvid("fc_densenet56", 1_376_795, 11.1),
+    "fc_densenet67": _camvid("fc_densenet67", 3_463_243, 9.2),
+    "fc_densenet103": _camvid("fc_densenet103", 9_322_091, 8.5),
 }
 
 
-def build(name: str, **options: Any) -> EfficientDenseNet:
+def build(name: str, **options: Any) -> nn.Module:
     """The published network of that name, freshly initialised.
 
     Args:
         name: one of `CATALOGUE`.
-        options: of `EfficientDenseNet`, in the place of the published ones.
+        options: of `EfficientDenseNet` or `EfficientFCDenseNet`, in the place of the published
+            ones.
 
     Raises:
         ValueError: an unknown name; a bad option.
     """
     if name not in CATALOGUE:
         raise ValueError(f"name: expected one of {', '.join(CATALOGUE)}, got {name!r}")
-    return EfficientDenseNet(**{**CATALOGUE[name].network.options(), **options})
+    network = CATALOGUE[name].network
+    kind = EfficientFCDenseNet if network.dense else EfficientDenseNet
+    return kind(**{**network.options(), **options})

@@ -50,6 +50,7 @@ class EfficientFCDenseNet(FCDenseNetBase):
         early_transition (bool): a transition in front of the first block, and an upsampling after
             the last.
         eps (float): of every norm.
+        memory_efficient (bool): accepted for the reference's sake; the blocks always are.
 
     Input [N, in_channels, H, W] with sides of at least `min_input_size`, output [N, num_classes,
     H, W], contiguous for a contiguous input. Sides need not be multiples of anything: as in the

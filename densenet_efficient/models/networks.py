@@ -15,13 +15,15 @@ from torch import nn
 
 from .. import reference
 from ..nn.architecture import CONFIGURATIONS, cifar_block_config
+from ..nn.fully_convolutional import FC_CONFIGURATIONS
 from ..nn.options import MEMORY_MODES
 from ..torchvision_compat import import_torchvision
 
-__all__ = ["EXECUTIONS", "NETWORKS", "NetworkSpec", "check_image_size"]
+__all__ = ["DENSE_NETWORKS", "EXECUTIONS", "NETWORKS", "NetworkSpec", "check_image_size"]
 
 CIFAR = "densenet_cifar"
 NETWORKS = (*CONFIGURATIONS, CIFAR)
+DENSE_NETWORKS = tuple(FC_CONFIGURATIONS)
 EXECUTIONS = {
     "recompute": "ours; bottlenecks are computed again in backward",
     "store": "ours; bottlenecks are kept for backward",
@@ -36,8 +38,9 @@ EXECUTIONS = {
 class NetworkSpec:
     """Which DenseNet.
 
-    name: one of `NETWORKS`. depth, growth_rate, bottleneck, compression: of `densenet_cifar` only
-    (None: 100, 12, True, and 0.5 with bottlenecks or 1 without, as in the paper).
+    name: one of `NETWORKS` or `DENSE_NETWORKS`. depth, growth_rate, bottleneck, compression: of
+    `densenet_cifar` only (None: 100, 12, True, and 0.5 with bottlenecks or 1 without, as in the
+    paper).
     drop_rate: 0..1. drop_everywhere: see `EfficientDenseNet`. num_classes, in_channels: positive.
     """
 
@@ -52,8 +55,14 @@ class NetworkSpec:
     drop_everywhere: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in NETWORKS:
-            raise ValueError(f"model: expected one of {', '.join(NETWORKS)}, got {self.name!r}")
+        names = (*NETWORKS, *DENSE_NETWORKS)
+        if self.name not in names:
+            raise ValueError(f"model: expected one of {', '.join(names)}, got {self.name!r}")
+        if self.dense and self.drop_everywhere:
+            raise ValueError(
+                f"drop_everywhere: expected only with a classifier, got it with {self.name}, which "
+                "drops out after every convolution in any case"
+            )
         if self.name != CIFAR:
             for option in ("depth", "growth_rate", "bottleneck", "compression"):
                 if getattr(self, option) is not None:
@@ -68,9 +77,15 @@ class NetworkSpec:
         return self.name == CIFAR
 
     @property
+    def dense(self) -> bool:
+        """Whether logits come out for every pixel."""
+        return self.name in DENSE_NETWORKS
+
+    @property
     def in_torchvision(self) -> bool:
         """Whether torchvision's DenseNet can express it."""
-        return not (self.small_inputs or self.in_channels != 3 or self.drop_everywhere)
+        others = self.small_inputs or self.dense
+        return not (others or self.in_channels != 3 or self.drop_everywhere)
 
     @property
     def default_image_size(self) -> int:
@@ -97,14 +112,16 @@ class NetworkSpec:
         }
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `reference.DenseNet` and `EfficientDenseNet`. ValueError where an
-        option is out of its range."""
-        common = {
+        """Keyword arguments of `reference.DenseNet` and `EfficientDenseNet`, or of the
+        FC-DenseNets. ValueError where an option is out of its range."""
+        common: dict[str, Any] = {
             "drop_rate": self.drop_rate,
             "num_classes": self.num_classes,
             "in_channels": self.in_channels,
-            "drop_everywhere": self.drop_everywhere,
         }
+        if self.dense:
+            return {**FC_CONFIGURATIONS[self.name], **common}
+        common["drop_everywhere"] = self.drop_everywhere
         if not self.small_inputs:
             return {**CONFIGURATIONS[self.name], **common}
         cifar = self._cifar()
@@ -135,18 +152,19 @@ class NetworkSpec:
         options = self.options()
         if execution in MEMORY_MODES:
             from .densenet import EfficientDenseNet
+            from .fc_densenet import EfficientFCDenseNet
 
-            return EfficientDenseNet(**options, memory=execution)
+            ours = EfficientFCDenseNet if self.dense else EfficientDenseNet
+            return ours(**options, memory=execution)
         source, _, checkpointed = execution.partition("-")
         options["memory_efficient"] = bool(checkpointed)
         if source == "reference":
-            return reference.DenseNet(**options)
+            return (reference.FCDenseNet if self.dense else reference.DenseNet)(**options)
         if not self.in_torchvision:
             raise ValueError(
                 "execution: expected 'reference' for networks with a CIFAR stem or other than 3 "
-                "input channels, or dropout after every convolution, which torchvision does not "
-                "have, got "
-                f"{execution!r}"
+                "input channels, dropout after every convolution or logits for every pixel, which "
+                f"torchvision does not have, got {execution!r}"
             )
         del options["in_channels"], options["drop_everywhere"]
         return import_torchvision("torchvision.models").DenseNet(**options)

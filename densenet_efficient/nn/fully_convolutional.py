@@ -105,6 +105,7 @@ class FCDenseNetBase(nn.Module):
         drop_transitions: bool = True,
         early_transition: bool = False,
         eps: float = 1e-5,
+        memory_efficient: bool = False,
     ) -> None:
         growth_rate = check_count("growth_rate", growth_rate)
         block_config = check_block_config(block_config)
@@ -149,7 +150,7 @@ class FCDenseNetBase(nn.Module):
             block = self._make_block(
                 num_layers=num_layers, num_input_features=channels, bn_size=bn_size,
                 growth_rate=growth_rate, drop_rate=drop_rate, bottleneck=bottleneck, bias=bias,
-                eps=eps, with_input=goes_down or ends,
+                eps=eps, with_input=goes_down or ends, memory_efficient=memory_efficient,
             )  # fmt: skip
             self.add_module(f"denseblock{i}", block)
             new = num_layers * growth_rate

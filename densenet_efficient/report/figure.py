@@ -18,6 +18,7 @@ _COLOURS = {
     "pooling": "#56b4e9",
     "dense block": "#e69f00",
     "transition": "#009e73",
+    "upsampling": "#d55e00",
     "linear": "#cc79a7",
 }
 _SLOT = 1.0  # at least: room for the text under a box

@@ -25,6 +25,7 @@ _KINDS = {
     "pool": "pooling",
     "denseblock": "dense block",
     "transition": "transition",
+    "up": "upsampling",
     "classifier": "linear",
 }
 _BAR = 28
@@ -125,9 +126,10 @@ def summarise(network: NetworkSpec, batch: int = 1, image_size: int | None = Non
 
         return hook
 
-    children: dict[str, nn.Module] = dict(model.features.named_children())  # type: ignore[union-attr]
+    features = model if network.dense else model.get_submodule("features")
+    children: dict[str, nn.Module] = dict(features.named_children())
     if network.num_classes:
-        children["classifier"] = model.classifier  # type: ignore[assignment]
+        children["classifier"] = model.get_submodule("classifier")
     for name, child in children.items():
         child.register_forward_hook(record(name))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -137,13 +139,18 @@ def summarise(network: NetworkSpec, batch: int = 1, image_size: int | None = Non
     volumes = []
     convolutions = 0
     for name, child in children.items():
-        path = f"{root}.{name}" if name == "classifier" else f"{root}.features.{name}"
+        path = (
+            f"{root}.features.{name}"
+            if child is not getattr(model, name, None)
+            else f"{root}.{name}"
+        )
         flops = sum(by_module.get(path, {}).values())
-        kinds = (nn.Conv2d, nn.Linear)
+        kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
         convolutions += sum(isinstance(module, kinds) for module in child.modules())
         layers = len(list(child.children())) if name.startswith("denseblock") else 0
         count = sum(parameter.numel() for parameter in child.parameters())
-        volumes.append(Volume(name, _kind(name), shapes[name], layers, count, flops // 2))
+        kind = "convolution" if isinstance(child, nn.Conv2d) else _kind(name)
+        volumes.append(Volume(name, kind, shapes[name], layers, count, flops // 2))
     total = sum(parameter.numel() for parameter in model.parameters())
     shape = (batch, network.in_channels, size, size)
     return Summary(network.title, shape, tuple(volumes), total, convolutions)

@@ -29,6 +29,37 @@ def test_wide_networks_have_the_published_size() -> None:
         assert round(CATALOGUE[f"wide_densenet_bc_40_{k}"].parameters / 1e6, 1) == millions
 
 
+def test_fc_densenets_have_the_published_size() -> None:
+    """Published to one decimal, and counted with the norms' running statistics: the paper's 3.5 and
+    9.4 millions; for the smallest it says 1.5, and its own code builds 1.4."""
+    sizes = {"fc_densenet56": 1.4, "fc_densenet67": 3.5, "fc_densenet103": 9.4}
+    for name, millions in sizes.items():
+        with torch.device("meta"):
+            model = build(name)
+        statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.dim())
+        assert round((CATALOGUE[name].parameters + statistics) / 1e6, 1) == millions
+
+
+def test_fc_densenets_are_networks_of_every_command_that_looks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = ["--model", "fc_densenet103"]
+    assert main(["summary", *name, "--image-size", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "fc_densenet103: 9,322,091 parameters, depth 103" in text
+    rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    assert "upsampling" in rows["up5"] and "80" in rows["up5"] and "64 x 64" in rows["up5"]
+    assert "256" in rows["denseblock11"] and "convolution" in rows["classifier"]
+    assert main(["plan", *name, "--image-size", "64", "--batch", "2", "--budget", "1GB"]) == 0
+    assert "predicted peak" in capsys.readouterr().out
+    assert main(["explain", "--model", "fc_densenet56", "--image-size", "32"]) == 0
+    assert "denseblock11" in capsys.readouterr().out
+    assert main(["train", *name, "--data", "synthetic"]) == 2
+    assert "invalid choice" in capsys.readouterr().err
+    assert main(["plan", *name, "--drop-everywhere"]) == 2
+    assert "drop_everywhere: expected only with a classifier" in capsys.readouterr().err
+
+
 def test_options_replace_published_ones_and_unknown_names_are_refused() -> None:
     model = build("densenet_bc_100_12", num_classes=100, in_channels=1)
     assert model.classifier.out_features == 100
