@@ -63,6 +63,14 @@ def test_every_option_has_a_line_of_help() -> None:
         parser.format_help()  # type: ignore[union-attr]
 
 
+def test_the_page_of_training_has_every_option() -> None:
+    (commands,) = (action for action in _parser()._actions if action.dest == "command")
+    page = (ROOT / "docs" / "training.md").read_text()
+    for action in commands.choices["train"]._actions:  # type: ignore[union-attr]
+        missing = [name for name in action.option_strings if f"`{name}" not in page]
+        assert action.dest == "help" or not missing
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

@@ -1,9 +1,9 @@
 """The commands of a page: what of them runs within a second is executed, the rest is checked.
 
 Our own commands must parse. Those that only look (`LOOK`) are run as they stand, a training run is
-cut to one epoch of eight generated images; measurements, and what reads a file that the reader has,
-are parsed only. Of other programs' commands the parts that are ours must exist: scripts and their
-options, modules, tests, targets of the Makefile, extras.
+cut to five steps on generated images; measurements, what reads a file that the reader has, and what
+torchrun starts are parsed only. Of other programs' commands the parts that are ours must exist:
+scripts and their options, modules, tests, targets of the Makefile, extras.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from densenet_efficient.cli.main import _parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOK = ("explain", "info", "list", "plan", "summary")
-SHORT = "--data synthetic --limit 8 --batch 4 --epochs 1 --image-size 32 --device cpu --workers 0"
+SHORT = (
+    "--data synthetic --limit 20 --batch 4 --epochs 1 --image-size 32 --device cpu --workers 0 "
+    "--randaugment 0 --out run --overwrite"
+)
 OTHERS = {
     "apt-get", "cd", "cibuildwheel", "conda", "cp", "curl", "docker", "export", "git", "ls",
     "mkdir", "nvidia-smi", "source", "tensorboard", "uv",
@@ -42,9 +45,11 @@ def run(words: list[str], where: str) -> None:
     program, *arguments = words
     program = Path(program).name
     if program == "densenet-efficient" or _module(words) == "densenet_efficient":
-        _run_ours(
-            words[words.index("densenet_efficient") + 1 :] if "-m" in words else arguments, where
-        )
+        ours = words[words.index("densenet_efficient") + 1 :] if "-m" in words else arguments
+        if program == "torchrun":
+            parse(ours, where)
+        else:
+            _run_ours(ours, where)
     elif _module(words):
         name = _module(words)
         assert importlib.util.find_spec(name) or not name.startswith(("tools", "tests")), where
@@ -75,9 +80,10 @@ def parse(words: list[str], where: str) -> str:
 
 def _run_ours(words: list[str], where: str) -> None:
     name = parse(words, where)
-    if name == "train" and "--resume" not in words:
-        cut = [*words, *SHORT.split(), "--out", "run"]
-        cut += ["--depth", "10", "--growth-rate", "4"] if "--depth" in words else []
+    if name == "train" and not {"--resume", "--weights"} & set(words):
+        cut = [*words, *SHORT.split()]
+        if "--depth" in words or "--model" not in words:  # the default has 100 layers
+            cut += ["--depth", "10", "--growth-rate", "4"]
         assert main(cut) == 0, where
     elif name in LOOK:
         assert main(words) == 0, where
