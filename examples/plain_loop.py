@@ -1,4 +1,4 @@
-"""A training loop of one's own: torchvision's DenseNet-121, converted by one line.
+"""Your own training loop: torchvision's DenseNet-121, converted by one line.
 
 python examples/plain_loop.py FOLDER    images in FOLDER/train/CLASS/* and FOLDER/val/CLASS/*
 python examples/plain_loop.py           generated noise, to see it run

@@ -1,1 +1,1 @@
-"""The test suite: a folder for each room of the package, and what they share in support/."""
+"""The test suite: a folder for each subpackage, and what they share in support/."""

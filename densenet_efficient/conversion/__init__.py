@@ -1,7 +1,7 @@
 """Conversion: a DenseNet of another library, in place, in the least memory. May import `nn` and
 below.
 
-A block of one's own, whose children are its layers and which appends each layer's new channels
+A block of your own, whose children are its layers and which appends each layer's new channels
 after all earlier ones, is taught by naming the parts of a layer:
 
     def parts(layer):
@@ -10,7 +10,7 @@ after all earlier ones, is taught by naming the parts of a layer:
     register_adapter(MyBlock, block_adapter(parts))
 
 The numerical self-check finds an adapter that is wrong before anything is swapped. `libraries` has
-the adapters of known classes, which also serve copies of these classes in one's own code.
+the adapters of known classes, which also serve copies of these classes in your own code.
 """
 
 from . import libraries

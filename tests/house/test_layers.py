@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "densenet_efficient"
 
-# From the bottom to the top. A module imports from lower rooms only, or from its own; the modules
-# at the top of the package are below all rooms.
+# From the bottom to the top. A module imports from lower subpackages only, or from its own; the
+# modules at the top of the package are below all subpackages.
 LAYERS: list[set[str]] = [
     {""},
     {"ops"},
@@ -24,8 +24,8 @@ LAYERS: list[set[str]] = [
     {"report", "bench", "train"},
     {"cli"},
 ]
-RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
-# The public names and the command, which gather what the rooms offer.
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# The public names and the command, which gather what the subpackages offer.
 ENTRIES = {"__init__.py", "__main__.py"}
 
 
@@ -35,8 +35,8 @@ def room_of(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """The rooms that a module imports from, wherever in its text."""
-    rooms = set()
+    """The subpackages that a module imports from, wherever in its text."""
+    subpackages = set()
     package = ("densenet_efficient", *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[tuple[str, ...]] = []
@@ -48,8 +48,8 @@ def imported_rooms(path: Path) -> set[str]:
             names = [(*base, alias.name) for alias in node.names]
         for name in names:
             if name[0] == "densenet_efficient" and len(name) > 1:
-                rooms.add(name[1] if name[1] in RANKS else "")
-    return rooms
+                subpackages.add(name[1] if name[1] in RANKS else "")
+    return subpackages
 
 
 def modules() -> list[Path]:
@@ -59,8 +59,8 @@ def modules() -> list[Path]:
 
 
 def test_every_room_has_its_layer() -> None:
-    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    assert rooms == set(RANKS) - {""}
+    subpackages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert subpackages == set(RANKS) - {""}
 
 
 def test_imports_point_downwards() -> None:

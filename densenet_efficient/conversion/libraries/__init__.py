@@ -29,7 +29,7 @@ NAMED: dict[str, Adapter | LayerAdapter] = {
     for name, adapter in vars(module).items()
     if isinstance(adapter, (Adapter, LayerAdapter)) and not name.startswith("_")
 }
-"""All adapters that can be registered for one's own classes, by "file.name"."""
+"""All adapters that can be registered for your own classes, by "file.name"."""
 
 
 def register() -> None:

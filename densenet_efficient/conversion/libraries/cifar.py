@@ -1,4 +1,4 @@
-"""Widely copied DenseNets for CIFAR, to be registered for one's own copy of the class.
+"""Widely copied DenseNets for CIFAR, to be registered for your own copy of the class.
 
 andreasveit      DenseBlock.layer (Sequential) of BasicBlock (bn1 relu conv1) or BottleneckBlock
                  (bn1 relu conv1 bn2 conv2, one relu), F.dropout by droprate after every

@@ -1,4 +1,4 @@
-"""The DenseNet of the book Dive into Deep Learning, to be registered for one's own copy of it.
+"""The DenseNet of the book Dive into Deep Learning, to be registered for your own copy of it.
 
     DenseBlock.net (Sequential) of Sequential(batch norm, ReLU, 3x3 convolution with bias); the
     block concatenates. Lazy modules must have seen one batch.

@@ -1,4 +1,4 @@
-"""FC-DenseNets ("Tiramisu"), to be registered for one's own copy of the class: plain layers with
+"""FC-DenseNets ("Tiramisu"), to be registered for your own copy of the class: plain layers with
 bias and Dropout2d, and blocks that return only their new channels on the way up.
 
     bfortuner        DenseBlock.layers (ModuleList) of DenseLayer (norm relu conv drop); upsample
