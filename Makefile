@@ -3,7 +3,7 @@
 #   make demo       train on the bundled digits, compare with the reference, draw the figure
 #   make quick      the tests to run while working: a part of all, under two minutes
 #   make test       the whole test suite
-#   make fuzz       property-based tests: N examples (2000), SEED replays a run
+#   make fuzz       property-based tests: N modules and N operator calls (2000), SEED replays
 #   make faults     kill, interrupt and starve trainings: N SIGKILLs (100), SEED replays their choice
 #   make lint       formatters, linters and the type checker
 #   make docs       the documentation as a site, build/site; fails on any warning

@@ -43,8 +43,8 @@ def _fake(operator: Any) -> Callable[..., None]:
 
     def check(*values: object) -> None:
         tensors = [(n, v) for n, v in _named(operator, values) if isinstance(v, Tensor)]
-        first, leading = tensors[0]
-        for name, value in tensors[1:]:
+        first, leading = next((t for t in tensors if not t[1].is_meta), tensors[0])
+        for name, value in tensors:
             if value.device != leading.device:
                 raise RuntimeError(
                     f"{operator.name()}: {name} must be on {leading.device} as {first}, got "

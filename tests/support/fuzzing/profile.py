@@ -23,8 +23,9 @@ ran: Counter[str] = Counter()
 
 
 def fuzz(share: float, **strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A property over `strategies`; share: its part of all examples, those of all properties add
-    up to 1."""
+    """A property over `strategies`; share: its part of the examples. Those of all properties of
+    modules add up to 1, and so do those of all properties of operators, whose examples take
+    milliseconds."""
 
     def decorate(property_: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(property_)
