@@ -19,6 +19,10 @@ class Running(NamedTuple):
     momentum: float | None
 
 
+Replacement = tuple[list[Tensor], tuple[Tensor, ...]]
+"""Tensors, and the values that they are to have."""
+
+
 def is_recomputation() -> bool:
     """Whether this forward runs inside a backward pass: activation checkpointing's second run,
     which must leave running statistics alone."""
@@ -31,46 +35,62 @@ def update(norms: Sequence[Running], stats: Sequence[Tensor], count: int) -> Non
     stats: mean and biased variance ``[2, C]`` for each norm, over ``count`` values; the running
     variance takes the unbiased one. ``momentum=None`` is the cumulative average. The moments are
     mixed in the accumulation dtype before they are stored: the variance of a float16 batch need not
-    fit float16. Nothing happens in a recomputation, or without values.
+    fit float16. Nothing happens in a recomputation, or without values. Whatever fails or
+    interrupts, all are updated or none.
     """
     if count == 0 or is_recomputation():
         return
-    # momentum -> running means and variances, batch means and variances, all in one dtype
-    groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], ...]] = {}
-    narrow: list[tuple[Tensor, Tensor]] = []
+    first: dict[int, tuple[Running, Tensor]] = {}
+    again: list[tuple[Running, Tensor]] = []  # of a norm that stands in several places
+    for norm, values in zip(norms, stats, strict=True):
+        owner = id(norm.batches if norm.mean is None else norm.mean)
+        if owner in first:
+            again.append((norm, values))
+        else:
+            first[owner] = norm, values
+    groups: dict[tuple[float | None, torch.dtype], list[tuple[Running, Tensor]]] = {}
+    for norm, values in first.values():
+        counts = norm.momentum is not None or norm.batches is not None
+        if norm.mean is not None and norm.variance is not None and counts:
+            groups.setdefault((norm.momentum, norm.mean.dtype), []).append((norm, values))
     with torch.no_grad():
-        counters = [norm.batches for norm in norms if norm.batches is not None]
+        replaced = [_mixed(group, count) for group in groups.values()]
+        counters = [norm.batches for norm, _ in first.values() if norm.batches is not None]
         if counters:
-            torch._foreach_add_(counters, 1)
-        for norm, values in zip(norms, stats, strict=True):
-            if norm.mean is None or norm.variance is None:
-                continue
-            moments = [norm.mean, norm.variance]
-            if norm.mean.dtype != values.dtype:
-                wide = [moment.to(values.dtype) for moment in moments]
-                narrow += zip(moments, wide, strict=True)
-                moments = wide
-            if norm.momentum is None:
-                _average_cumulatively(norm.batches, moments, values, count)
-                continue
-            group = groups.setdefault((norm.momentum, values.dtype), ([], [], [], []))
-            for members, moment in zip(group, (*moments, *values), strict=True):
-                members.append(moment)
-        for (momentum, _), (means, variances, batch_means, batch_variances) in groups.items():
-            torch._foreach_mul_(means + variances, 1.0 - momentum)
-            torch._foreach_add_(means, batch_means, alpha=momentum)
-            torch._foreach_add_(variances, batch_variances, alpha=momentum * count / (count - 1))
-        for stored, moment in narrow:
-            stored.copy_(moment)
+            replaced.append((counters, torch.stack(counters).add_(1).unbind()))
+        _replace(replaced)
+    if again:
+        update([norm for norm, _ in again], [values for _, values in again], count)
 
 
-def _average_cumulatively(
-    batches: Tensor | None, moments: Sequence[Tensor], values: Tensor, count: int
-) -> None:
-    """The running moments become the average over all batches; without a counter they stay. The
-    weight is a tensor, so that the host does not wait for the device."""
-    if batches is None:
-        return
-    weight = batches.to(values.dtype).reciprocal()
-    moments[0].lerp_(values[0], weight)
-    moments[1].lerp_(values[1] * (count / (count - 1)), weight)
+def _mixed(group: Sequence[tuple[Running, Tensor]], count: int) -> Replacement:
+    """The running means and then variances of norms of one momentum and dtype, and what they are to
+    become. Computed on all channels together: one operation for each moment, not for each norm."""
+    norms, stats = zip(*group, strict=True)
+    old: list[Tensor] = [norm.mean for norm in norms] + [norm.variance for norm in norms]
+    batch = torch.cat(stats, 1)
+    new = torch.cat(old).to(batch.dtype).view(2, -1)
+    unbiased, momentum = count / (count - 1), norms[0].momentum
+    if momentum is None:  # the average over all batches; a tensor, so that the host does not wait
+        shares = [(norm.batches + 1).to(batch.dtype).reciprocal_() for norm in norms]
+        sizes = [len(norm.mean) for norm in norms]
+        share = torch.cat([one.expand(size) for one, size in zip(shares, sizes, strict=True)])
+        new[0].lerp_(batch[0], share)
+        new[1].lerp_(batch[1] * unbiased, share)
+    else:
+        new.mul_(1.0 - momentum)
+        new[0].add_(batch[0], alpha=momentum)
+        new[1].add_(batch[1], alpha=momentum * unbiased)
+    return old, new.view(-1).split([len(moment) for moment in old])
+
+
+def _replace(replaced: Sequence[Replacement]) -> None:
+    """Puts new values into all tensors or into none: nothing is allocated any more, and a ctrl-C
+    between two copies is passed on when both are done."""
+    try:
+        for old, new in replaced:
+            torch._foreach_copy_(old, new)
+    except BaseException:
+        for old, new in replaced:
+            torch._foreach_copy_(old, new)
+        raise

@@ -42,8 +42,8 @@ def asking_for(contiguous: bool, private: bool = False) -> Iterator[None]:
     last (without this the module decides by its input), and whether the next module of ours alone
     will see the output and its gradient."""
     before = _caller.contiguous, _caller.private
-    _caller.contiguous, _caller.private = contiguous, private
     try:
+        _caller.contiguous, _caller.private = contiguous, private
         yield
     finally:
         _caller.contiguous, _caller.private = before
