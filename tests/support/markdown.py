@@ -13,7 +13,10 @@ from types import ModuleType
 from tests.support import commands
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 # What a block may be: the first two are executed, the others are for reading.
 EXECUTED = ("python", "sh")
 LANGUAGES = (*EXECUTED, "text", "c++")
