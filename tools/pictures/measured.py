@@ -10,11 +10,13 @@ from . import style
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# Networks of other libraries: their file, their name here, their marker.
+# Other networks: their file, as far as it was measured, their name here, their marker.
 OTHERS = {
+    "segmentation-cpu": ("FC-DenseNet103", "P"),
     "volumes-cpu": ("MONAI, 3-D DenseNet-121", "s"),
     "super-resolution-cpu": ("spandrel, RRDBNet (ESRGAN)", "^"),
 }
+CHECKPOINTED = "plain, checkpointed layers"
 # Where a label would meet another: its offset from the point, and the side of it at the point.
 LABELS = {"checkpoint": ((-10, -3), "right"), "store": ((-8, -12), "right")}
 
@@ -66,12 +68,15 @@ def _relative() -> list[tuple[str, str, str, float, float]]:
             ratios = [row[key] / rows["eager"][key] for key in ("peak", "median")]
             found.append((f"torchvision, DenseNet-121, {dtype}", marker, peer, *ratios))
     for file, (network, marker) in OTHERS.items():
+        if not (RESULTS / f"{file}.json").exists():
+            continue
         rows = stored(file)["peers"]
-        originals = [row for row in rows if not row["peer"].startswith("ours")]
+        originals = [row for row in rows if not row["peer"].startswith(("ours", CHECKPOINTED))]
         least = {key: min(row[key] for row in originals) for key in ("peak", "median")}
         for row in rows:
             if row not in originals:
-                peer = row["peer"].removeprefix("ours, ")
+                peer = {CHECKPOINTED: "checkpoint"}.get(row["peer"], row["peer"])
+                peer = peer.removeprefix("ours, ")
                 ratios = [row[key] / least[key] for key in ("peak", "median")]
                 found.append((network, marker, peer, *ratios))
     return found
@@ -136,7 +141,7 @@ def time_and_memory(path: Path) -> None:
     handles += [
         axis.plot([], [], marker, color="#555555", label=network)[0] for network, marker in networks
     ]
-    axis.legend(handles=handles, loc="lower left", fontsize=8.5)
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.02), fontsize=9)
     axis.set_xlim(0, 1.1)
     style.from_zero(
         axis,
