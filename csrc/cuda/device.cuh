@@ -73,6 +73,9 @@ template <typename V>
 __device__ __forceinline__ V shuffle(V value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+// The value itself, from the lane's own hand: the compiler, which would compute it anew at every
+// use to spare a register, keeps what a shuffle gave.
+__device__ __forceinline__ int kept(int value) { return shuffle(value, lane_index()); }
 __device__ __forceinline__ uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }

@@ -5,14 +5,17 @@
 //
 // Tile: 32 rows. Who owns what: a warp owns 16 channels: their columns of the weight (in registers
 // as tensor-core operands for the whole run), their dx, their sums, and their columns of dweight
-// (K x 16 accumulators in registers). A block of up to four warps owns up to 64 channels and a
+// (K x 16 accumulators in registers). A block of up to six warps owns up to 96 channels and a
 // static range of row tiles; its warps share the tile of dy, which they form in place from dz_y.
 // Nothing else passes between warps, so one barrier a tile is enough; cp.async runs up to two tiles
-// ahead. Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 64 channels (2 * 2 M K,
+// ahead.
+// Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 96 channels (2 * 2 M K,
 // from the L2 cache after the first: blocks of the same rows are neighbours), partial sums
 // 4 (K + 2) C for each row block, twice.
 // Sums: fp32 in registers over the block's rows, in row order; blocks in a second pass.
 // Rows past the end get dy = 0; channels past the end get a = s = 0.
+#include <type_traits>
+
 #include "conv1x1/warp_backward.cuh"
 #include "reduce/finish.cuh"
 #include "workspace.h"
@@ -22,91 +25,86 @@ namespace {
 
 using namespace conv1x1_backward;
 
+// Blocks on a multiprocessor, by registers: before Hopper, shared memory holds one of the largest.
 template <typename T, int kOutputs>
-__global__ void __launch_bounds__(kMaxThreads, Tiling::resident(kOutputs, sizeof(T)))
+constexpr int resident_blocks() {
+  constexpr int kAll = Tiling::resident_warps(kOutputs, sizeof(T));
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (kOutputs > 64) return 1;
+#endif
+  return kAll / Tiling::max_warps(kOutputs, sizeof(T));
+}
+
+template <typename T, int kOutputs>
+__global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)),
+                                  resident_blocks<T, kOutputs>())
     norm_relu_conv1x1_backward_kernel(Backward args) {
   using namespace device;
-  const BackwardLayout<T, kOutputs> layout{args.warps};
-  constexpr int kStages = BackwardLayout<T, kOutputs>::kStages;
+  const Layout layout{sizeof(T), kOutputs, args.warps};
+  constexpr int kStages = Layout{sizeof(T), kOutputs, 1}.stages();
   const int threads = 32 * args.warps, thread = thread_index(), warp = warp_index();
   const int channel_block = block_x() % args.channel_blocks;
   const int row_block = block_x() / args.channel_blocks;
   const int row_blocks = grid_x() / args.channel_blocks;
   const int block_channel0 = channel_block * 16 * args.warps, channel0 = block_channel0 + 16 * warp;
   const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
-  const int64_t first_tile = tiles * row_block / row_blocks;
-  const int64_t last_tile = tiles * (row_block + 1) / row_blocks;
+  const int64_t first_tile = tiles * row_block / row_blocks, row0 = first_tile * kTileRows;
+  const int count = static_cast<int>(tiles * (row_block + 1) / row_blocks - first_tile);
+  // All tiles are whole but the last one of all.
+  const int last_rows =
+      static_cast<int>(min(args.rows - row0 - (count - 1) * kTileRows, int64_t(kTileRows)));
   unsigned char* shared = shared_memory();
 
-  unsigned char* correction = shared + layout.correction_offset();
+  unsigned char* correction = shared + args.correction_offset;
   for (int column = thread; column < kOutputs; column += threads)
     shared_store(
-        correction + column % kChunk<T> * layout.kCorrectionPitch + column / kChunk<T> * 16,
-        load_entries(args.correction, column, args.outputs));
-  float* norm = reinterpret_cast<float*>(shared + layout.norm_offset());
-  for (int i = thread; i < kTileNormRows * 16 * args.warps; i += threads) {
+        correction + column % kChunk<T> * layout.correction_pitch() + column / kChunk<T> * 16,
+        kept_correction<T>(load_entries(args.correction, column, args.outputs)));
+  float* norm = reinterpret_cast<float*>(shared + args.norm_offset);
+  for (int i = thread; i < Layout::kNormRows * 16 * args.warps; i += threads) {
     const int row = i / (16 * args.warps), channel = block_channel0 + i % (16 * args.warps);
     shared_store(norm + i,
                  channel < args.channels
                      ? global_load<float>(args.norm.data + row * args.norm.stride + channel)
                      : 0.0f);
   }
-  WarpChannels<T, kOutputs> own(args, norm + 16 * warp, channel0);
-
-  // Every thread copies chunks of one column of dz_y and y, and forms dy of exactly these. Eight
-  // threads cover two rows of a panel, a team of them two rows of all panels.
-  constexpr int kTeam = 8 * layout.kPanels;
-  const int row_step = 2 * (threads / kTeam);
-  const int column_chunk = thread % kTeam / 8 * 4 + thread % 4;
-  const int copy_row =
-      thread < threads / kTeam * kTeam ? 2 * (thread / kTeam) + thread / 4 % 2 : kTileRows;
-  const int owned_end = block_channel0 + 16 * args.warps;
-  const int channel_end = owned_end < args.channels ? owned_end : args.channels;
-  const auto load = [&](int64_t tile, int stage_index) {
-    if (tile < last_tile) {
-      unsigned char* stage = shared + stage_index * layout.stage_bytes();
-      const int64_t row0 = tile * kTileRows;
-      const int rows = static_cast<int>(min(args.rows - row0, int64_t(kTileRows)));
-      copy_gradient<T, kOutputs>(stage, layout.y_offset(), args, row0, rows, copy_row, row_step,
-                                 column_chunk);
-      for (int panel = 0; panel < layout.x_panels(args.warps); ++panel) {
-        const RowCopy copy{
-            0, row0, 0, rows, kTileRows, block_channel0 + panel * kPanelChannels<T>, channel_end};
-        unsigned char* to = stage + panel * kPanelBytes;
-        copy_rows<T>(to + layout.x_offset(), args.x, copy, threads);
-        copy_rows<T>(to + layout.dx_offset(), args.dx, copy, threads);
-      }
-    }
+  WarpChannels<T, kOutputs> own(args, norm + 16 * warp, channel0, row0);
+  TileLoader<T, kOutputs> loader(args, layout, row0, block_channel0);
+  loader.clear(shared);
+  const auto load = [&](int tile, int stage) {
+    if (tile < count) loader.load(shared + stage, tile == count - 1 ? last_rows : kTileRows);
     cp_async_commit();
   };
-  for (int stage = 0; stage < kStages - 1; ++stage) load(first_tile + stage, stage);
+#pragma unroll
+  for (int tile = 0; tile < kStages - 1; ++tile) load(tile, tile * args.stage_bytes);
   sync_threads();  // the correction and the norm are there
 
-  int stage_index = 0;
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-    unsigned char* stage = shared + stage_index * layout.stage_bytes();
-    const int64_t row0 = tile * kTileRows;
-    const int valid_rows =
-        args.rows - row0 < kTileRows ? static_cast<int>(args.rows - row0) : kTileRows;
+  int stage = 0, free_stage = (kStages - 1) * args.stage_bytes;
+  for (int tile = 0; tile < count; ++tile) {
+    const int rows = tile == count - 1 ? last_rows : kTileRows;
     cp_async_wait<kStages - 2>();
-    form_dy<T, kOutputs>(stage, layout.y_offset(), correction, row_step, copy_row, column_chunk,
-                         valid_rows);
+    loader.form_dy(shared + stage, correction, rows);
     sync_threads();
-    load(tile + kStages - 1, stage_index == 0 ? kStages - 1 : stage_index - 1);
-    const unsigned char* x = stage + layout.x_offset() + sixteen_offset<T>(warp, kPanelBytes);
-    const unsigned char* dx = stage + layout.dx_offset() + sixteen_offset<T>(warp, kPanelBytes);
-    const int chunk0 = sixteen_swizzle<T>(warp) / 16;
+    load(tile + kStages - 1, free_stage);
+    const auto data_gradient = [&]<bool kWhole>(std::bool_constant<kWhole>) {
 #pragma unroll
-    for (int row = 0; row < kTileRows; row += 16) {
-      own.data_gradient(stage, x, dx, chunk0, row, valid_rows, args, row0);
-      if (!args.weight_gradient) continue;
+      for (int row = 0; row < kTileRows; row += 16)
+        own.template data_gradient<kWhole>(shared + stage, layout, row, rows - own.lane_row, args);
+    };
+    if (args.whole_chunks)
+      data_gradient(std::true_type{});
+    else
+      data_gradient(std::false_type{});
+    if (args.weight_gradient) {
 #pragma unroll
-      for (int depth = 0; depth < 16; depth += kDepth<T>)
-        own.weight_gradient(stage, x, chunk0, row + depth);
+      for (int row = 0; row < kTileRows; row += 16)
+        own.weight_gradient(shared + stage, layout, row);
     }
-    stage_index = stage_index == kStages - 1 ? 0 : stage_index + 1;
+    own.dx = advance(own.dx, kTileRows, args.pitch);
+    free_stage = stage;
+    stage = stage == (kStages - 1) * args.stage_bytes ? 0 : stage + args.stage_bytes;
   }
-  own.write(args, args.partial + row_block * (args.outputs + 2) * args.pitch);
+  own.write(args, args.partial + row_block * (args.outputs + 2) * args.partial_pitch);
 }
 
 __global__ void __launch_bounds__(kFinishThreads)
@@ -118,11 +116,10 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 template <typename T, int kOutputs>
 void launch_backward(const Launcher& launcher, const Backward& args, int64_t blocks) {
-  const BackwardLayout<T, kOutputs> layout{args.warps};
   launcher.launch<&norm_relu_conv1x1_backward_kernel<T, kOutputs>>(
       {.grid_x = blocks,
        .block = 32 * args.warps,
-       .shared_bytes = layout.shared_bytes(),
+       .shared_bytes = Layout{sizeof(T), kOutputs, args.warps}.shared_bytes(),
        .tiles = ceil_div(args.rows, kTileRows),
        .ranges = blocks / args.channel_blocks},
       args);
@@ -136,11 +133,23 @@ void backward(const Launcher& launcher, const Tensor& like, Backward args, int64
   const Tiling tiling(args.rows, args.channels, args.outputs, sizeof(T), launcher.device());
   const Workspace partial(like, tiling.bytes);
   args.partial = partial.data<float>();
-  args.pitch = tiling.pitch;
+  args.partial_pitch = tiling.pitch;
   args.warps = tiling.warps;
   args.channel_blocks = static_cast<int>(tiling.channel_blocks);
   args.weight_gradient = dweight != nullptr;
+  args.gradient_pitch = static_cast<int>(args.dz_y.stride * static_cast<int64_t>(sizeof(T)));
+  args.pitch = static_cast<int>(args.dx.stride * static_cast<int64_t>(sizeof(T)));
+  constexpr int kWhole = device::kChunk<T>;
+  const int aligned = std::min({args.dz_y.vector, args.y.vector, args.x.vector, args.dx.vector});
+  args.whole_chunks = aligned == kWhole && args.channels % kWhole == 0 &&
+                      args.outputs % kWhole == 0 && args.dz_y.stride == args.y.stride &&
+                      args.x.stride == args.dx.stride;
   const int64_t blocks = tiling.row_blocks * tiling.channel_blocks;
+  const Layout layout{sizeof(T), Tiling::together(args.outputs, sizeof(T)), tiling.warps};
+  args.stage_bytes = layout.stage_bytes();
+  args.dx_offset = layout.dx_offset();
+  args.correction_offset = layout.correction_offset();
+  args.norm_offset = layout.norm_offset();
   const auto launch = args.outputs <= 64    ? launch_backward<T, 64>
                       : args.outputs <= 128 ? launch_backward<T, 128>
                                             : launch_backward<T, Tiling::max_outputs(sizeof(T))>;

@@ -99,6 +99,8 @@ P* advance(P* pointer, int count, int pitch) {
   return reinterpret_cast<P*>(reinterpret_cast<intptr_t>(pointer) + int64_t(count) * pitch);
 }
 
+inline int kept(int value) { return value; }
+
 inline int population(uint32_t bits) { return std::popcount(bits); }
 
 inline uint32_t ballot(bool predicate, Site site = Site::current()) {

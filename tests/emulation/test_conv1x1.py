@@ -82,12 +82,6 @@ def test_statistics_do_not_cancel() -> None:
     torch.testing.assert_close(arguments["stats"][0].double(), y.mean(0), rtol=1e-6, atol=0)
 
 
-def test_no_channels_give_zeros() -> None:
-    case = make(FORWARD, (9, 0, 8), BF16)
-    emulator_of(FORWARD).call(FORWARD, *case.arguments.values())
-    assert all((value == 0).all() for value in case.outputs.values())
-
-
 def test_not_a_number_spreads_only_within_its_row() -> None:
     case = make(FORWARD, (40, 24, 16), BF16, stats=None)
     case.arguments["x"][7, 5] = math.nan
@@ -128,7 +122,7 @@ def test_backward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch
     with Emulator([BACKWARD], sanitize=False) as emulator:
         launches = emulator.call(BACKWARD, *case.arguments.values())
     kernel = launches[0]
-    channel_blocks = math.ceil(C / 64)
+    channel_blocks = math.ceil(C / (kernel.block // 32 * 16))
     row_blocks = kernel.grid[0] // channel_blocks
     partial = row_blocks * (K + 2) * C * 4
     tables = row_blocks * (channel_blocks * 4 * 4 * K + 4 * 4 * C + size * K * C)

@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_correction(unsigned char* shared, const Out
   for (int c = thread_index(); c < panels * kPanelChannels<T>; c += threads)
     shared_store(shared + c / kPanelChannels<T> * kCorrectionBytes<T> +
                      c % kChunk<T> * kCorrectionPitch<T> + c / kChunk<T> % 4 * 16,
-                 load_entries(from.correction, c, outputs));
+                 kept_correction<T>(load_entries(from.correction, c, outputs)));
 }
 
 // The corrected dy of a tile and its halo, operands; channels past the end zero. kBatch positions a

@@ -121,7 +121,18 @@ __device__ __forceinline__ uint32_t norm_relu_operand(uint32_t word, OperandNorm
   }
 }
 
-// The corrected gradient of a word, an operand; entries (a, p, q, mean) of its channels.
+// A channel's entries of the correction (a, p, q, mean) as the kernels keep them. Those of 16-bit
+// channels become (a, c, -q) with c = mean q - p, an instruction a value less: the difference of
+// value and mean, which c takes apart, is no finer than the values themselves.
+template <typename T>
+__device__ __forceinline__ float4 kept_correction(float4 entries) {
+  if constexpr (kIs16Bit<T>)
+    return float4{entries.x, entries.w * entries.z - entries.y, -entries.z, 0.0f};
+  else
+    return entries;
+}
+
+// The corrected gradient of a word, an operand; kept entries of its channels.
 template <typename T>
 __device__ __forceinline__ uint32_t correct_operand(uint32_t dz, uint32_t x,
                                                     const float4 (&entries)[kOperandChannels<T>]) {
@@ -129,8 +140,8 @@ __device__ __forceinline__ uint32_t correct_operand(uint32_t dz, uint32_t x,
   if constexpr (kIs16Bit<T>) {
     const float4 high = entries[1];
     const float2 d = unpack<T>(dz), v = unpack<T>(x);
-    return pack<T>(correct(d.x, v.x, low.x, low.y, low.z, low.w),
-                   correct(d.y, v.y, high.x, high.y, high.z, high.w));
+    return pack<T>(normalise(d.x, low.x, normalise(v.x, low.z, low.y)),
+                   normalise(d.y, high.x, normalise(v.y, high.z, high.y)));
   } else {
     return to_tf32(correct(to_float_bits(dz), to_float_bits(x), low.x, low.y, low.z, low.w));
   }

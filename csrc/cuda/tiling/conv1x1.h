@@ -8,6 +8,7 @@
 
 #include "../../integers.h"
 #include "device.h"
+#include "panel.h"
 #include "partials.h"
 
 namespace densenet_efficient::tiling {
@@ -48,15 +49,43 @@ struct NormReluConv1x1Forward {
   }
 };
 
+// The backward's shared memory: a stage holds dz_y and y in panels of their channels, x and dx in
+// panels of the warps'. After the stages comes the correction, [chunk][(outputs + 8) / chunk][4]
+// (neighbouring threads own neighbouring chunks, and the channels of a chunk do not share banks),
+// and the norm of the block's channels, [3][16 * warps]. `outputs`: those that the kernel is made
+// for, 64, 128 or 192; `size`: bytes of an element, 2 or 4.
+struct NormReluConv1x1BackwardLayout {
+  static constexpr int kTileRows = 32, kPanelBytes = kTileRows * kPanelRowBytes;
+  static constexpr int kNormRows = 3;  // scale, shift, mean
+  int size, outputs, warps;
+
+  // The widest kernels' third stage would not fit devices with 99 KB for a block.
+  constexpr int stages() const { return size * outputs <= 256 && size == 2 ? 3 : 2; }
+  constexpr int y_offset() const { return panels(outputs, size) * kPanelBytes; }
+  constexpr int x_offset() const { return 2 * y_offset(); }
+  constexpr int dx_offset() const { return x_offset() + panels(16 * warps, size) * kPanelBytes; }
+  constexpr int stage_bytes() const { return 2 * dx_offset() - x_offset(); }
+  constexpr int correction_offset() const { return stages() * stage_bytes(); }
+  constexpr int correction_pitch() const { return (outputs + 8) * size; }
+  constexpr int norm_offset() const { return correction_offset() + 16 / size * correction_pitch(); }
+  constexpr int shared_bytes() const { return norm_offset() + kNormRows * 16 * warps * 4; }
+};
+
 // One call of the kernels: of more outputs than they take there are several calls, one after the
 // other. `size`: bytes of an element, 2 or 4.
 struct NormReluConv1x1Backward {
-  static constexpr int64_t kTileRows = 32;
+  using Layout = NormReluConv1x1BackwardLayout;
+  static constexpr int64_t kTileRows = Layout::kTileRows;
   static constexpr int max_outputs(int64_t size) { return size == 2 ? 192 : 128; }
-  // Blocks on a multiprocessor, by registers and shared memory.
-  static constexpr int resident(int64_t outputs, int64_t size) {
-    return outputs * size <= 256 ? 3 : 2;
+  static constexpr int together(int64_t outputs, int64_t size) {
+    return outputs <= 64 ? 64 : outputs <= 128 ? 128 : max_outputs(size);
   }
+  // Warps that a multiprocessor's registers hold, and the most of them in a block.
+  static constexpr int resident_warps(int outputs, int size) {
+    return outputs * size <= 256 ? 12 : 8;
+  }
+  static constexpr int max_warps(int outputs, int size) { return outputs * size <= 256 ? 6 : 4; }
+
   int warps;               // of a block; a warp owns 16 channels
   int64_t channel_blocks;  // blocks side by side
   int64_t tiles, row_blocks;
@@ -65,15 +94,30 @@ struct NormReluConv1x1Backward {
 
   NormReluConv1x1Backward(int64_t rows, int64_t channels, int64_t outputs, int64_t size,
                           const Device& device) {
-    constexpr int kMaxWarps = 4;
+    const int bytes_each = static_cast<int>(size), columns = together(outputs, size);
     const int64_t groups = std::max<int64_t>(1, ceil_div(channels, 16));
-    channel_blocks = ceil_div(groups, kMaxWarps);
-    // Two warps at least for more than 256 bytes of outputs: one could not load a row of dy.
-    warps =
-        std::max(static_cast<int>(ceil_div(groups, channel_blocks)), outputs * size > 256 ? 2 : 1);
+    // The wider a block, the fewer warps copy and form the same dy; but ten must be busy on a
+    // multiprocessor, as far as its registers and shared memory allow.
+    constexpr int kEnough = 10;
+    int busy = 0, resident = 0;
+    for (int most = max_warps(columns, bytes_each); most >= 4; --most) {
+      const int64_t beside = ceil_div(groups, most);
+      // Two warps at least for more than 256 bytes of outputs: one could not load a row of dy.
+      const int candidate =
+          std::max(static_cast<int>(ceil_div(groups, beside)), outputs * size > 256 ? 2 : 1);
+      const Layout layout{bytes_each, columns, candidate};
+      const int blocks = std::max(1, std::min(resident_warps(columns, bytes_each) / candidate,
+                                              device.blocks_by_shared(layout.shared_bytes())));
+      // Of the warps side by side the last ones may have no channels.
+      const int working = static_cast<int>(blocks * groups / beside);
+      if (busy && (working <= busy || busy >= kEnough)) continue;
+      busy = working;
+      resident = blocks;
+      warps = candidate;
+      channel_blocks = beside;
+    }
     tiles = ceil_div(rows, kTileRows);
-    const int64_t blocks =
-        int64_t(device.multiprocessors) * resident(outputs, size) * std::max(1, kMaxWarps / warps);
+    const int64_t blocks = int64_t(device.multiprocessors) * resident;
     // At least eight tiles a block, or the partial sums outweigh the rows.
     row_blocks = std::min(std::max<int64_t>(1, blocks / channel_blocks), ceil_div(tiles, 8));
     pitch = channel_blocks * warps * 16;
