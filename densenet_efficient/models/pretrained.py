@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import load_tensors
 from ..torchvision_compat import import_torchvision
 
 HUB = "hf-hub:"
@@ -185,12 +186,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except ImportError:
         raise
     except Exception as error:  # damaged bytes lead the readers to errors of any kind
         first_line = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"weights {path}: expected weights, got: {first_line}") from error
+        raise ValueError(
+            f"weights {path}: expected weights, got: {first_line}; fetch or write the file anew"
+        ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"weights {path}: expected a state dict, got {type(state).__name__}")
     return dict(state)

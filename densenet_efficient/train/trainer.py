@@ -96,7 +96,10 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         if state is not None:
-            self._resume(state)
+            try:
+                self._resume(state)
+            except CheckpointError as error:
+                raise CheckpointError(f"{options.resume}: {error}") from error
         trained = distributed.parallel(self.model, self.device, options.sync_batch_norm)
         parts = {**self._state(), "model": trained}
         self.steps = Steps(**parts, recipe=recipe, num_classes=data.num_classes, amp=options.amp)

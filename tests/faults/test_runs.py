@@ -18,7 +18,7 @@ CODE = """if True:
     from tools.faults import campaign, runs
 
     runs.warm_up()
-    runs_ = campaign.Campaign(0, variants=[("--memory", "store")])
+    runs_ = campaign.Campaign(0, variants=[("--memory", "store", "--ema-decay", "0.9")])
     for kind in sys.argv[1:]:
         runs_.several(kind, 1)
     runs_.close()

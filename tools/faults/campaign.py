@@ -16,7 +16,14 @@ from typing import Any
 from . import kinds
 from .runs import COMMAND, Fault, Run, contents, damage, difference, run
 
-VARIANTS = ((), ("--memory", "store"), ("--amp", "bf16"), ("--reference",), ("--workers", "1"))
+VARIANTS = (
+    (),
+    ("--memory", "store", "--accumulate", "2"),
+    ("--amp", "bf16", "--ema-decay", "0.9"),
+    ("--reference", "--clip-norm", "1"),
+    ("--mixup", "0.4", "--cutmix", "1"),
+    ("--workers", "1"),
+)
 
 
 @dataclass
