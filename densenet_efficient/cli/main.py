@@ -51,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    except (ValueError, ImportError, DataError, CheckpointError) as error:
+    except CheckpointError as error:
+        advice = "resume another checkpoint, or train anew with --overwrite"
+        print(f"{PROGRAM} {options.command}: {error}; {advice}", file=sys.stderr)
+        return 2
+    except (ValueError, ImportError, DataError) as error:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
         return 2
     except (TrainingError, MeasurementError, OSError) as error:

@@ -156,7 +156,8 @@ def _test(
     model = network.build(execution)
     if options.resume is not None:
         source = options.resume
-        load_weights(model, evaluated_state(read_checkpoint(source)))
+        state = evaluated_state(read_checkpoint(source))
+        load_weights(model, state, source=f"checkpoint {source}")
     else:
         source = options.weights
         if not start_from(model, network, source):

@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
     state = fetch_weights(options.source, options.model)
     classes = published_classes(state)
     model = build(options.model, num_classes=classes, in_channels=options.in_channels)
-    load_weights(model, state)
+    load_weights(model, state, source=f"weights {options.source}")
     found = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if out.suffix == ".pth":
         write_atomically(out, lambda temporary: torch.save(found, temporary))

@@ -131,7 +131,7 @@ def _build(name: str, weights: Any, progress: bool, options: dict[str, Any]) -> 
     classes = options.pop("num_classes", None if options.get("features_only") else 1000)
     published = published_classes(state)
     model = EfficientDenseNet(**CONFIGURATIONS[name], num_classes=published, **options)
-    load_weights(model, state, strict=not options.get("features_only"))
+    load_weights(model, state, strict=not options.get("features_only"), source=f"weights {weights}")
     if classes != published:
         model.reset_classifier(classes)
     return model

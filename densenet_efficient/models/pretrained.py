@@ -60,7 +60,9 @@ def match_prefix(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[
     return {renamed(key): value for key, value in state.items()}
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> nn.Module:
+def load_weights(
+    model: nn.Module, state: Mapping[str, Any], *, strict: bool = True, source: str = "state"
+) -> nn.Module:
     """Loads a foreign state dict into a DenseNet with torchvision's keys and returns the model.
 
     Accepts the old `norm.1` keys, MONAI's, a prefix in the file or a wrapper around the model's
@@ -72,6 +74,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = T
         state: what torch.load gave.
         strict: every parameter must be there with its shape, and nothing else. Otherwise a
             classifier of another size, and keys that are missing or not known, are left out.
+        source: what an error calls the state, such as its file.
 
     Raises:
         ValueError: naming the missing, unexpected and misshaped keys; the model is unchanged.
@@ -97,7 +100,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], *, strict: bool = T
     if fatal_shapes or (strict and (missing or unexpected)) or len(missing) == len(own):
         parts = [("missing", missing), ("unexpected", unexpected), ("wrong", fatal_shapes)]
         raise ValueError(
-            f"state does not fit {type(model).__name__}: "
+            f"{source} does not fit {type(model).__name__}: "
             + "; ".join(f"{name} {_shortened(keys)}" for name, keys in parts if keys)
         )
     fitting = {

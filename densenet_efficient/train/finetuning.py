@@ -26,12 +26,10 @@ def start_from(model: nn.Module, network: NetworkSpec, weights: str) -> bool:
     state = fetch_weights(weights, network.name)
     classes = published_classes(state) or network.num_classes
     if classes == network.num_classes:
-        load_weights(model, state)
+        load_weights(model, state, source=f"weights {weights}")
         return True
-    source = load_weights(
-        dataclasses.replace(network, num_classes=classes).build("reference"), state
-    )
-    loaded = source.state_dict()
+    other = dataclasses.replace(network, num_classes=classes).build("reference")
+    loaded = load_weights(other, state, source=f"weights {weights}").state_dict()
     own = {name: loaded[name] for name in loaded if not name.startswith("classifier.")}
     model.load_state_dict(own, strict=False)
     return False

@@ -214,7 +214,7 @@ def test_convert_weights_writes_our_keys(
     for arguments, message in (
         ([str(tmp_path / "ours.pth")], "out: expected a new file"),
         ([str(tmp_path / "ours.h5")], "out: expected FILE.safetensors or FILE.pth"),
-        ([str(tmp_path / "o.pth"), "--model", "densenet121"], "state does not fit"),
+        ([str(tmp_path / "o.pth"), "--model", "densenet121"], "does not fit"),
     ):
         assert main([*command, *arguments]) == 2
         assert message in capsys.readouterr().err
