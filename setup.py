@@ -53,12 +53,11 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """A wheel with the module for several Pythons is tagged with all of them."""
+    """The tag of a wheel names the Pythons that its module is compiled for."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        tags = sorted(interpreter.tag for interpreter in targets.interpreters())
-        return (python, abi, platform) if len(tags) == 1 else (".".join(tags), "none", platform)
+        return (*targets.wheel_tag(python, abi), platform)
 
 
 setup(

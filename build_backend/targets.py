@@ -132,6 +132,13 @@ def interpreters() -> tuple[Interpreter, ...]:
     return tuple({interpreter.suffix: interpreter for interpreter in found}.values())
 
 
+def wheel_tag(python: str, abi: str) -> tuple[str, str]:
+    """The Pythons and the ABI in the tag of a wheel: those given, which are the running one's, or
+    all that the module is compiled for; the libraries belong to none."""
+    tags = sorted(interpreter.tag for interpreter in interpreters())
+    return (python, abi) if len(tags) == 1 else (".".join(tags), "none")
+
+
 def ask(program: str) -> Interpreter:
     code = (
         "import json, sys, sysconfig as s; print(json.dumps(['cp%d%d' % sys.version_info[:2], "

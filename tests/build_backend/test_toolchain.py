@@ -150,12 +150,14 @@ def test_the_module_is_for_the_pythons_that_are_named(
 ) -> None:
     (own,) = targets.interpreters()
     assert own.tag == f"cp3{sys.version_info.minor}" and Path(own.include, "Python.h").is_file()
+    assert targets.wheel_tag(own.tag, own.tag) == (own.tag, own.tag)
     other = executable(
         tmp_path / "python3.99", """echo '["cp399", "/include", ".cpython-399.so"]'"""
     )
     named = os.pathsep.join([sys.executable, str(other), sys.executable])
     monkeypatch.setenv("DENSENET_EFFICIENT_PYTHONS", named)
     assert [interpreter.tag for interpreter in targets.interpreters()] == [own.tag, "cp399"]
+    assert targets.wheel_tag(own.tag, own.tag) == (f"{own.tag}.cp399", "none")
     monkeypatch.setenv("DENSENET_EFFICIENT_PYTHONS", "python-of-nowhere")
     with pytest.raises(
         toolchain.BuildError, match=r"names python-of-nowhere, which cannot be found"
