@@ -63,7 +63,7 @@ format: $(STAMP)
 
 # The variable silences the theme's own advertisement of its successor.
 docs: build
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: build
 	$(BIN)/python benchmarks/bench_memory.py
