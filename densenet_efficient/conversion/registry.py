@@ -1,5 +1,6 @@
-"""Entries in the registries of timm and torchvision: `densenet121_efficient` and the others are
-their own networks, with their own options and weights, converted."""
+"""Entries in the registries of timm and torchvision, and among the encoders of
+segmentation_models_pytorch: `densenet121_efficient` and the others are their own networks, with
+their own options and weights, converted."""
 
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ TIMM = (*TORCHVISION, "densenet264d", "densenetblur121d")
 
 
 def register_models() -> list[str]:
-    """Adds `NAME_efficient` to the registries of timm and torchvision, of those that are installed.
+    """Adds `NAME_efficient` to the registries of timm, torchvision and segmentation_models_pytorch,
+    of those that are installed.
 
         densenet_efficient.register_models()
         timm.create_model("densenet121_efficient", pretrained=True, num_classes=10)
         torchvision.models.get_model("densenet121_efficient", weights="DEFAULT")
+        segmentation_models_pytorch.Unet("densenet121_efficient", encoder_weights="imagenet")
 
     Calling it again changes nothing.
 
@@ -55,9 +58,27 @@ def register_models() -> list[str]:
             if timm.is_model(name) and not timm.is_model(name + SUFFIX):
                 registry.register_model(_builder(registry.model_entrypoint(name), name))
             names += [f"timm.{name}{SUFFIX}"] * timm.is_model(name + SUFFIX)
+    if importlib.util.find_spec("segmentation_models_pytorch") is not None:
+        names += _register_encoders()
     if not names:
-        raise ImportError("register_models: expected timm or torchvision, got neither")
+        raise ImportError(
+            "register_models: expected timm, torchvision or segmentation_models_pytorch, got none"
+        )
     return names
+
+
+def _register_encoders() -> list[str]:
+    """The encoders of segmentation_models_pytorch; none where the library itself cannot be
+    imported."""
+    try:
+        from segmentation_models_pytorch.encoders import encoders
+    except ImportError:
+        return []
+    names = [name for name in encoders if name.startswith("densenet") and SUFFIX not in name]
+    for name in names:
+        entry = encoders[name]
+        encoders[name + SUFFIX] = {**entry, "encoder": _builder(entry["encoder"], name)}
+    return [f"segmentation_models_pytorch.{name}{SUFFIX}" for name in names]
 
 
 def _builder(original: Callable[..., nn.Module], name: str) -> Callable[..., nn.Module]:

@@ -1,8 +1,8 @@
 """DenseNets under the names and options of Keras' libraries; Keras is not needed.
 
-`DenseNet` has the arguments of the widely used keras-contrib implementation, `DenseNet121` to
-`DenseNet264` those of `keras.applications`. Images are [N, C, H, W] as everywhere in PyTorch, and
-logits come out: the losses of PyTorch contain the softmax.
+`DenseNet` and `DenseNetFCN` have the arguments of the widely used keras-contrib implementations,
+`DenseNet121` to `DenseNet264` those of `keras.applications`. Images are [N, C, H, W] as everywhere
+in PyTorch, and logits come out: the losses of PyTorch contain the softmax.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from ..nn.architecture import CONFIGURATIONS, cifar_block_config
-from ..nn.options import check_block_config, check_compression, check_count, check_number
+from ..nn.options import (
+    check_block_config,
+    check_choice,
+    check_compression,
+    check_count,
+    check_number,
+)
 from .densenet import EfficientDenseNet
+from .fc_densenet import EfficientFCDenseNet
 
 __all__ = ["DenseNet", "DenseNet121", "DenseNet161", "DenseNet169", "DenseNet201", "DenseNet264"]
-__all__ += ["KerasDenseNet"]
+__all__ += ["DenseNetFCN", "KerasDenseNet", "KerasDenseNetFCN"]
 
 APPLICATIONS_EPSILON = 1.001e-5
 CONTRIB_EPSILON = 1.1e-5
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
-class KerasDenseNet(EfficientDenseNet):
-    """An `EfficientDenseNet` that knows its weight decay."""
-
+class _WeightDecay(nn.Module):
     weight_decay: float = 0.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -38,6 +45,14 @@ class KerasDenseNet(EfficientDenseNet):
             {"params": kernels, "weight_decay": 2 * self.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+
+
+class KerasDenseNet(_WeightDecay, EfficientDenseNet):
+    """An `EfficientDenseNet` that knows its weight decay."""
+
+
+class KerasDenseNetFCN(_WeightDecay, EfficientFCDenseNet):
+    """An `EfficientFCDenseNet` that knows its weight decay."""
 
 
 def DenseNet(
@@ -104,6 +119,80 @@ def DenseNet(
         drop_rate=dropout_rate,
         small_inputs=not subsample_initial_block,
         **{"eps": CONTRIB_EPSILON, "init_mode": "fan_in", **options},
+    )
+    model.weight_decay = weight_decay
+    return model
+
+
+def DenseNetFCN(
+    nb_dense_block: int = 5,
+    growth_rate: int = 16,
+    nb_layers_per_block: int | Sequence[int] = 4,
+    reduction: float = 0.0,
+    dropout_rate: float = 0.0,
+    weight_decay: float = 1e-4,
+    init_conv_filters: int = 48,
+    include_top: bool = True,
+    classes: int = 1,
+    upsampling_type: str = "deconv",
+    early_transition: bool = False,
+    transition_pooling: str = "max",
+    **options: Any,
+) -> KerasDenseNetFCN:
+    """A fully convolutional DenseNet as keras-contrib builds it: logits for every pixel.
+
+    Args:
+        nb_dense_block: the number of blocks on the way down.
+        growth_rate: k.
+        nb_layers_per_block: the same in every block, or a list of those on the way down and the one
+            after them; the way up mirrors it.
+        reduction: the share of channels that a transition drops: 1 - compression, 0 to below 1.
+        dropout_rate: after the convolution of every layer.
+        weight_decay: kept on the model, for its `parameter_groups()`.
+        init_conv_filters: channels of the first convolution, which norm and ReLU follow.
+        include_top: False: the features come out.
+        classes: of the logits.
+        upsampling_type: "deconv", "upsampling" or "subpixel", with ReLU after the convolutions.
+        early_transition: a transition in front of the first block, and an upsampling at the end.
+        transition_pooling: "max" or "avg".
+        options: further ones of `EfficientFCDenseNet`.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+    reduction = check_number("reduction", reduction, "at least 0 and below 1", 0.0, _BELOW_ONE)
+    check_number("weight_decay", weight_decay, "finite and at least 0", 0.0, float("inf"))
+    down = check_count("nb_dense_block", nb_dense_block)
+    pooling = check_choice("transition_pooling", transition_pooling, ("max", "avg"))
+    if isinstance(nb_layers_per_block, int):
+        blocks = (check_count("nb_layers_per_block", nb_layers_per_block),) * (2 * down + 1)
+    else:
+        given = check_block_config(nb_layers_per_block)
+        if len(given) != down + 1:
+            raise ValueError(
+                f"nb_layers_per_block must list nb_dense_block + 1 = {down + 1} blocks, got "
+                f"{len(given)}"
+            )
+        blocks = (*given, *given[-2::-1])
+    theirs: dict[str, Any] = {
+        "bias": False,
+        "bias_up": upsampling_type == "deconv",
+        "relu_up": upsampling_type != "upsampling",
+        "norm_first": True,
+        "drop_transitions": False,
+        "eps": CONTRIB_EPSILON,
+    }
+    model = KerasDenseNetFCN(
+        growth_rate,
+        blocks,
+        init_conv_filters,
+        dropout_rate,
+        check_count("classes", classes) if include_top else None,
+        compression=check_compression(1.0 - reduction),
+        pooling="max" if pooling == "max" else "average",
+        upsampling=upsampling_type,
+        early_transition=early_transition,
+        **{**theirs, **options},
     )
     model.weight_decay = weight_decay
     return model

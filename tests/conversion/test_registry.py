@@ -1,4 +1,4 @@
-"""Efficient networks in the registries of timm and torchvision."""
+"""Efficient networks in the registries of timm, torchvision and segmentation_models_pytorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 
 import densenet_efficient
 from densenet_efficient.nn.dense_block import DenseBlockExecution
+from tests.support.conversion_comparison import largest_error, step
+from tests.support.libraries import load
 from tests.support.peer import torchvision
 
 
@@ -24,3 +26,20 @@ def test_names_are_registered_once_and_build_converted_networks() -> None:
     assert isinstance(model.features.denseblock4, DenseBlockExecution)
     with torch.no_grad():
         assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)
+
+
+def test_encoders_for_segmentation_are_registered() -> None:
+    load("segmentation_models_pytorch")
+    import segmentation_models_pytorch as smp
+
+    names = densenet_efficient.register_models()
+    assert "segmentation_models_pytorch.densenet161_efficient" in names
+    plain, ours = (
+        smp.Unet(name, encoder_weights=None, in_channels=1, classes=3).double()
+        for name in ("densenet121", "densenet121_efficient")
+    )
+    assert isinstance(ours.encoder.features.denseblock4, DenseBlockExecution)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+    assert largest_error(step(plain, x), step(ours, x)) < 1e-9
+    assert densenet_efficient.explain(ours, x).kinds == {"kernels"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,28 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.load(file, weights_only=True)["state_dict"]
     plain = torchvision.models.densenet121(num_classes=10)
     plain.load_state_dict({name.removeprefix("network."): t for name, t in state.items()})
+
+
+def test_segmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "fc_densenet56", "--steps", "2", "--batch", "2", "--size", "33"]
+    options += ["--held-out", "3"]
+    assert example("segmentation.py")["main"]([*options, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "a step of 2 images of 33 px needs" in text and "of 3 new images right" in text
+    found = json.loads((tmp_path / "segmentation.json").read_text())
+    assert 0 <= found["accuracy"] <= 1 and len(found["losses"]) == 2
+    assert set(found["overlap"]) == {"ground", "circle", "square", "triangle"}
+    assert (tmp_path / "segmentation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shapes_are_what_their_labels_say() -> None:
+    """Every image has its own shapes, the same for the same seed, of one colour but for light and
+    noise."""
+    draw = example("segmentation.py")["draw_shapes"]
+    images, labels = draw(6, 40, torch.Generator().manual_seed(1))
+    again, _ = draw(6, 40, torch.Generator().manual_seed(1))
+    assert torch.equal(images, again) and not torch.equal(images[0], images[1])
+    assert images.shape == (6, 3, 40, 40) and set(labels.unique().tolist()) == {0, 1, 2, 3}
+    assert 0.05 < (labels > 0).float().mean() < 0.6
+    brightness = images.mean(1)
+    assert brightness[labels > 0].mean() > brightness[labels == 0].mean() + 0.5

@@ -16,6 +16,7 @@ from densenet_efficient import EfficientDenseBlock, EfficientTransition, explain
 from densenet_efficient.bench.accuracy import moved_norms
 from densenet_efficient.core import dropout, max_pool
 from densenet_efficient.core.functions import MaxPoolFunction
+from densenet_efficient.models import keras
 from densenet_efficient.models.fc_densenet import EfficientFCDenseNet, fc_densenet56
 from tests.support.conversion_comparison import Replay, largest_error, step
 from tests.support.kept_memory import kept_bytes
@@ -221,3 +222,37 @@ def test_images_that_the_network_cannot_take_are_refused() -> None:
     message = "a multiple of 4 pixels .* upsampling='upsampling', got 8 x 10"
     with pytest.raises(ValueError, match=message):
         ours(torch.randn(1, 3, 8, 10, dtype=torch.float64))
+
+
+def test_keras_network_mirrors_its_blocks_and_decays_its_kernels() -> None:
+    model = keras.DenseNetFCN(
+        nb_dense_block=2, growth_rate=4, nb_layers_per_block=[1, 2, 3], reduction=0.5,
+        weight_decay=1e-3, init_conv_filters=8, classes=3, early_transition=True,
+    )  # fmt: skip
+    blocks = [len(model.child(f"denseblock{i}").parts()) for i in range(1, 6)]
+    assert blocks == [1, 2, 3, 2, 1]
+    assert model.conv0.bias is None and model.up1.conv.bias is not None
+    assert model.norm0.eps == keras.CONTRIB_EPSILON
+    assert model.transition0.conv.out_channels == 4 and model.up3.conv.out_channels == 4
+    kernels, others = model.parameter_groups()
+    assert kernels["weight_decay"] == 2e-3 and others["weight_decay"] == 0.0
+    assert model(torch.randn(1, 3, 17, 24)).shape == (1, 3, 17, 24)
+    assert keras.DenseNetFCN(2, 4, 2, include_top=False, upsampling_type="subpixel")(
+        torch.randn(1, 3, 16, 16)
+    ).shape == (1, 48 + 8 + 8 + 8, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nb_layers_per_block": [1, 2]}, "must list nb_dense_block . 1 = 6 blocks, got 2"),
+        ({"reduction": 1.0}, "reduction must be at least 0 and below 1"),
+        ({"transition_pooling": "min"}, "transition_pooling must be one of 'max', 'avg'"),
+        ({"upsampling_type": "bicubic"}, "upsampling must be one of 'deconv'"),
+    ],
+)
+def test_wrong_options_of_the_keras_network_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        keras.DenseNetFCN(**options)

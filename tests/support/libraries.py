@@ -76,7 +76,18 @@ def _torchxrayvision() -> ModuleType:
 
 
 def _segmentation_models() -> ModuleType:
-    _enter("segmentation_models_pytorch.encoders")
+    """The whole library; only its up- and downloads need the hub."""
+
+    class Mixin:
+        save_pretrained = from_pretrained = push_to_hub = print
+
+        def __new__(cls, *args: Any, **options: Any) -> Any:
+            return super().__new__(cls)
+
+    if importlib.util.find_spec("huggingface_hub") is None:
+        names = ("ModelCard", "ModelCardData", "hf_hub_download")
+        _stand_in("huggingface_hub", PyTorchModelHubMixin=Mixin, **dict.fromkeys(names))
+    importlib.import_module("segmentation_models_pytorch")
     return importlib.import_module("segmentation_models_pytorch.encoders.densenet")
 
 
