@@ -103,7 +103,7 @@ class Trainer:
         trained = distributed.parallel(self.model, self.device, options.sync_batch_norm)
         parts = {**self._state(), "model": trained}
         self.steps = Steps(**parts, recipe=recipe, num_classes=data.num_classes, amp=options.amp)
-        copies = 5 if self.average is not None else 3  # with the momentum, and the best weights
+        copies = 3 if self.average is None else 4  # with the momentum, and the best weights
         distributed.on_first(lambda: prepare_folder(options.out, self.model, copies))
 
     def _resume(self, state: dict[str, Any]) -> None:
