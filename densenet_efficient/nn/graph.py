@@ -78,9 +78,10 @@ def make_plan(
     module, specification, and the columns of its statistics in the table that the operator gives,
     in order.
     """
+    inside = list(inside)
     ways = {child: tuple(name.split(".")) if name else () for name, child in inside}
     options = tuple((way, tuple(_options_of(child))) for child, way in ways.items())
-    if any(process_group(norm) is not None for norm, *_ in norms):
+    if any(process_group(child) is not None for _, child in inside):
         return GraphPlan(EAGER, options)
     if kind == ORIGINAL:
         return GraphPlan(ORIGINAL, options)
