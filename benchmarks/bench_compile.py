@@ -128,8 +128,8 @@ def main() -> int:
     columns = ("network", "s", "CPU s, compilers apart", "calls in the graph",
                "error to eager", "graphs, three batch sizes")  # fmt: skip
     text = (
-        f"Compile and first training step, {options.image_size} px, batch {options.batch}, float32, "
-        f"{options.threads} threads, backend {options.backend}.\n\n"
+        f"Compilation and first training step, {options.image_size} px, batch {options.batch}, "
+        f"float32, {options.threads} threads, backend {options.backend}.\n\n"
         + markdown_table(columns, rows)
         + f"\n\nOurs takes {ratio:.3f} of torchvision's time."
     )

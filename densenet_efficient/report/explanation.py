@@ -44,12 +44,14 @@ def explain(module: nn.Module, input: Tensor) -> Explanation:
     """Runs ``module`` on ``input`` as it is and reports how every efficient module ran.
 
     The run is a forward pass under ``no_grad`` with every module in eval mode for its length, so no
-    running statistic changes. The module's own errors pass through.
+    running statistic changes. A compiled module is run uncompiled, which is how its graph runs. The
+    module's own errors pass through.
     """
     names = {id(child): name for name, child in module.named_modules()}
     modes = {child: child.training for child in module.modules()}
     try:
-        with torch.no_grad(), recording() as entries:
+        eagerly = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eagerly, recording() as entries:
             module.eval()
             module(input)
     finally:

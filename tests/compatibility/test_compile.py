@@ -12,7 +12,7 @@ import torch._dynamo.testing
 import torch._inductor.config
 from torch import Tensor, nn
 
-from densenet_efficient import EfficientDenseBlock, EfficientDenseNet, EfficientFCDenseNet
+from densenet_efficient import EfficientDenseBlock, EfficientDenseNet, EfficientFCDenseNet, explain
 from densenet_efficient.core.encoding import decode, encode
 from tests.support.converted_pair import assert_close, converted_pair, images, training_step
 
@@ -213,3 +213,10 @@ def test_a_call_is_a_string() -> None:
     text = encode(layers)
     assert encode(decode(text)) == text
     assert decode(text)[0].norm1.running is True
+
+
+def test_explain_runs_a_compiled_model_uncompiled() -> None:
+    model = small()
+    found = explain(compiled(model, "eager")[0], images(2))
+    assert found.kinds == {"kernels"}
+    assert len(found.entries) == len(explain(model, images(2)).entries)
