@@ -17,6 +17,7 @@ from ..nn.classes import efficient_view
 from ..nn.dense_block import DenseBlockExecution, EfficientDenseBlock
 from ..nn.execution import Efficient
 from ..nn.layers import LayerParts
+from ..nn.options import check_function
 from ..nn.transition import EfficientTransition, TransitionExecution, TransitionParts
 from .checks import (
     Unsupported,
@@ -127,6 +128,10 @@ def block_adapter(
         newest_first: whether a layer's new channels stand in front of all earlier ones instead of
             after them.
     """
+
+    check_function("parts", parts)
+    for name, function in (("check", check), ("layers", layers), ("with_input", with_input)):
+        check_function(name, function, optional=True)
 
     def layers_of(block: nn.Module) -> Mapping[str, nn.Module]:
         found = dict(block.named_children()) if layers is None else layers(block)

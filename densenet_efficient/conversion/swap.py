@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..nn.classes import become, is_made, unmake
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.execution import Efficient
-from ..nn.options import check_memory
+from ..nn.options import check_memory, check_module
 from .adapters import (
     Adapter,
     LayerAdapter,
@@ -86,8 +86,7 @@ class Conversion:
 
     def __init__(self, model: nn.Module, memory: str = "recompute") -> None:
         check_memory(memory)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("model", model)
         self.report = Report()
         self._memory = memory
         self._views: dict[int, nn.Module] = {}
@@ -258,6 +257,7 @@ def inspect_conversion(model: nn.Module, memory: str = "recompute") -> Report:
 def unconvert(model: nn.Module) -> nn.Module:
     """Makes every module that `convert` made efficient what it was, around its present children; in
     place, returning the model. Modules that were built efficient stay."""
+    check_module("model", model)
     for module in list(model.modules()):
         if is_made(module):
             unmake(module)

@@ -129,8 +129,12 @@ def reserved_bytes(device: torch.device | str | None = None) -> int:
 
 
 def release(device: torch.device | str | None = None) -> None:
-    """Gives idle slabs back to PyTorch's allocator; the next step allocates them anew."""
-    wanted = None if device is None else torch.device(device)
+    """Gives idle slabs back to PyTorch's allocator; the next step allocates them anew. ValueError
+    for what is no device."""
+    try:
+        wanted = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be such as cpu or cuda:0, got {device!r}") from None
     with _lock:
         for owner, stream in list(_free):
             if wanted is None or owner == wanted:

@@ -20,6 +20,7 @@ from torch import nn
 from ..core.arena import Buffer
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.features import FeaturesExecution
+from ..nn.options import check_module, check_number, check_sizes
 from ..ops.dtypes import FLOATING, accumulation_dtype
 from . import fully_convolutional
 from .steps import PARAMETER_GRADIENTS, SCRATCH, Part, gradient_bytes, parts_of
@@ -115,16 +116,18 @@ def plan(
         TypeError: the model's features are not efficient blocks; dtype is not floating.
         ValueError: input_shape is not (N, C, *spatial), positive, with the model's channels.
     """
+    check_module("model", model)
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     network = fully_convolutional.network_in(model)
     features: nn.Module
     features, owner = (network, network) if network is not None else _feature_extractor(model)
-    shape = tuple(int(size) for size in input_shape)
     conv: Any = next(iter(features._modules.values()))
     dims = len(getattr(conv, "kernel_size", (0, 0)))
-    if len(shape) != dims + 2 or min(shape) < 1:
-        raise ValueError(f"input_shape must be {dims + 2} positive sizes, got {list(input_shape)}")
+    expected = f"{dims + 2} positive sizes"
+    shape = check_sizes("input_shape", input_shape, expected)
+    if len(shape) != dims + 2:
+        raise ValueError(f"input_shape must be {expected}, got {list(shape)}")
     if shape[1] != conv.in_channels:
         raise ValueError(f"input_shape must have {conv.in_channels} channels, got {shape[1]}")
     device = next(features.parameters()).device
@@ -242,11 +245,12 @@ def max_batch(
         TypeError: as for `plan`.
         ValueError: as for `plan`, and for a budget that is not a positive finite number.
     """
-    if not math.isfinite(budget) or budget <= 0:
-        raise ValueError(f"budget must be a positive number of bytes, got {budget!r}")
+    least = math.nextafter(0.0, 1.0)
+    budget = check_number("budget", budget, "a positive number of bytes", least, math.inf)
+    image_shape = check_sizes("input_shape", input_shape, "the positive sizes of one image")
 
     def fits(batch: int) -> bool:
-        return plan(model, (batch, *input_shape), dtype, training=training).peak_bytes <= budget
+        return plan(model, (batch, *image_shape), dtype, training=training).peak_bytes <= budget
 
     too_large = next(batch for batch in _batches() if not fits(batch))
     fitting = too_large // 2

@@ -15,7 +15,7 @@ from torch import nn
 from ..nn.architecture import CONFIGURATIONS, DenseNetBase, cifar_block_config
 from ..nn.dense_block import EfficientDenseBlock
 from ..nn.features import EfficientFeatures
-from ..nn.options import check_memory
+from ..nn.options import check_count, check_memory
 from ..nn.transition import EfficientTransition
 from .pretrained import fetch_weights, load_weights, published_classes
 
@@ -194,6 +194,7 @@ def densenet_cifar(
     Raises:
         ValueError: a depth that no whole number of layers gives, or a bad option.
     """
+    growth_rate = check_count("growth_rate", growth_rate)
     block_config = cifar_block_config(depth, bottleneck)
     if compression is None:
         compression = 0.5 if bottleneck else 1.0

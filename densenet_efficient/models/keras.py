@@ -94,6 +94,7 @@ def DenseNet(
     reduction = check_number("reduction", reduction, "at least 0 and below 1", 0.0, _BELOW_ONE)
     check_number("weight_decay", weight_decay, "finite and at least 0", 0.0, float("inf"))
     nb_dense_block = check_count("nb_dense_block", nb_dense_block)
+    growth_rate = check_count("growth_rate", growth_rate)
     compression = check_compression(1.0 - reduction)
     if not isinstance(nb_layers_per_block, int):
         depth = nb_layers_per_block

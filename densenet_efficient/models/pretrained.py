@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import load_tensors
+from ..nn.options import check_module
 from ..torchvision_compat import import_torchvision
 
 HUB = "hf-hub:"
@@ -78,12 +79,19 @@ def load_weights(
 
     Raises:
         ValueError: naming the missing, unexpected and misshaped keys; the model is unchanged.
+        TypeError: model is no module, or state no mapping with names as keys.
     """
+    check_module("model", model)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping, as torch.load gives, got {type(state).__name__}")
     for container in _CONTAINERS:
         inner = state.get(container)
         if isinstance(inner, Mapping):
             state = inner
             break
+    unnamed = [key for key in state if not isinstance(key, str)]
+    if unnamed:
+        raise TypeError(f"state must have names as keys, got {unnamed[0]!r}")
     own = model.state_dict()
     modern = modernise_keys(state)
     # A MONAI network as the model has MONAI's keys already.

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..nn.architecture import CONFIGURATIONS
+from ..nn.options import check_count
 from .densenet import EfficientDenseNet
 
 __all__ = ["SlimDenseNet", "densenet_121", "densenet_161", "densenet_169", "densenet_201"]
@@ -65,6 +66,7 @@ def densenet_X(
     Raises:
         ValueError: an option out of its range, or strides that cannot be reached.
     """
+    growth_rate = check_count("growth_rate", growth_rate)
     return SlimDenseNet(
         growth_rate,
         units_per_block,

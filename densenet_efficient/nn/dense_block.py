@@ -31,7 +31,7 @@ from .layers import (
     tail_parameters,
 )
 from .norms import BatchNorm, begin_exchange, update_running_statistics
-from .options import check_memory
+from .options import check_memory, check_modules
 from .plain import PlainDenseBlock
 
 Layers = Callable[[nn.Module], Mapping[str, nn.Module]]
@@ -311,8 +311,7 @@ class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore
         parts: a picklable function that names a layer's modules. Each layer must also run on its
         own, from the list of all earlier outputs to its new features (the original forward).
         """
-        if not layers:
-            raise ValueError("layers must hold at least one dense layer, got none")
+        check_modules("layers", layers)
         check_memory(memory)
         block = cls.__new__(cls)
         nn.ModuleDict.__init__(block, dict(layers))

@@ -122,7 +122,8 @@ class Efficient(nn.Module):
     def _run_original(self, chosen: Dispatch, *args: Any) -> Any:
         """The original forward; a reason that lies in the model warns when it is new. ValueError
         where input and parameters do not meet on the meta device, which PyTorch would let pass, and
-        where there is no original: SyncBatchNorm on the CPU."""
+        where there is no original: SyncBatchNorm on the CPU. TypeError for what is no tensor."""
+        check_is_tensor(args[0])
         check_synchronised(self, args[0], chosen.reason)
         record(self, "", chosen)
         first = next(self.parameters(), None)
@@ -159,6 +160,17 @@ def input_problem(x: Any) -> str | None:
     if x.numel() == 0:
         return EMPTY
     return None
+
+
+def check_is_tensor(x: Any) -> None:
+    """TypeError unless x is a tensor, something that stands for one, as a tracer's does, or a list
+    of them."""
+    parts = x if isinstance(x, (list, tuple)) and x else [x]
+    for part in parts:
+        if not isinstance(part, Tensor) and not hasattr(type(part), "__torch_function__"):
+            kind = "None" if part is None else type(part).__name__
+            inside = f" in a {type(x).__name__}" if part is not x else ""
+            raise TypeError(f"input must be a tensor or a list of tensors, got {kind}{inside}")
 
 
 def check_synchronised(module: nn.Module, x: Any, reason: str) -> None:

@@ -1,15 +1,17 @@
 """Options and their checks: each is a value and its range, stated once.
 
 Every check returns the value in its own type, or raises ValueError naming the option, what was
-expected and what came.
+expected and what came; TypeError where it is no module, mapping or function at all.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 MEMORY_MODES = ("recompute", "store")
 """What a dense block keeps for the backward pass: its output, or the bottlenecks, too."""
@@ -74,3 +76,39 @@ def check_block_config(value: Any) -> tuple[int, ...]:
             f"got {value!r}"
         )
     return tuple(check_count(f"block_config[{i}]", layers) for i, layers in enumerate(value))
+
+
+def check_sizes(name: str, value: Any, expected: str) -> tuple[int, ...]:
+    """A shape of positive sizes; `expected` says of what."""
+    try:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+            raise TypeError
+        sizes = tuple(operator.index(size) for size in value)
+    except TypeError:
+        raise ValueError(f"{name} must be {expected}, got {value!r}") from None
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return sizes
+
+
+def check_module(name: str, value: Any) -> None:
+    """TypeError unless it is a module."""
+    if not isinstance(value, nn.Module):
+        kind = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name} must be a torch.nn.Module, got {kind}")
+
+
+def check_modules(name: str, value: Any) -> None:
+    """TypeError unless it maps names to modules, ValueError where it is empty."""
+    if not isinstance(value, (Mapping, nn.ModuleDict)):
+        raise TypeError(f"{name} must be modules by name, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} must hold at least one dense layer, got none")
+    for key, module in value.items():
+        check_module(f"{name}[{key!r}]", module)
+
+
+def check_function(name: str, value: Any, optional: bool = False) -> None:
+    """TypeError unless it can be called, or is None where that is optional."""
+    if not callable(value) and not (optional and value is None):
+        raise TypeError(f"{name} must be a function, got {value!r}")

@@ -100,9 +100,9 @@ class PlainDenseLayer(nn.Module):
         bottleneck_drop_rate: float = 0.0,
         **options: Any,
     ) -> None:
-        children = dense_layer_children(num_input_features, growth_rate, bn_size, **options)
         drop_rate = check_drop_rate(drop_rate)
         bottleneck_drop_rate = check_drop_rate(bottleneck_drop_rate)
+        children = dense_layer_children(num_input_features, growth_rate, bn_size, **options)
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
@@ -138,6 +138,8 @@ class PlainDenseBlock(nn.ModuleDict):
         **options: Any,
     ) -> None:
         check_count("num_layers", num_layers)
+        check_count("num_input_features", num_input_features)
+        check_count("growth_rate", growth_rate)
         super().__init__()
         self.with_input = bool(with_input)
         for index in range(num_layers):

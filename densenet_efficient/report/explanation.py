@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..nn.execution import recording
+from ..nn.execution import check_is_tensor, recording
+from ..nn.options import check_module
 from ..ops.dispatch import Dispatch
 from .tables import table
 
@@ -45,8 +46,10 @@ def explain(module: nn.Module, input: Tensor) -> Explanation:
 
     The run is a forward pass under ``no_grad`` with every module in eval mode for its length, so no
     running statistic changes. A compiled module is run uncompiled, which is how its graph runs. The
-    module's own errors pass through.
+    module's own errors pass through. TypeError where module is no module or input no tensor.
     """
+    check_module("module", module)
+    check_is_tensor(input)
     names = {id(child): name for name, child in module.named_modules()}
     modes = {child: child.training for child in module.modules()}
     try:

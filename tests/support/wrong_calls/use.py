@@ -1,0 +1,111 @@
+"""A wrong use of the public interface, and what must hold of it: the documented exception, a
+message that names the cause, and nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import densenet_efficient as de
+from tests.support.networks import network
+
+NOT_MODELS: tuple[Any, ...] = (None, "densenet121", 3, {"state": 1}, nn.Conv2d)
+"""The last is a class."""
+
+Call = Callable[..., object]
+Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class WrongUse:
+    """group and what name it. call: does it, with a model where `model` builds one. error: the
+    exact class that is documented; message: a pattern that what it says must match."""
+
+    group: str
+    what: str
+    call: Call
+    error: type[BaseException]
+    message: str
+    model: Build | None = None
+
+    def __str__(self) -> str:
+        return f"{self.group}: {self.what}"
+
+
+def check(use: WrongUse, folder: Path) -> None:
+    """Fails unless the use is refused as documented and leaves the model, torch's random state and
+    the files in `folder`, the current one, as they were."""
+    arguments = () if use.model is None else (use.model(),)
+    before = [_state(model) for model in arguments], torch.get_rng_state(), _files(folder)
+    with pytest.raises(use.error, match=use.message) as caught:
+        use.call(*arguments)
+    assert type(caught.value) is use.error, repr(caught.value)
+    after = [_state(model) for model in arguments], torch.get_rng_state(), _files(folder)
+    assert before[0] == after[0], "the model changed"
+    assert torch.equal(before[1], after[1]), "torch's random state changed"
+    assert before[2] == after[2], "files changed"
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """Every module's class, mode and hooks; every parameter and buffer, bit by bit."""
+    modules: list[Any] = [
+        (name, type(m), m.training, list(m._forward_hooks)) for name, m in model.named_modules()
+    ]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in tensors.items():
+        lazy = torch.nn.parameter.is_lazy(value)
+        held = None if lazy or value.is_meta else value.detach().contiguous().numpy().tobytes()
+        modules.append((name, id(value), value.requires_grad, value.grad is None, held))
+    return modules
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@functools.cache
+def _plain() -> nn.Module:
+    return network()
+
+
+def plain() -> nn.Module:
+    """torchvision's network, small."""
+    return copy.deepcopy(_plain())
+
+
+@functools.cache
+def _converted() -> nn.Module:
+    return de.convert(network())
+
+
+def converted() -> nn.Module:
+    """The same, converted."""
+    return copy.deepcopy(_converted())
+
+
+def block() -> nn.Module:
+    """A block of two layers, from 8 to 16 channels."""
+    return de.EfficientDenseBlock(2, 8, 4, 4, 0.0)
+
+
+def options(
+    group: str, name: str, call: Call, base: dict[str, Any], wrong: dict[str, tuple[Any, ...]]
+) -> Iterator[WrongUse]:
+    """call(**base) with one option at a time set to what it must not be; ValueError names it."""
+    for option, values in wrong.items():
+        for value in values:
+            yield WrongUse(
+                group,
+                f"{name}({option}={value!r})",
+                functools.partial(call, **{**base, option: value}),
+                ValueError,
+                rf"{option}(\[\d\])?( must|:)",
+            )
