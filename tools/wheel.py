@@ -63,8 +63,7 @@ def pythons() -> list[str]:
 
 def source_distribution(out: Path) -> Path:
     """Builds it; its path."""
-    code = f"import backend; print(backend.build_sdist({str(out)!r}))"
-    run(sys.executable, "-c", code, PYTHONPATH=str(ROOT / "build_backend"))
+    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", out)
     (path,) = out.glob("*.tar.gz")
     return path
 
