@@ -53,9 +53,10 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
     if out.suffix == ".pth":
         write_atomically(out, lambda temporary: torch.save(found, temporary))
     else:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        write_atomically(out, lambda temporary: save_file(found, temporary, {"format": "pt"}))
+        metadata = {"format": "pt"}
+        write_atomically(out, lambda temporary: Path(temporary).write_bytes(save(found, metadata)))
     keras = Path(options.source).suffix in (".h5", ".hdf5")
     advice = "; build the network with eps=1.001e-5, as Keras' norms have it" if keras else ""
     print(f"{options.model}, {classes} classes: {len(found)} tensors in {out}{advice}")

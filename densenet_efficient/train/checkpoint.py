@@ -324,8 +324,9 @@ def export_safetensors(
     model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any]
 ) -> None:
     """Write the model's state dict as safetensors, atomically, with ``metadata`` as strings."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     text = {key: str(value) for key, value in metadata.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=text))
+    # Not save_file, which has a temporary file of its own that a killed process would leave.
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(save(tensors, text)))

@@ -10,7 +10,7 @@ import torch
 
 import densenet_efficient as de
 from densenet_efficient.nn.plain import PlainDenseBlock
-from tools.faults import lines
+from tools.faults import allocations, lines, values
 
 
 def test_ctrl_c_at_lines_of_a_step() -> None:
@@ -24,6 +24,17 @@ def test_ctrl_c_at_every_line_that_touches_running_statistics() -> None:
     outcomes = list(lines.interrupts(new=None, repeated=0, seed=0, file="core/running.py"))
     assert not [problem for _, _, problems in outcomes for problem in problems]
     assert sum(cases for _, cases, _ in outcomes) > 30
+
+
+def test_allocations_that_fail() -> None:
+    outcomes = allocations.failing(count=8, seed=0)
+    assert not [problem for _, _, problems in outcomes for problem in problems]
+    assert sum(cases for _, cases, _ in outcomes) > 80
+
+
+def test_nan_and_infinity_are_forgotten() -> None:
+    outcomes = list(values.not_finite(["one value", "everything"]))
+    assert not [problem for _, _, problems in outcomes for problem in problems]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -9,12 +9,17 @@ each with what replays it. Exit status 1 where there is one. docs/faults.md says
 from __future__ import annotations
 
 import argparse
+import random
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from . import kinds
+import torch
+
+from . import allocations, damage, kinds, lines, values
 from .campaign import Campaign
 from .runs import warm_up
 
@@ -48,8 +53,44 @@ def runs_of_train(count: int, seed: int) -> list[Row]:
     return rows
 
 
+def damaged_files(count: int, seed: int) -> list[Row]:
+    """Files cut off at so many places, with as many single bytes wrong, and foreign ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = damage.Bench(Path(folder))
+        bench.bytes_wrong(count, random.Random(seed))
+        rows = [Row("files cut off or damaged", bench.cases, list(bench.problems))]
+        bench.cases, bench.problems = 0, []
+        bench.foreign()
+    return [*rows, Row("foreign and malicious files", bench.cases, bench.problems)]
+
+
+def interrupted_steps(count: int, seed: int) -> list[Row]:
+    """Steps interrupted at every line, and at so many lines of each scenario besides."""
+    return _of_scenarios("interrupted", lines.interrupts(None, count, seed))
+
+
+def failing_allocations(count: int, seed: int) -> list[Row]:
+    """Steps in which each allocation fails once."""
+    return _of_scenarios("allocation fails", allocations.failing(None, seed))
+
+
+def values_not_finite(count: int, seed: int) -> list[Row]:
+    """Steps with NaN or infinity in the input or gradient."""
+    return _of_scenarios("NaN, infinity", values.not_finite())
+
+
+def _of_scenarios(what: str, found: Iterable[tuple[str, int, list[str]]]) -> list[Row]:
+    return [Row(f"{what}: {name}", cases, problems) for name, cases, problems in found]
+
+
 # The runs of train come first: what they fork must not have run a backward pass.
-GROUPS: dict[str, Callable[[int, int], list[Row]]] = {"train": runs_of_train}
+GROUPS: dict[str, Callable[[int, int], list[Row]]] = {
+    "train": runs_of_train,
+    "files": damaged_files,
+    "interrupts": interrupted_steps,
+    "allocations": failing_allocations,
+    "values": values_not_finite,
+}
 
 
 def main() -> int:
@@ -57,8 +98,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("count", nargs="?", type=int, default=100, metavar="N", help="SIGKILLs")
     parser.add_argument("--seed", type=int, default=0, metavar="SEED")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), help=", ".join(GROUPS)
+    )
     options = parser.parse_args()
+    torch.set_num_threads(1)
     start = time.monotonic()
     rows: list[Row] = []
     print(f"{'fault':<48} {'cases':>7} {'as it must be':>14}", flush=True)

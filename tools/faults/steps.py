@@ -28,13 +28,14 @@ from densenet_efficient.nn.transition import TransitionExecution
 
 @dataclass(frozen=True)
 class Scenario:
-    """A module in a mode, and the shape of its input."""
+    """A module in a mode, and the shape of its input. drops: whether a step draws dropout masks."""
 
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     training: bool = True
     dtype: torch.dtype = torch.float32
+    drops: bool = False
 
 
 def _cumulative() -> nn.Module:
@@ -50,7 +51,12 @@ def _network() -> nn.Module:
 
 
 SCENARIOS = (
-    Scenario("block, recompute", lambda: de.EfficientDenseBlock(2, 6, 2, 4, 0.3), (3, 6, 5, 4)),
+    Scenario(
+        "block, recompute",
+        lambda: de.EfficientDenseBlock(2, 6, 2, 4, 0.3),
+        (3, 6, 5, 4),
+        drops=True,
+    ),
     Scenario(
         "block, store",
         lambda: de.EfficientDenseBlock(2, 6, 2, 4, 0.0, memory="store"),
