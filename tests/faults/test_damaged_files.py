@@ -14,6 +14,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("damaged"))
 
 
+@pytest.mark.slow
 def test_cut_off_anywhere_and_single_wrong_bytes(bench: Bench) -> None:
     bench.bytes_wrong(50, random.Random(0))
     assert not bench.problems

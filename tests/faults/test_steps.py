@@ -13,11 +13,12 @@ from densenet_efficient.nn.plain import PlainDenseBlock
 from tools.faults import allocations, lines, values
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_lines_of_a_step() -> None:
     """`make faults` takes every line."""
-    outcomes = list(lines.interrupts(new=20, repeated=4, seed=0))
+    outcomes = list(lines.interrupts(new=12, repeated=2, seed=0))
     assert not [problem for _, _, problems in outcomes for problem in problems]
-    assert sum(cases for _, cases, _ in outcomes) > 100
+    assert sum(cases for _, cases, _ in outcomes) > 60
 
 
 def test_ctrl_c_at_every_line_that_touches_running_statistics() -> None:
@@ -26,14 +27,16 @@ def test_ctrl_c_at_every_line_that_touches_running_statistics() -> None:
     assert sum(cases for _, cases, _ in outcomes) > 30
 
 
+@pytest.mark.slow
 def test_allocations_that_fail() -> None:
-    outcomes = allocations.failing(count=8, seed=0)
+    outcomes = allocations.failing(count=4, seed=0)
     assert not [problem for _, _, problems in outcomes for problem in problems]
-    assert sum(cases for _, cases, _ in outcomes) > 80
+    assert sum(cases for _, cases, _ in outcomes) > 40
 
 
+@pytest.mark.slow
 def test_nan_and_infinity_are_forgotten() -> None:
-    outcomes = list(values.not_finite(["one value", "everything"]))
+    outcomes = list(values.not_finite(["everything"]))
     assert not [problem for _, _, problems in outcomes for problem in problems]
 
 
