@@ -34,14 +34,18 @@ class Result:
     table: Tensor | None = None
 
     def has_overflowed(self) -> bool:
-        """Whether a statistic is infinite or NaN. Asked on the CPU only, where it costs no wait and
-        where PyTorch, which sums in float64 there, may have a finite answer."""
-        table = self.used if self.table is None else self.table
-        if table is None or table.device.type != "cpu":
-            return False
-        if math.isfinite(table.sum().item()):  # one pass, nearly always
-            return False
-        return not bool(torch.isfinite(table).all())
+        """Whether a statistic has; see the function."""
+        return has_overflowed(self.used if self.table is None else self.table)
+
+
+def has_overflowed(table: Tensor | None) -> bool:
+    """Whether a statistic is infinite or NaN. Asked on the CPU only, where it costs no wait and
+    where PyTorch, which sums in float64 there, may have a finite answer."""
+    if table is None or table.device.type != "cpu":
+        return False
+    if math.isfinite(table.sum().item()):  # one pass, nearly always
+        return False
+    return not bool(torch.isfinite(table).all())
 
 
 def _is_first_order(gradient: Tensor, spec: BlockSpec | PoolSpec) -> bool:

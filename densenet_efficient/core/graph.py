@@ -25,6 +25,7 @@ from ..ops.dtypes import accumulation_dtype
 from . import layout, running
 from .dense_block import Kept, block_backward, block_forward
 from .encoding import decode
+from .functions import has_overflowed
 from .specs import BlockSpec, NormSpec
 
 NAMESPACE = "densenet_efficient_graph"
@@ -81,6 +82,19 @@ def _image(x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], *x.shape[2:])
 
 
+def is_beyond(table: Tensor, x: Tensor) -> bool:
+    """Whether statistics of finite values are not finite in float32: then the call is computed once
+    more in float64, in which PyTorch sums on the CPU."""
+    return has_overflowed(table) and x.dtype != torch.float64 and bool(x.isfinite().all())
+
+
+def doubled(
+    x: Tensor, known: Tensor | None, constants: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
+    """What an operator reads, in float64."""
+    return x.double(), known, constants.double(), [p.double() for p in parameters]
+
+
 def separate(gradients: Iterable[Tensor | None]) -> list[Tensor]:
     """Those that there are; each in memory of its own, as operators of a graph must return them."""
     seen: set[int] = set()
@@ -115,11 +129,29 @@ def dense_block(
     variance of every norm that uses its running ones. seed: of the dropout, where there is any.
     """
     constants = constant_statistics(running, x)
+    features, kept = _forward(call, given, x, known, constants, parameters, seed)
+    if is_beyond(kept.table, x):
+        wide, exact = _forward(call, given, *doubled(x, None, constants, parameters), seed)
+        features.copy_(wide)
+        kept.table.copy_(exact.table)
+        for b, exact_b in zip(kept.bottlenecks, exact.bottlenecks, strict=True):
+            b.copy_(exact_b)
+    return features, kept.table, constants, kept.bottlenecks
+
+
+def _forward(
+    call: str,
+    given: str,
+    x: Tensor,
+    known: Tensor | None,
+    constants: Tensor,
+    parameters: Sequence[Tensor],
+    seed: Tensor | None,
+) -> tuple[Tensor, Kept]:
     spec = _block_spec(call, x, constants, seed)
     features = layout.empty(_image(x), spec.out_channels, x.dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):
-        kept = block_forward(spec, x, known, spread(given, parameters), features)
-    return features, kept.table, constants, kept.bottlenecks
+        return features, block_forward(spec, x, known, spread(given, parameters), features)
 
 
 @dense_block.register_fake
@@ -156,11 +188,26 @@ def dense_block_backward(
     """The gradients of x and of those parameters that are wanted."""
     spec = _block_spec(call, features, constants, seed)
     kept = Kept(spec, layout.channels_last(features), table, [b.contiguous() for b in bottlenecks])
+    dx, gradients = _backward(given, dy, kept, parameters, wanted)
+    x = features[:, spec.inputs(0)]
+    if is_beyond(table, x):
+        x, known, constants, doubles = doubled(x, None, constants, parameters)
+        _, kept = _forward(call, given, x, known, constants, doubles, seed)
+        exact, found = _backward(given, dy.double(), kept, doubles, wanted)
+        dx.copy_(exact)
+        gradients = [g.to(narrow.dtype) for g, narrow in zip(found, gradients, strict=True)]
+    return dx, gradients
+
+
+def _backward(
+    given: str, dy: Tensor, kept: Kept, parameters: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
     e = layout.empty(_image(dy), dy.shape[1], dy.dtype, dy.device)
     e.copy_(dy)
+    needs = spread(given, wanted, False)
     with torch.autocast(dy.device.type, enabled=False):
         dx, gradients = block_backward(
-            spec, e.movedim(1, -1), kept, spread(given, parameters), spread(given, wanted, False)
+            kept.spec, e.movedim(1, -1), kept, spread(given, parameters), needs
         )
     return dx.movedim(-1, 1), separate(gradients)
 

@@ -8,7 +8,7 @@ stem, stem_backward   likewise
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
 from . import layout, pooling
 from .encoding import decode
-from .graph import NAMESPACE, constant_statistics, separate, spread
+from .graph import NAMESPACE, constant_statistics, doubled, is_beyond, separate, spread
 from .specs import PoolSpec
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
@@ -60,14 +60,28 @@ def _define(
         running: list[Tensor],
         parameters: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spec = _spec(call, x, constant_statistics(running, x))
+        constants = constant_statistics(running, x)
+        y, stats, used = run(call, given, x, known, constants, parameters)
+        if is_beyond(used, x):
+            exact = run(call, given, *doubled(x, None, constants, parameters))
+            for narrow, wide in zip((y, stats, used), exact, strict=True):
+                narrow.copy_(wide)
+        return y, stats, used.clone() if used is known else used
+
+    def run(
+        call: str,
+        given: str,
+        x: Tensor,
+        known: Tensor | None,
+        constants: Tensor,
+        parameters: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spec = _spec(call, x, constants)
         with torch.autocast(x.device.type, enabled=False):
             rows = layout.channels_last(x)
             used = pooling.norm_statistics(spec, rows, known)
             y, stats = forward(spec, rows, used, *spread(given, parameters))
-        if stats is None:
-            stats = used.new_empty((2, 0))
-        return y, stats, used.clone() if used is known else used
+        return y, used.new_empty((2, 0)) if stats is None else stats, used
 
     @operator.register_fake
     def _(call: str, given: str, x: Any, known: Any, running: Any, parameters: Any) -> Any:
@@ -91,6 +105,26 @@ def _define(
         used: Tensor,
         parameters: list[Tensor],
         wanted: list[bool],
+    ) -> tuple[Tensor, list[Tensor]]:
+        dx, gradients = run_backward(call, given, dy, x, used, parameters, wanted)
+        if is_beyond(used, x):
+            x, _, used, parameters = doubled(x, None, used, parameters)
+            spec = _spec(call, x)
+            if spec.norm.running is None:
+                used = pooling.norm_statistics(spec, layout.channels_last(x), None)
+            exact, found = run_backward(call, given, dy.double(), x, used, parameters, wanted)
+            dx.copy_(exact)
+            gradients = [g.to(narrow.dtype) for g, narrow in zip(found, gradients, strict=True)]
+        return dx, gradients
+
+    def run_backward(
+        call: str,
+        given: str,
+        dy: Tensor,
+        x: Tensor,
+        used: Tensor,
+        parameters: Sequence[Tensor],
+        wanted: Sequence[bool],
     ) -> tuple[Tensor, list[Tensor]]:
         every, needs = spread(given, parameters), spread(given, wanted, False)
         with torch.autocast(dy.device.type, enabled=False):

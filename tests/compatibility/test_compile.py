@@ -220,3 +220,19 @@ def test_explain_runs_a_compiled_model_uncompiled() -> None:
     found = explain(compiled(model, "eager")[0], images(2))
     assert found.kinds == {"kernels"}
     assert len(found.entries) == len(explain(model, images(2)).entries)
+
+
+@pytest.mark.parametrize("value", [1e18, 1e20])
+@pytest.mark.parametrize("part", ["denseblock1", "transition1", ""])
+def test_statistics_beyond_float32(value: float, part: str) -> None:
+    """The numbers of float64, in which the operators compute then."""
+    model = small().features.get_submodule(part)
+    graph, _ = compiled(copy.deepcopy(model).float(), "eager")
+    x = torch.randn(2, 3, 32, 32)
+    if part:
+        x = torch.randn(4, 8 if part == "denseblock1" else 16, 8, 8)
+    x[0, 0, 0, 0] = value
+    expected, got = training_step(model, x.double()), training_step(graph, x)
+    for name, wide in expected.items():
+        narrow = got[name if name in got else f"_orig_mod.{name}"]
+        torch.testing.assert_close(narrow, wide.to(narrow.dtype), rtol=1e-3, atol=1e-3)
