@@ -198,7 +198,7 @@ class DenseBlockExecution(Efficient):
             new=new,
         )
 
-    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
+    @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         contiguous, private = handover.asked_for()
         x = _joined(init_features)

@@ -110,7 +110,7 @@ class FeaturesExecution(Efficient):
         self._run(x, outputs, wanted)
         return outputs
 
-    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
+    @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, x: Tensor) -> Tensor:
         reason = self._input_problem(x) or self._patch()
         if reason is not None:

@@ -26,6 +26,11 @@ from .norms import BatchNorm, check_count, process_group, running_of, tracks
 Path = tuple[str, ...]
 Options = tuple[tuple[Path, tuple[tuple[str, Any], ...]], ...]
 ORIGINAL, OPERATOR, EAGER = "original", "operator", "eager"
+OUTSIDE = (
+    "no graph holds norms that share their statistics between processes, or dense layers that end "
+    "with a function of somebody else's"
+)
+"""Why Dynamo breaks its graph; its error under `fullgraph=True` says so."""
 
 
 class GraphPlan(NamedTuple):

@@ -74,7 +74,7 @@ class ResidualDenseBlockExecution(Efficient):
             return self.original_class.forward(self, x)
         return self._efficient_forward(x)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="a residual dense block runs outside any graph")
     def _efficient_forward(self, x: Tensor) -> Tensor:
         chosen, spec = self._decision(x)
         if spec is None:

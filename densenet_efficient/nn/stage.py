@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import handover, watch
+from . import graph, handover, watch
 from .dense_block import DenseBlockExecution
 
 
@@ -33,8 +33,8 @@ class StageExecution(DenseBlockExecution):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """[N, C, *spatial] -> what the last layer returns."""
-        if torch.compiler.is_exporting():
-            return self.original_class.forward(self, input)
+        if torch.compiler.is_compiling():
+            return self._traced_forward(input)
         asked, private = handover.asked_for()
         for child in self.leading().values():
             input = child(input)
@@ -42,6 +42,24 @@ class StageExecution(DenseBlockExecution):
             return self._efficient_forward(input)
         with handover.asking_for(asked, private):
             return self._efficient_forward(input)
+
+    def _traced_forward(self, x: Any) -> Tensor:
+        if torch.compiler.is_exporting() or not graph.is_usual(x):
+            return self.original_class.forward(self, x)
+        return self.in_graph(x, None, handover.prefers_contiguous(x))[0]
+
+    def in_graph(
+        self, x: Tensor, known: Tensor | None, contiguous: bool | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `DenseBlockExecution.in_graph`."""
+        for name in self._leading_names(id(self)):
+            x, known = self._modules[name](x), None  # type: ignore[misc]
+        return super().in_graph(x, known, contiguous)
+
+    @torch.compiler.assume_constant_result
+    def _leading_names(self, ident: int) -> tuple[str, ...]:
+        """The children in front of the layers. ident: guards on this very module."""
+        return tuple(self.leading())
 
     def _original(self, x: Any) -> Any:
         for layer in self.dense_layers().values():

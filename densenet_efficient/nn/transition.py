@@ -212,7 +212,7 @@ class TransitionExecution(Efficient):
             largest=largest,
         )
 
-    @torch.compiler.disable  # one opaque step: seconds to compile, and the kernels are ours
+    @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, x: Tensor) -> Tensor:
         contiguous, _ = handover.asked_for()
         chosen = self.path(x)
