@@ -108,7 +108,7 @@ def test_max_pooling_with_dropout_has_derivatives_of_any_order(
         plain = getattr(nn, f"MaxPool{len(spatial)}d")(2)(x)
         assert torch.equal(pool(x), plain)
     assert torch.autograd.gradcheck(pool, x)
-    assert torch.autograd.gradgradcheck(pool, x)
+    assert torch.autograd.gradgradcheck(pool, x, fast_mode=True)
 
 
 def test_a_max_pooling_transition_keeps_its_input_and_a_byte_for_each_output() -> None:
