@@ -7,6 +7,7 @@ import functools
 import random
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,17 +85,23 @@ def interrupts(
 ) -> Iterator[tuple[str, int, list[str]]]:
     """For every scenario: its name, interrupts, and what was wrong after them.
 
-    new: interrupts at lines that no earlier scenario has reached; None: at each of them. repeated:
-    at any line that is reached. file: only in files whose names end so.
+    new: interrupts at lines, the first and second time each is reached, that no earlier scenario
+    has reached so often; None: at each of them. repeated: at any line that is reached. file: only
+    in files whose names end so.
     """
-    known: set[tuple[str, int]] = set()
+    known: set[tuple[tuple[str, int], int]] = set()
     for scenario in SCENARIOS:
         rng = random.Random(f"{seed} {scenario.name}")
         subject = Subject(scenario)
         reached = lines_of(subject)
-        first = {place: index for index, place in reversed(list(enumerate(reached)))}
-        fresh = sorted(index for place, index in first.items() if place not in known)
-        known |= set(first)
+        times: Counter[tuple[str, int]] = Counter()
+        fresh = []
+        for index, place in enumerate(reached):
+            times[place] += 1
+            visit = (place, times[place])
+            if times[place] <= 2 and visit not in known:
+                known.add(visit)
+                fresh.append(index)
         everywhere = sample(list(range(len(reached))), repeated, rng)
         points = [
             point
