@@ -311,7 +311,7 @@ class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore
         parts: a picklable function that names a layer's modules. Each layer must also run on its
         own, from the list of all earlier outputs to its new features (the original forward).
         """
-        check_modules("layers", layers)
+        check_modules("layers", layers, parts)
         check_memory(memory)
         block = cls.__new__(cls)
         nn.ModuleDict.__init__(block, dict(layers))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -98,14 +98,19 @@ def check_module(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.nn.Module, got {kind}")
 
 
-def check_modules(name: str, value: Any) -> None:
-    """TypeError unless it maps names to modules, ValueError where it is empty."""
+def check_modules(name: str, value: Any, parts: Callable[[Any], object]) -> None:
+    """TypeError unless it maps names to modules that `parts` can read, ValueError where it is
+    empty."""
     if not isinstance(value, (Mapping, nn.ModuleDict)):
         raise TypeError(f"{name} must be modules by name, got {type(value).__name__}")
     if not value:
         raise ValueError(f"{name} must hold at least one dense layer, got none")
     for key, module in value.items():
         check_module(f"{name}[{key!r}]", module)
+        try:
+            parts(module)
+        except AttributeError as error:
+            raise TypeError(f"{name}[{key!r}] does not fit its parts: {error}") from error
 
 
 def check_function(name: str, value: Any, optional: bool = False) -> None:

@@ -188,7 +188,7 @@ def conversions() -> Iterator[WrongUse]:
             TypeError,
             f"{option} must be a function",
         )
-    for value in ([], {}, {"a": 3}, nn.Identity(), None):
+    for value in ([], {}, {"a": 3}, {"a": nn.Identity()}, nn.Identity(), None):
         yield use(
             f"EfficientDenseBlock.from_layers({value!r})",
             lambda v=value: de.EfficientDenseBlock.from_layers(v),
