@@ -21,23 +21,28 @@ using tiling::RowTiles;
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 
 // What parallel_for promises: all before it is seen by the tasks, and they by all after it. torch's
-// threads meet in an OpenMP runtime that is not instrumented, so the thread sanitizer must be told.
-// What tasks do to each other it sees for itself.
-class Meeting {
- public:
+// threads meet in an OpenMP runtime that is not instrumented, so the thread sanitizer must be told,
+// by addresses at which one thread tells and another hears. What tasks do to each other it sees for
+// itself.
 #if defined(__SANITIZE_THREAD__)
-  Meeting() { __tsan_release(&begun_); }
-  void enter() { __tsan_acquire(&begun_); }
-  void leave() { __tsan_release(&done_); }
-  void end() { __tsan_acquire(&done_); }
-
- private:
-  char begun_, done_;
+inline void tell(const void* at) { __tsan_release(const_cast<void*>(at)); }
+inline void hear(const void* at) { __tsan_acquire(const_cast<void*>(at)); }
 #else
-  void enter() {}
-  void leave() {}
-  void end() {}
+inline void tell(const void*) {}
+inline void hear(const void*) {}
 #endif
+
+template <typename F>
+struct Tasks {
+  const F& f;
+  int64_t done = 0;  // its address is where tasks tell that they are
+
+  // Hears at its own address, which is known without reading what another thread has written.
+  void operator()(int64_t begin, int64_t end) const {
+    hear(this);
+    for (int64_t task = begin; task < end; ++task) f(task);
+    tell(&done);
+  }
 };
 
 // Calls f(task) for every task < tasks.
@@ -45,13 +50,10 @@ template <typename F>
 void parallel(int64_t tasks, const F& f) {
   if (tasks <= 0) return;
   if (tasks == 1) return f(int64_t(0));
-  Meeting meeting;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    meeting.enter();
-    for (int64_t task = begin; task < end; ++task) f(task);
-    meeting.leave();
-  });
-  meeting.end();
+  const Tasks<F> all{f};
+  tell(&all);
+  torch::stable::parallel_for(0, tasks, 1, all);
+  hear(&all.done);
 }
 
 // Which of `slots` tile scratches is the running thread's own. A call from inside somebody else's
