@@ -25,3 +25,17 @@ def test_values_on_the_edge_of_relu_are_no_reason_to_refuse() -> None:
     model = nn.Sequential(block)
     convert(model)
     assert isinstance(model[0], DenseBlockExecution)
+
+
+def test_gradients_in_which_everything_cancels_are_no_reason_to_refuse() -> None:
+    """As in a network whose scales a sparsity penalty has made tiny, in front of norms that keep
+    their own: a batch norm is blind to the shift that all its inputs share, so the gradient of
+    norm1's bias is nothing but rounding where every value passes the ReLU."""
+    block = DenseBlock(2, 4, 3, 2, 0.0).double()
+    with torch.no_grad():
+        for layer in block.values():
+            layer.norm1.weight.fill_(1e-4)
+            layer.norm1.bias.fill_(1.0)
+    model = nn.Sequential(block)
+    convert(model)
+    assert isinstance(model[0], DenseBlockExecution)
