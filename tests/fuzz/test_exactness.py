@@ -10,6 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from densenet_efficient.nn.execution import ORIGINAL, recording
+from densenet_efficient.ops.dispatch import Dispatch
 from tests.support.fuzzing.judgement import assert_equal_in_float64
 from tests.support.fuzzing.layouts import LAYOUTS, laid_out
 from tests.support.fuzzing.profile import fuzz
@@ -25,13 +27,14 @@ from tests.support.fuzzing.surroundings import (
     PROCEDURES,
     Procedure,
     Results,
-    for_the_plain_module,
+    ordinary,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FREEZING = st.lists(st.booleans(), max_size=3)
 REFUSALS = (ValueError, RuntimeError)
+Entries = list[tuple[nn.Module, str, Dispatch]]
 
 
 def leaf(subject: Subject, seed: int, layout: str, wanted: bool) -> Tensor:
@@ -49,13 +52,17 @@ def outcome(run: Procedure, model: nn.Module, x: Tensor) -> Results | Exception:
         return error
 
 
-def closest(expected: list[Results], got: Results) -> Results:
-    """The one with got's buffers, or the first."""
-    for results in expected:
-        counters = [name for name in results if name.endswith("num_batches_tracked")]
-        if all(torch.equal(results[name], got[name]) for name in counters):
-            return results
-    return expected[0]
+def expected_buffers(once: Results, twice: Results, ours: nn.Module, entries: Entries) -> Results:
+    """Of a checkpointed step: running statistics as of one forward pass, `once`, where our
+    operators ran, which leave them alone in the second; as PyTorch leaves them, `twice`, in modules
+    that ran their original forward."""
+    names = {id(module): name for name, module in ours.named_modules()}
+    originals = [
+        names[id(module)] for module, part, how in entries if how.kind == ORIGINAL and not part
+    ]
+    within = tuple(f"{name}." if name else "" for name in originals)
+    buffers = {name for name, _ in ours.named_buffers() if name.startswith(within)}
+    return {name: twice[name] if name in buffers else value for name, value in once.items()}
 
 
 def check(
@@ -77,21 +84,22 @@ def check(
         for index, parameter in enumerate(model.parameters()):
             parameter.requires_grad_(not (frozen and frozen[index % len(frozen)]))
     before = copy.deepcopy(ours.state_dict())
-    results = [
-        outcome(run, copy.deepcopy(plain), leaf(subject, seed, layout, wanted))
-        for run in for_the_plain_module(procedure)
-    ]
-    got = outcome(PROCEDURES[procedure], ours, leaf(subject, seed, layout, wanted))
-    expected = [result for result in results if not isinstance(result, Exception)]
-    if not expected:
-        assert isinstance(got, Exception), f"PyTorch says: {results[0]}"
+    run = PROCEDURES[procedure]
+    expected = outcome(run, copy.deepcopy(plain), leaf(subject, seed, layout, wanted))
+    with recording() as entries:
+        got = outcome(run, ours, leaf(subject, seed, layout, wanted))
+    if isinstance(expected, Exception):
+        assert isinstance(got, Exception), f"PyTorch says: {expected}"
         if procedure == "ordinary":
             for name, value in ours.state_dict().items():
                 assert torch.equal(value, before[name]), f"{name} changed"
         return
     if isinstance(got, Exception):
         raise got
-    assert_equal_in_float64(closest(expected, got), got)
+    if procedure.startswith("checkpoint"):
+        once = ordinary(copy.deepcopy(plain), leaf(subject, seed, layout, wanted))
+        expected = expected_buffers(once, expected, ours, entries)
+    assert_equal_in_float64(expected, got)
 
 
 COMMON = {
@@ -104,7 +112,7 @@ COMMON = {
 }
 
 
-@fuzz(0.75, subject=blocks(), **COMMON)
+@fuzz(0.58, subject=blocks(), **COMMON)
 def test_blocks(subject: Subject, **options: object) -> None:
     check(subject, **options)  # type: ignore[arg-type]
 
@@ -114,6 +122,6 @@ def test_transitions(subject: Subject, **options: object) -> None:
     check(subject, **options)  # type: ignore[arg-type]
 
 
-@fuzz(0.15, subject=NETWORKS, **COMMON)
+@fuzz(0.12, subject=NETWORKS, **COMMON)
 def test_networks(subject: Network, **options: object) -> None:
     check(subject, **options)  # type: ignore[arg-type]

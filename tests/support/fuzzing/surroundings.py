@@ -234,10 +234,3 @@ PROCEDURES: dict[str, Procedure] = {
     "double backward": twice_differentiated,
     **{f"hook {index}": hooked(index) for index in (0, 1, 2, 5, 11)},
 }
-
-
-def for_the_plain_module(name: str) -> list[Procedure]:
-    """What ours may be equal to. Checkpointing gives the plain module's ordinary step, but for the
-    second update of its running statistics, which our operators do not make (docs/design.md) and
-    the original forward does."""
-    return [ordinary, PROCEDURES[name]] if name.startswith("checkpoint") else [PROCEDURES[name]]

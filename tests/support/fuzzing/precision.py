@@ -1,0 +1,141 @@
+"""What counts as a wrong result in low precision: a NaN or an infinity where PyTorch has none, or a
+larger distance from float64 than PyTorch's own on the same inputs, by the rule of
+`densenet_efficient.bench.accuracy`.
+
+Errors of single inputs are a matter of chance: a value that rounding puts on the other side of a
+ReLU's zero changes a gradient by far more than rounding does. So a comparison that fails is made
+again over three times as many inputs, and it is wrong if it fails with `MOST` of them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from densenet_efficient.bench.accuracy import TOGETHER_BOUND, WORST_BOUND, root_mean_square
+
+FEWEST, MOST = 3, 81
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Errors up to this part of a tensor are its float32 sums' rounding, whatever PyTorch's are."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype of the activations; autocast: to it, from an input in `given`, with float32 parameters;
+    else module and input are in it."""
+
+    dtype: torch.dtype
+    autocast: bool = False
+    given: torch.dtype | None = None
+
+    def module(self, plain: nn.Module) -> nn.Module:
+        """Casts the module, in place."""
+        return plain.to(torch.float32 if self.autocast else self.dtype)
+
+    def input(self, x: Tensor) -> Tensor:
+        """x as it is handed in."""
+        return x.to(self.given or self.dtype)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        given = str(self.given).removeprefix("torch.")
+        return f"{name} autocast of {given}" if self.autocast else name
+
+
+PRECISIONS = [
+    Precision(torch.float32),
+    *(Precision(dtype) for dtype in (torch.bfloat16, torch.float16)),
+    *(
+        Precision(dtype, True, given)
+        for dtype in (torch.bfloat16, torch.float16)
+        for given in (dtype, torch.float32)
+    ),
+]
+
+Run = Callable[[int], tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]]
+"""A seed -> the same tensors of ours, of PyTorch's module, and of it in float64."""
+
+
+def _scales(exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Each tensor's norm; of running statistics more, because a mean is as sure as the deviations
+    are large, and a variance as the mean's rounding squared."""
+    eps = torch.finfo(torch.float32).eps
+    scales = {name: value.double().norm().item() for name, value in exact.items()}
+    for name in exact:
+        if name.endswith("running_mean"):
+            of_var = name.replace("running_mean", "running_var")
+            mean, var = scales[name], scales[of_var]
+            scales[name] = math.hypot(mean, math.sqrt(var))
+            scales[of_var] = var + eps * mean**2
+    return {name: scale or 1.0 for name, scale in scales.items()}
+
+
+def _error(value: Tensor, exact: Tensor, scale: float) -> float:
+    return (value.double() - exact.double()).norm().item() / scale
+
+
+class Comparison:
+    """Errors of ours and of PyTorch's, input by input."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, tuple[list[float], list[float]]] = {}
+
+    def add(self, ours: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping) -> None:
+        """AssertionError where ours is not finite and PyTorch's is, or shapes or dtypes differ."""
+        scales = _scales(exact)
+        for name, value in eager.items():
+            assert name in ours, f"nothing came for {name}"
+            got = ours[name]
+            assert (got.shape, got.dtype) == (value.shape, value.dtype), (
+                f"{name} is {got.dtype} {list(got.shape)}, "
+                f"PyTorch's {value.dtype} {list(value.shape)}"
+            )
+            if not value.isfinite().all() or not exact[name].isfinite().all():
+                continue
+            assert got.isfinite().all(), f"{name} is not finite, PyTorch's is"
+            mine, theirs = self.errors.setdefault(name, ([], []))
+            mine.append(_error(got, exact[name], scales[name]))
+            theirs.append(_error(value, exact[name], scales[name]))
+
+    def problem(self) -> str | None:
+        """How ours errs more than PyTorch's, None where it does not."""
+        medians = {
+            name: tuple(max(statistics.median(errors), ROUNDING) for errors in pair)
+            for name, pair in self.errors.items()
+        }
+        if not medians:
+            return None
+        for name, (ours, eager) in medians.items():
+            if ours > WORST_BOUND * eager:
+                return f"{name}: error {ours:.3e}, PyTorch's {eager:.3e}"
+        ours, eager = (
+            root_mean_square({name: pair[side] for name, pair in medians.items()})
+            for side in (0, 1)
+        )
+        if ours > TOGETHER_BOUND * eager:
+            return f"all tensors together: error {ours:.3e}, PyTorch's {eager:.3e}"
+        return None
+
+
+def _numbers_of_inputs() -> Iterator[int]:
+    count = FEWEST
+    while count <= MOST:
+        yield count
+        count *= 3
+
+
+def assert_errs_no_more(run: Run, seed: int) -> None:
+    """Compares over more and more inputs until ours errs no more than PyTorch's does."""
+    comparison, done, problem = Comparison(), 0, None
+    for count in _numbers_of_inputs():
+        for index in range(done, count):
+            comparison.add(*run(seed + index))
+        done, problem = count, comparison.problem()
+        if problem is None:
+            return
+    raise AssertionError(f"{problem}, medians over {done} inputs")
