@@ -84,7 +84,7 @@ def _segmentation_models() -> ModuleType:
         def __new__(cls, *args: Any, **options: Any) -> Any:
             return super().__new__(cls)
 
-    if importlib.util.find_spec("huggingface_hub") is None:
+    if "huggingface_hub" not in sys.modules and not importlib.util.find_spec("huggingface_hub"):
         names = ("ModelCard", "ModelCardData", "hf_hub_download")
         _stand_in("huggingface_hub", PyTorchModelHubMixin=Mixin, **dict.fromkeys(names))
     importlib.import_module("segmentation_models_pytorch")

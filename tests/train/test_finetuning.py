@@ -86,6 +86,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     other = NetworkSpec("densenet_cifar", depth=16, growth_rate=4, num_classes=3, in_channels=1)
     save_file(other.build("reference").state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"state does not fit DenseNet: .*denselayer2"):
+    with pytest.raises(ValueError, match=r"other.safetensors does not fit DenseNet: .*denselayer2"):
         Trainer(options(tmp_path / "run", weights=str(tmp_path / "other.safetensors")), DATA)
     assert not (tmp_path / "run").exists()
