@@ -141,7 +141,7 @@ void backward(const Launcher& launcher, const Tensor& like, Backward args, int64
   args.pitch = static_cast<int>(args.dx.stride * static_cast<int64_t>(sizeof(T)));
   constexpr int kWhole = device::kChunk<T>;
   const int aligned = std::min({args.dz_y.vector, args.y.vector, args.x.vector, args.dx.vector});
-  args.whole_chunks = aligned == kWhole && args.channels % kWhole == 0 &&
+  args.whole_chunks = aligned == kWhole && args.channels % 4 == 0 &&
                       args.outputs % kWhole == 0 && args.dz_y.stride == args.y.stride &&
                       args.x.stride == args.dx.stride;
   const int64_t blocks = tiling.row_blocks * tiling.channel_blocks;

@@ -30,8 +30,8 @@ struct Backward {
   int gradient_pitch, pitch;  // bytes between two rows of dz_y, and of dx
   int stage_bytes, dx_offset, correction_offset, norm_offset;  // of Layout
   int weight_gradient;                                         // whether it is wanted
-  // Whether all are aligned to 16 bytes, no end of the channels cuts a chunk, and the rows of dz_y
-  // and y, and those of x and dx, are as far from each other.
+  // Whether all are aligned to 16 bytes, channels come in fours and outputs in chunks, and the rows
+  // of dz_y and y, and those of x and dx, are as far from each other.
   int whole_chunks;
 };
 
@@ -50,10 +50,10 @@ struct TileLoader {
   static constexpr int kOwnRows = device::kIs16Bit<T> ? 2 : 4, kOwnStep = kTileRows / kOwnRows;
   const Backward& args;
   const Layout layout;
-  int row, row_step, byte, column;  // column: where its chunk of row 0 lies
-  int own_row, own_byte, own_from,
-      own_offset;                          // where its own chunk of own_row comes from and lies
-  bool exists, own_exists;                 // its channels
+  int row, row_step, byte, column;         // column: where its chunk of row 0 lies
+  int own_from, own_offset;                // where the first of its own chunks comes from and lies
+  bool exists;                             // its channels of dz_y
+  bool own_whole;                          // its own channels all exist
   int64_t row0;                            // of the next tile
   const unsigned char *dz_y, *y, *x, *dx;  // the tile's first row
 
@@ -71,13 +71,14 @@ struct TileLoader {
     const bool pair = kIs16Bit<T> && (warp | 1) < layout.warps;
     const int panel = kIs16Bit<T> ? warp / 2 : warp;
     const int own_chunk = kIs16Bit<T> && !pair ? lane & 1 : lane & 3;
-    own_row = !kIs16Bit<T> ? lane >> 2 : pair ? (lane >> 2) + 8 * (warp & 1) : spread(lane >> 1);
-    own_byte = block_channel0 * kSize + panel * kPanelRowBytes + own_chunk * 16;
+    const int own_row = !kIs16Bit<T> ? lane >> 2
+                        : pair       ? (lane >> 2) + 8 * (warp & 1)
+                                     : spread(lane >> 1);
+    const int own_byte = block_channel0 * kSize + panel * kPanelRowBytes + own_chunk * 16;
     own_offset = panel * kPanelBytes + panel_offset<T>(own_row, own_chunk);
     own_from = own_row * args.pitch + own_byte;
-    byte = kept(byte);
     exists = byte < args.outputs * kSize;
-    own_exists = own_byte < args.channels * kSize;
+    own_whole = own_byte + 16 <= args.channels * kSize;
     dz_y = reinterpret_cast<const unsigned char*>(args.dz_y.at<T>(row0, 0));
     y = reinterpret_cast<const unsigned char*>(args.y.at<T>(row0, 0));
     x = reinterpret_cast<const unsigned char*>(args.x.at<T>(row0, 0));
@@ -88,39 +89,45 @@ struct TileLoader {
   __device__ __forceinline__ int offset(int row) const {
     return device::swizzle_chunks<T>(row * device::kPanelRowBytes) ^ column;
   }
-  // Zeros, in all stages, where its chunks have no channels: nothing else is ever put there.
+
+  // Zeros, in all stages, where its column of dz_y and y has no channels: nothing is copied there.
   __device__ __forceinline__ void clear(unsigned char* shared) const {
-    for (int stage = 0; stage < layout.stages(); ++stage) {
-      unsigned char* const at = shared + stage * args.stage_bytes;
-      for (int i = 0; !own_exists && i < kOwnRows; ++i) {
-        unsigned char* const own =
-            at + layout.x_offset() + own_offset + i * kOwnStep * device::kPanelRowBytes;
-        device::shared_store(own, uint4{0, 0, 0, 0});
-        device::shared_store(own + args.dx_offset - layout.x_offset(), uint4{0, 0, 0, 0});
-      }
-      for (int r = row; !exists && r < kTileRows; r += row_step) {
-        device::shared_store(at + offset(r), uint4{0, 0, 0, 0});
-        device::shared_store(at + layout.y_offset() + offset(r), uint4{0, 0, 0, 0});
+    for (int stage = 0; !exists && stage < layout.stages(); ++stage) {
+      for (int r = row; r < kTileRows; r += row_step) {
+        unsigned char* const at = shared + stage * args.stage_bytes + offset(r);
+        device::shared_store(at, uint4{0, 0, 0, 0});
+        device::shared_store(at + layout.y_offset(), uint4{0, 0, 0, 0});
       }
     }
   }
 
-  // The next tile, of which `rows` rows exist, to the stage.
+  // The next tile, of which `rows` rows exist, to the stage. Whole chunks go by the tile's address
+  // and 32 bits of the thread's; what the end of the rows or channels cuts, or is not aligned, goes
+  // a way of its own.
   __device__ __forceinline__ void load(unsigned char* stage, int rows) {
     using namespace device;
-    if (rows == kTileRows && args.whole_chunks) {
-      if (own_exists) {
-        unsigned char* const own = stage + layout.x_offset() + own_offset;
-        unsigned char* const own_dx = stage + args.dx_offset + own_offset;
+    const bool whole = rows == kTileRows && args.whole_chunks;
+    unsigned char* const own = stage + layout.x_offset() + own_offset;
+    unsigned char* const own_dx = stage + args.dx_offset + own_offset;
+    if (whole && own_whole) {
 #pragma unroll
-        for (int i = 0; i < kTileRows; i += kOwnStep) {
-          const auto at = static_cast<uint32_t>(own_from + i * args.pitch);
-          cp_async<16>(own + i * kPanelRowBytes, x + at);
-          cp_async<16>(own_dx + i * kPanelRowBytes, dx + at);
-        }
+      for (int i = 0; i < kTileRows; i += kOwnStep) {
+        const auto at = static_cast<uint32_t>(own_from + i * args.pitch);
+        cp_async<16>(own + i * kPanelRowBytes, x + at);
+        cp_async<16>(own_dx + i * kPanelRowBytes, dx + at);
       }
+    } else {
+      const int own_row = own_offset % kPanelBytes / kPanelRowBytes;
+      const int own_byte = own_from - own_row * args.pitch;
+#pragma unroll 1
+      for (int i = 0; i < kTileRows; i += kOwnStep) {
+        copy(own + i * kPanelRowBytes, args.x, own_row + i, rows, own_byte, args.channels);
+        copy(own_dx + i * kPanelRowBytes, args.dx, own_row + i, rows, own_byte, args.channels);
+      }
+    }
+    if (whole) {
       if (exists) {
-        const auto copy = [&](int r) {
+        const auto copy_row = [&](int r) {
           unsigned char* const to = stage + offset(r);
           const auto at = static_cast<uint32_t>(r * args.gradient_pitch + byte);
           cp_async<16>(to, dz_y + at);
@@ -129,40 +136,31 @@ struct TileLoader {
         int r = row;
 #pragma unroll 1
         for (; r + row_step < kTileRows; r += 2 * row_step) {
-          copy(r);
-          copy(r + row_step);
+          copy_row(r);
+          copy_row(r + row_step);
         }
-        if (r < kTileRows) copy(r);
+        if (r < kTileRows) copy_row(r);
       }
       x += kTileRows * int64_t(args.pitch);
       dx += kTileRows * int64_t(args.pitch);
       dz_y += kTileRows * int64_t(args.gradient_pitch);
       y += kTileRows * int64_t(args.gradient_pitch);
     } else {
-      load_parts(stage, rows);
+#pragma unroll 1
+      for (int r = row; r < kTileRows; r += row_step) {
+        copy(stage + offset(r), args.dz_y, r, rows, byte, args.outputs);
+        copy(stage + layout.y_offset() + offset(r), args.y, r, rows, byte, args.outputs);
+      }
     }
     row0 += kTileRows;
   }
 
-  // The same where the end of the rows or the channels cuts it, or rows are not aligned.
-  __device__ __forceinline__ void load_parts(unsigned char* stage, int rows) const {
-    using namespace device;
-    const auto copy = [&](unsigned char* to, const RowTensor& from, int r, int first,
-                          int channels) {
-      copy_chunk(to, from.at<T>(row0 + r, first), r < rows ? channels_left<T>(first, channels) : 0,
-                 from.vector);
-    };
-    unsigned char* own = stage + own_offset;
-#pragma unroll 1
-    for (int r = own_row; r < kTileRows; r += kOwnStep, own += kOwnStep * kPanelRowBytes) {
-      copy(own + layout.x_offset(), args.x, r, own_byte / kSize, args.channels);
-      copy(own + args.dx_offset, args.dx, r, own_byte / kSize, args.channels);
-    }
-#pragma unroll 1
-    for (int r = row; r < kTileRows; r += row_step) {
-      copy(stage + offset(r), args.dz_y, r, byte / kSize, args.outputs);
-      copy(stage + layout.y_offset() + offset(r), args.y, r, byte / kSize, args.outputs);
-    }
+  // One chunk of the tile's row r, if it is one of its `rows`.
+  __device__ __forceinline__ void copy(unsigned char* to, const device::RowTensor& from, int r,
+                                       int rows, int first_byte, int channels) const {
+    const int channel = first_byte / kSize;
+    device::copy_chunk(to, from.at<T>(row0 + r, channel),
+                       r < rows ? device::channels_left<T>(channel, channels) : 0, from.vector);
   }
 
   // dy over dz_y, in place: each thread works on the chunks that it copied itself, all of them of
