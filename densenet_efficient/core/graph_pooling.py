@@ -62,11 +62,12 @@ def _define(
     ) -> tuple[Tensor, Tensor, Tensor]:
         constants = constant_statistics(running, x)
         y, stats, used = run(call, given, x, known, constants, parameters)
+        used = used.clone() if used is known else used
         if is_beyond(used, x):
             exact = run(call, given, *doubled(x, None, constants, parameters))
             for narrow, wide in zip((y, stats, used), exact, strict=True):
                 narrow.copy_(wide)
-        return y, stats, used.clone() if used is known else used
+        return y, stats, used
 
     def run(
         call: str,

@@ -158,11 +158,16 @@ def at(module: Any, way: Path) -> Any:
 
 
 def guard(module: nn.Module, plan: GraphPlan) -> None:
-    """Compares the options that a plan was made from with what is there."""
+    """Compares the options that a plan was made from with what is there, which Dynamo then guards
+    on. RuntimeError where they differ; not an assertion, which ``python -O`` leaves out."""
     for way, pairs in plan.options:
         child = at(module, way)
         for name, value in pairs:
-            assert getattr(child, name) == value
+            if getattr(child, name) != value:
+                raise RuntimeError(
+                    f"{name} of {'.'.join(way) or 'the module'} must be {value!r} as when it was "
+                    f"traced, got {getattr(child, name)!r}"
+                )
 
 
 def tensors(module: nn.Module, plan: GraphPlan) -> tuple[list[Tensor], list[Tensor]]:

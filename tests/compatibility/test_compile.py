@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +23,9 @@ from densenet_efficient import (
     convert,
     explain,
 )
+from densenet_efficient.core import graph_pooling
 from densenet_efficient.core.encoding import decode, encode
+from densenet_efficient.core.specs import NormSpec, PoolSpec
 from tests.support.conversion_cases import CASES, Case
 from tests.support.conversion_comparison import step
 from tests.support.converted_pair import assert_close, converted_pair, images, training_step
@@ -153,6 +159,33 @@ def test_changes_after_compilation_compile_again() -> None:
             assert counter.frame_count == before + 1
 
 
+WITHOUT_ASSERTIONS = """
+import torch
+from densenet_efficient import EfficientDenseBlock
+
+assert False, "assertions are left out"
+block = EfficientDenseBlock(2, 3, 2, 4, 0.0).double()
+graph = torch.compile(block, backend="eager", fullgraph=True)
+x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+with torch.no_grad():
+    graph(x)
+    for change in (lambda: setattr(block.denselayer2.norm2, "eps", 0.1), block.eval):
+        change()
+        torch.testing.assert_close(graph(x), block(x))
+"""
+
+
+def test_changes_compile_again_under_python_without_assertions() -> None:
+    """``python -O`` leaves assertions out."""
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", WITHOUT_ASSERTIONS],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_blocks_compiled_one_by_one_keep_their_own_plans() -> None:
     """Dynamo caches by the code, which all blocks share."""
     blocks = [
@@ -268,3 +301,23 @@ def test_statistics_beyond_float32(part: str) -> None:
     for name, wide in expected.items():
         narrow = got[name if name in got else f"_orig_mod.{name}"]
         torch.testing.assert_close(narrow, wide.to(narrow.dtype), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("operator", "parameters"),
+    [
+        (
+            graph_pooling.transition,
+            [torch.ones(4), torch.zeros(4), torch.ones(3, 4, 1, 1), torch.zeros(3)],
+        ),
+        (graph_pooling.stem, [torch.ones(4), torch.zeros(4)]),
+    ],
+    ids=["transition", "stem"],
+)
+def test_statistics_handed_in_are_not_written(operator: Any, parameters: list[Tensor]) -> None:
+    """Where they are beyond float32 the operator takes others, of its own."""
+    call = encode(PoolSpec(NormSpec(1e-5), None, True))  # type: ignore[arg-type]
+    known, given = torch.full((2, 4), torch.inf), "1" * len(parameters)
+    x = torch.randn(2, 4, 8, 8)
+    _, _, used = operator(call, given, x, known, [], parameters)
+    assert known.isinf().all() and used.isfinite().all()
