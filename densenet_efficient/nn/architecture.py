@@ -108,7 +108,21 @@ def plain_outputs(features: nn.Module, x: Tensor, wanted: Collection[str]) -> di
     return outputs
 
 
-class DenseNetBase(nn.Module):
+class Network(nn.Module):
+    """A network of dense blocks and transitions, which a subclass makes of its own kinds."""
+
+    def _make_block(self, **options: Any) -> nn.Module:
+        """A dense block."""
+        raise NotImplementedError(f"{type(self).__name__} must define _make_block")
+
+    def _make_transition(
+        self, num_input_features: int, num_output_features: int, **options: Any
+    ) -> nn.Module:
+        """A transition."""
+        raise NotImplementedError(f"{type(self).__name__} must define _make_transition")
+
+
+class DenseNetBase(Network):
     """The tree, the head and the options; subclasses supply the blocks and transitions.
 
     Children: `features` (conv0, norm0, relu0, pool0, denseblock1, transition1, ..., norm5) and
@@ -203,16 +217,6 @@ class DenseNetBase(nn.Module):
         self.min_input_size: int = (2**strides.poolings - 1) * strides.initial + 1
         self.output_stride: int = strides.initial * 2**strides.poolings
         initialise(self, init_mode)
-
-    def _make_block(self, **options: Any) -> nn.Module:
-        """A dense block; each network has its own kind."""
-        raise NotImplementedError
-
-    def _make_transition(
-        self, num_input_features: int, num_output_features: int, **options: Any
-    ) -> nn.Module:
-        """A transition; each network has its own kind."""
-        raise NotImplementedError
 
     def _make_features(self, children: OrderedDict[str, nn.Module]) -> nn.Module:
         return nn.Sequential(children)

@@ -22,6 +22,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .architecture import Network
 from .options import (
     check_block_config,
     check_choice,
@@ -77,7 +78,7 @@ class Upsampling(nn.Module):
         return self.relu(self.conv(x)[:, :, : size[0], : size[1]])
 
 
-class FCDenseNetBase(nn.Module):
+class FCDenseNetBase(Network):
     """The tree, the options and the forward; subclasses supply the blocks and transitions.
 
     Children: conv0 (norm0, relu0), denseblock1, transition1, ..., up1, ..., classifier, the blocks
@@ -171,16 +172,6 @@ class FCDenseNetBase(nn.Module):
         self.min_input_size: int = 2**halvings
         self._multiple = 1 if upsampling == "deconv" else 2**halvings
         _initialise(self)
-
-    def _make_block(self, **options: Any) -> nn.Module:
-        """A dense block; each network has its own kind."""
-        raise NotImplementedError
-
-    def _make_transition(
-        self, num_input_features: int, num_output_features: int, **options: Any
-    ) -> nn.Module:
-        """A transition on the way down; each network has its own kind."""
-        raise NotImplementedError
 
     def child(self, name: str) -> Any:
         """The child of that name, or None."""

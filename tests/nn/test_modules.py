@@ -14,6 +14,8 @@ from densenet_efficient import reference
 from densenet_efficient.bench.accuracy import moved_norms
 from densenet_efficient.core import arena, gradients
 from densenet_efficient.models.densenet import EfficientDenseNet
+from densenet_efficient.nn.architecture import DenseNetBase
+from densenet_efficient.nn.fully_convolutional import FCDenseNetBase
 from densenet_efficient.ops import compiled, library
 from tests.support.block_pair import MEMORY, assert_same, pair, step
 
@@ -337,3 +339,12 @@ def test_operators_pass_opcheck(memory, monkeypatch):
     assert set(calls) == set(compiled.NAMES)
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.densenet_efficient, name).default, args)
+
+
+@pytest.mark.parametrize("base", [DenseNetBase, FCDenseNetBase])
+def test_a_network_without_blocks_of_its_own_is_told_what_to_define(base):
+    class Mine(base):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Mine must define _make_block"):
+        Mine(4, (2, 2, 2), 8)
