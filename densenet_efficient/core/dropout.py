@@ -18,7 +18,12 @@ def draw_mask(spec: BlockSpec, index: int, mask: Tensor, bottleneck: bool = Fals
     layer = spec.layers[index]
     keep = 1.0 - (layer.bottleneck_drop_rate if bottleneck else layer.drop_rate)
     seed = spec.seed + index + (len(spec.layers) if bottleneck else 0)
-    mask.bernoulli_(keep, generator=torch.Generator(mask.device).manual_seed(seed))
+    return fill_mask(mask, keep, torch.Generator(mask.device).manual_seed(seed))
+
+
+def fill_mask(mask: Tensor, keep: float, generator: torch.Generator | None = None) -> Tensor:
+    """Fills a mask: 1 / keep with probability keep, else 0. generator: None for PyTorch's."""
+    mask.bernoulli_(keep, generator=generator)
     return mask.div_(keep) if keep > 0 else mask
 
 

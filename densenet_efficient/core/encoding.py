@@ -16,13 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.convolution import ConvOptions
-from .residual_dense_block import ResidualSpec
 from .specs import BlockSpec, LayerSpec, NormSpec, PoolSpec
 
-_CLASSES = {
-    cls.__name__: cls
-    for cls in (BlockSpec, LayerSpec, NormSpec, PoolSpec, ConvOptions, ResidualSpec)
-}
+_CLASSES = {cls.__name__: cls for cls in (BlockSpec, LayerSpec, NormSpec, PoolSpec, ConvOptions)}
 
 
 def encode(spec: Any) -> str:

@@ -296,12 +296,8 @@ class SharedNormFunction(torch.autograd.Function):
         dx, dnorm, dstats = pooling.norm_backward(
             spec, dy.movedim(1, -1), layout.channels_last(x), stats, gamma, beta, defer=wanted[2]
         )
-        dgamma, dbeta = _like(dnorm[0], gamma), _like(dnorm[1], beta)
+        dgamma, dbeta = pooling.like((*dnorm,), (gamma, beta), wanted[4:])
         return _where(wanted, (None, dx.movedim(-1, 1), dstats, None, dgamma, dbeta))
-
-
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def _where(wanted: tuple[bool, ...], gradients: tuple[Tensor | None, ...]) -> tuple:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops import fallback
 from . import layout
+from .dropout import fill_mask
 
 CHUNK_BYTES = 8 << 20
 """What is pooled at a time, unless one image has more."""
@@ -47,8 +48,7 @@ def max_pool_forward(x: Tensor, drop_rate: float) -> tuple[Tensor, Tensor]:
 
 def draw_mask(x: Tensor, drop_rate: float) -> Tensor:
     """A mask of x's shape, 0 or 1 / (1 - p), from PyTorch's generator."""
-    mask = torch.empty_like(x).bernoulli_(1 - drop_rate)
-    return mask.div_(1 - drop_rate) if drop_rate < 1 else mask
+    return fill_mask(torch.empty_like(x), 1 - drop_rate)
 
 
 def _place(index: Tensor, spatial: Sequence[int]) -> Tensor:

@@ -160,14 +160,15 @@ def transition_gradients(
     dbias = None
     if wanted[3]:
         dbias = dy.sum([d for d in range(dy.dim()) if d != 1], dtype=stats.dtype)
-    return dx, _like((*dnorm, dweight, dbias), parameters, wanted), dstats
+    return dx, like((*dnorm, dweight, dbias), parameters, wanted), dstats
 
 
-def _like(
+def like(
     gradients: Sequence[Tensor | None],
     parameters: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
+    """The gradients in their parameters' dtypes; None where they are not wanted."""
     return [
         gradient.to(parameter.dtype)
         if need and gradient is not None and parameter is not None
@@ -243,7 +244,7 @@ def stem_gradients(
     """`stem_backward`, with the gradients of gamma and beta in their own dtypes where they are
     wanted."""
     dx, dnorm = stem_backward(spec, dy, x, stats, *parameters)
-    return dx, _like((*dnorm,), parameters, wanted)
+    return dx, like((*dnorm,), parameters, wanted)
 
 
 def norm_forward(

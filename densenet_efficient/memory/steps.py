@@ -19,10 +19,10 @@ from ..core import arena, layout
 from ..core.arena import Buffer
 from ..core.specs import BlockSpec, kept_table, scratch_table
 from ..nn.dense_block import DenseBlockExecution
-from ..nn.features import POOLS, FeaturesExecution
+from ..nn.features import FeaturesExecution
 from ..nn.layers import layer_spec
 from ..nn.norms import includes_relu, is_batch_norm
-from ..nn.transition import TransitionExecution, is_max_pool_by_two
+from ..nn.transition import MAX_POOLS, TransitionExecution, is_max_pool_by_two
 from ..ops.dispatch import choose
 from . import workspaces
 from .timeline import Timeline
@@ -306,7 +306,7 @@ def parts_of(
     add(Convolution, name, conv, _image_after(conv, image), conv.out_channels)
     if is_batch_norm(children[0][1]):
         after = 1 if includes_relu(children[0][1]) else 2
-        if type(children[after][1]) in POOLS:
+        if type(children[after][1]) in MAX_POOLS:
             halved = (image[0], *(-(-s // 2) for s in image[1:]))
             add(Stem, "stem", children[0][1], halved, channels)
             after += 1

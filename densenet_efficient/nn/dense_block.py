@@ -130,14 +130,8 @@ class DenseBlockExecution(Efficient):
     def forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         """[N, C, *spatial] (or a list of tensors to concatenate) -> all features."""
         if torch.compiler.is_compiling():
-            return self._traced_forward(init_features)
+            return graph.forward(self, init_features, _joined(init_features))
         return self._efficient_forward(init_features)
-
-    def _traced_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
-        x = _joined(init_features)
-        if torch.compiler.is_exporting() or not graph.is_usual(x):
-            return self._original(init_features)
-        return self.in_graph(x, None, handover.prefers_contiguous(x))[0]
 
     def in_graph(
         self, x: Tensor, known: Tensor | None, contiguous: bool | None

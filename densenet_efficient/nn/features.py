@@ -30,13 +30,11 @@ from .norms import (
     update_running_statistics,
     uses_batch_statistics,
 )
-from .transition import TransitionExecution, once
-
-POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+from .transition import MAX_POOLS, TransitionExecution, once
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
-    if type(pool) not in POOLS:
+    if type(pool) not in MAX_POOLS:
         return False
     options = [once(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
     return options == [3, 2, 1, 1] and not pool.ceil_mode and not pool.return_indices

@@ -34,7 +34,7 @@ class StageExecution(DenseBlockExecution):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """[N, C, *spatial] -> what the last layer returns."""
         if torch.compiler.is_compiling():
-            return self._traced_forward(input)
+            return graph.forward(self, input, input)
         asked, private = handover.asked_for()
         for child in self.leading().values():
             input = child(input)
@@ -42,11 +42,6 @@ class StageExecution(DenseBlockExecution):
             return self._efficient_forward(input)
         with handover.asking_for(asked, private):
             return self._efficient_forward(input)
-
-    def _traced_forward(self, x: Any) -> Tensor:
-        if torch.compiler.is_exporting() or not graph.is_usual(x):
-            return self.original_class.forward(self, x)
-        return self.in_graph(x, None, handover.prefers_contiguous(x))[0]
 
     def in_graph(
         self, x: Tensor, known: Tensor | None, contiguous: bool | None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core import graph_pooling
 from ..core.functions import MaxPoolFunction, Result, TransitionFunction
 from ..core.specs import PoolSpec
+from ..ops import fallback
 from ..ops.dispatch import Dispatch
 from . import execution, graph, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
@@ -30,9 +31,7 @@ from .norms import (
 from .plain import transition_children
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
-_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 def is_pool_by_two(pool: nn.Module) -> bool:
@@ -50,7 +49,7 @@ def is_pool_by_two(pool: nn.Module) -> bool:
 
 def is_max_pool_by_two(pool: Any) -> bool:
     """Whether the module takes the largest of 2 pixels in every direction, dropping odd edges."""
-    if type(pool) not in _MAX_POOLS:
+    if type(pool) not in MAX_POOLS:
         return False
     options = [once(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
     return options == [2, 2, 0, 1] and not pool.ceil_mode and not pool.return_indices
@@ -149,13 +148,8 @@ class TransitionExecution(Efficient):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *spatial] -> [N, K, *(spatial // 2)]; without pooling [N, K, *spatial]."""
         if torch.compiler.is_compiling():
-            return self._traced_forward(input)
+            return graph.forward(self, input, input)
         return self._efficient_forward(input)
-
-    def _traced_forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or not graph.is_usual(x):
-            return self._original(x)
-        return self.in_graph(x, None, handover.prefers_contiguous(x))[0]
 
     def in_graph(
         self, x: Tensor, known: Tensor | None, contiguous: bool | None
@@ -180,8 +174,8 @@ class TransitionExecution(Efficient):
         if plan.drop_rate > 0:
             y = F.dropout(y, plan.drop_rate)
         if plan.pools and not plan.fused:
-            pool = _MAX_POOL if plan.largest else _AVG_POOL
-            y = pool[y.dim() - 3](y, 2, 2)
+            pool = fallback.MAX_POOL if plan.largest else fallback.AVG_POOL
+            y = pool[y.dim() - 2](y, 2, 2)
         y, stats = handover.as_dtype(y, stats if plan.has_stats else None, answer)
         return y if contiguous is None else graph.leave(y, contiguous), stats
 
@@ -253,7 +247,7 @@ class TransitionExecution(Efficient):
             y = MaxPoolFunction.apply(y, parts.drop_rate)
         elif drops:  # it does not commute with the pooling, which is fused otherwise
             y = F.dropout(y, parts.drop_rate)
-            y = _AVG_POOL[y.dim() - 3](y, 2, 2) if pools else y
+            y = fallback.AVG_POOL[y.dim() - 2](y, 2, 2) if pools else y
         return handover.hand_over(*handover.as_dtype(y, result.stats, answer), contiguous)
 
 

@@ -244,13 +244,14 @@ def norm_relu_conv3x3_backward(
     )
 
 
-_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def _average(z: Tensor) -> Tensor:
     """[N, *spatial, C] -> [N, *(spatial // 2), C]."""
     dims = z.dim() - 2
-    return _AVG_POOL[dims](_channels_first(z), 2, 2).movedim(1, -1)
+    return AVG_POOL[dims](_channels_first(z), 2, 2).movedim(1, -1)
 
 
 def _spread(dpooled: Tensor, spatial: torch.Size) -> Tensor:
@@ -306,9 +307,6 @@ def _through_norm(dx: Tensor, x: Tensor, norm: Tensor, count: int, dnorm: Tensor
     correction = torch.empty_like(norm)
     norm_correction(dnorm, norm, count, False, correction)
     norm_correction_apply(dx, x, correction)
-
-
-MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def stem_forward(x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
