@@ -118,7 +118,8 @@ class Budget:
 
 
 def budget(text: str) -> Budget:
-    """An option's type: 12GB (10^9 bytes), 11.5GiB (2^30), 80% of the device's, or bytes."""
+    """An option's type: 12GB (10^9 bytes), 11.5GiB (2^30), 80% of the device's, or bytes.
+    A device has no more than 100%."""
     found = _SIZE.fullmatch(text.strip())
     amount = float(found["number"]) if found else 0.0
     if not found or amount <= 0:
@@ -127,6 +128,10 @@ def budget(text: str) -> Budget:
         )
     unit = found["unit"].lower()
     if unit == "%":
+        if amount > 100:
+            raise argparse.ArgumentTypeError(
+                f"expected at most 100% of the device's memory, got {text}"
+            )
         return Budget(text, amount / 100, is_share=True)
     return Budget(text, amount * _UNITS[unit.removesuffix("b")])
 

@@ -15,7 +15,7 @@ from ..models.pretrained import load_weights
 from ..nn.options import MEMORY_MODES
 from ..ops.dtypes import AUTOCAST
 from ..train import distributed
-from ..train.capacity import largest_batch, state_bytes
+from ..train.capacity import largest_batch, run_state_bytes
 from ..train.checkpoint import CheckpointError, evaluated_state, read_checkpoint
 from ..train.data import Data, load_data
 from ..train.evaluation import evaluate
@@ -127,23 +127,24 @@ def _as_large_as_fits(
     given, the learning rate in proportion."""
     device = torch.device(options.device)
     model = network.build(execution).to(device)
-    room = options.budget.bytes_on(device) - state_bytes(model, momentum=recipe.momentum > 0)
-    room -= state_bytes(model, momentum=False) if recipe.ema_decay else 0
+    room = options.budget.bytes_on(device) - run_state_bytes(model, recipe)
     image = (data.channels, data.image_size, data.image_size)
     dtype = AUTOCAST.get(options.amp or "", torch.float32)
     try:
-        part = largest_batch(model, image, dtype, room)
+        part = largest_batch(model, image, dtype, room, parts=recipe.accumulate)
     except TypeError as error:
         raise ValueError(
             "batch_size: expected a number with --reference, whose memory has no plan, got auto"
         ) from error
+    least = min(recipe.accumulate, 2)  # images in a part, see Recipe.parts
+    if part < least:
+        images = "one image" if least == 1 else "two images in each part"
+        raise ValueError(
+            f"budget: expected one that holds a step with {images}, got {options.budget.text}"
+        )
     processes = distributed.process_count()
     share = len(data.train) // processes  # type: ignore[arg-type]
     batch = min(part * recipe.accumulate, share) * processes
-    if not batch:
-        raise ValueError(
-            f"budget: expected one that holds a step with one image, got {options.budget.text}"
-        )
     rate = recipe.learning_rate * batch / recipe.batch_size
     given = options.learning_rate is not None
     return recipe.replaced(batch_size=batch, learning_rate=None if given else rate)

@@ -16,7 +16,14 @@ from .data import Data
 from .device import device_memory_bytes
 from .recipes import Recipe
 
-__all__ = ["image_bytes", "largest_batch", "plan_run", "planned_bytes", "state_bytes"]
+__all__ = [
+    "image_bytes",
+    "largest_batch",
+    "plan_run",
+    "planned_bytes",
+    "run_state_bytes",
+    "state_bytes",
+]
 
 
 def planned_bytes(
@@ -38,6 +45,13 @@ def state_bytes(model: nn.Module, *, momentum: bool = True) -> int:
     return state + (trained if momentum else 0)
 
 
+def run_state_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """What a run keeps from step to step: `state_bytes` and, where the recipe averages, a copy of
+    parameters and buffers."""
+    average = state_bytes(model, momentum=False) if recipe.ema_decay else 0
+    return state_bytes(model, momentum=recipe.momentum > 0) + average
+
+
 def image_bytes(channels: int, image_size: int) -> int:
     """An image in float32 and its label."""
     return 4 * channels * image_size**2 + 8
@@ -50,15 +64,17 @@ def largest_batch(
     size: float,
     *,
     training: bool = True,
+    parts: int = 1,
 ) -> int:
     """The largest batch whose planned peak and images [C, H, W] fit into `size` bytes; 0 where none
-    does. TypeError for models without a plan."""
+    does. parts: so many such batches are computed one after the other, and the images of all are
+    there. TypeError for models without a plan."""
     if size <= 0:
         return 0
 
     def needed(batch: int) -> int:
         peak = plan(model, (batch, *image), dtype, training=training).peak_bytes
-        return peak + batch * image_bytes(image[0], image[1])
+        return peak + parts * batch * image_bytes(image[0], image[1])
 
     without_images = max_batch(model, image, dtype, size, training=training)
     return bisect.bisect_right(range(1, without_images + 1), size, key=needed)
@@ -73,11 +89,9 @@ def plan_run(
         ValueError: both together are more than the device has.
     """
     size, batch = data.image_size, recipe.batch_size // distributed.process_count()
-    part = math.ceil(batch / recipe.accumulate)
+    part = math.ceil(batch / recipe.parts(batch))
     planned = planned_bytes(model, (part, data.channels, size, size), AUTOCAST.get(amp or ""))
-    standing = state_bytes(model, momentum=recipe.momentum > 0)
-    standing += state_bytes(model, momentum=False) if recipe.ema_decay else 0
-    standing += batch * image_bytes(data.channels, size)
+    standing = run_state_bytes(model, recipe) + batch * image_bytes(data.channels, size)
     needed, available = (planned or 0) + standing, device_memory_bytes(device)
     if needed > available:
         raise ValueError(

@@ -31,6 +31,7 @@ def describe_run(
     if planned is not None:
         memory = f"planned peak of a step {planned / 1e6:,.1f} MB"
     processes = distributed.process_count()
+    averaged = " average," if options.recipe.ema_decay else ""
     several = f" in each of {processes} processes" if processes > 1 else ""
     start = [f"weights of {options.weights}"] if options.weights else []
     start += ["the classifier is new"] if options.weights and new_classifier else []
@@ -42,8 +43,8 @@ def describe_run(
             f"data    {data.name}, {train:,} training and {held_out:,} held-out images, "
             f"{data.num_classes} classes, {data.channels} x {data.image_size} x {data.image_size}",
             f"recipe  {_recipe_line(options.recipe)}",
-            f"memory  {memory}, above {standing / 1e6:,.1f} MB of weights, momentum and images"
-            f"{several}",
+            f"memory  {memory}, above {standing / 1e6:,.1f} MB of weights,{averaged} momentum and "
+            f"images{several}",
             *([f"start   {'; '.join(start)}"] if start else []),
         ]
     )

@@ -111,6 +111,11 @@ class Recipe:
         given = {name: value for name, value in values.items() if value is not None}
         return dataclasses.replace(self, **given)
 
+    def parts(self, images: int) -> int:
+        """In how many parts a batch of so many images is computed: `accumulate`, but no part has
+        one image where it can have two, which batch statistics need."""
+        return max(min(self.accumulate, images // 2), 1)
+
     def describe(self) -> dict[str, Any]:
         """All fields as plain values."""
         return {**dataclasses.asdict(self), "milestones": list(self.milestones)}

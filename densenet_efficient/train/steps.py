@@ -51,8 +51,7 @@ class Steps:
             images, targets = self.mixing(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(2, dtype=torch.float64, device=images.device)
-        # A part has at least two images where the batch has: batch statistics need them.
-        parts = max(min(self.recipe.accumulate, len(labels) // 2), 1)
+        parts = self.recipe.parts(len(labels))
         pairs = zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for index, (part, wanted) in enumerate(pairs):
             last = index + 1 == parts

@@ -127,59 +127,6 @@ def test_bench_compares_ours_with_the_reference(capsys: pytest.CaptureFixture[st
     assert "time / eager" in text and "memory / eager" in text and "recompute" in text
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["train", "--epochs", "0"], "epochs: expected a positive integer, got 0"),
-        (["train", "--batch", "-1"], "batch-size: expected a positive integer, got -1"),
-        (["train", "--depth", "41"], "depth must be 6 * N + 4"),
-        (["train", "--growth-rate", "0"], "growth-rate: expected a positive integer, got 0"),
-        (["train", "--drop-rate", "2"], "drop_rate must be a probability"),
-        (["train", "--data", "imagefolder"], "expected one name, or imagefolder and its PATH"),
-        (["train", "--data", "cifar10"], "data cifar10: expected its files"),
-        (["train", "--data", "mnist"], "data: expected one of digits"),
-        (["train", "--resume", "nowhere.pt"], "checkpoint nowhere.pt: expected a file"),
-        (["train", "--reference", "--memory", "store"], "memory: expected without --reference"),
-        (["train", "--device", "cuda:77"], "device: expected one of"),
-        (["plan", "--batch", "0"], "batch-size: expected a positive integer, got 0"),
-        (
-            ["plan", "--budget-gb", "nan"],
-            "expected a size such as 12GB, 11.5GiB, 80% or a number of bytes, got nan",
-        ),
-        (["summary", "--depth", "40"], "depth: expected only with model densenet_cifar"),
-        (["summary", "--image-size", "8"], "input must be at least 29 pixels"),
-        (["summary", "--classes", "many"], "classes: expected a positive integer, got many"),
-        (["plan", "--image-size", "8"], "image_size: expected at least 29 pixels"),
-        (["plan", "--budget", "-3GB"], "budget: expected"),
-        (["plan", "--device", "mps"], "device: expected cpu or a CUDA device, got 'mps'"),
-        (["train", "--device", "mps"], "device: expected cpu or a CUDA device, got 'mps'"),
-        (["train", "--image-size", "1"], "image_size: expected at least 4 pixels"),
-        (["train", "--lr", "fast"], "learning-rate: expected a number, got fast"),
-        (["train", "--schedule", "linear"], "argument --schedule: invalid choice: 'linear'"),
-        (
-            ["train", "--data", "synthetic", "--image-size", "20000", "--limit", "1"],
-            "batch_size: expected one whose step fits into",
-        ),
-        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
-        ([], "the following arguments are required: COMMAND"),
-        (["bench", "--rounds", "0"], "rounds: expected a positive integer, got 0"),
-        (["bench", "--peers", "fast"], "peers: expected some of eager"),
-    ],
-)
-def test_wrong_commands_say_what_was_expected(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    output = capsys.readouterr()
-    assert message in output.err and len(output.err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())  # nothing was written
-
-
 @pytest.mark.slow
 def test_without_the_library_training_says_so_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "densenet_efficient", *TRAIN, "--epochs", "1"]

@@ -84,3 +84,4 @@ def test_the_page_of_training_has_every_option() -> None:
 def test_budgets_as_people_write_them(text: str, expected: float) -> None:
     assert budget(text).amount == expected and not budget(text).is_share
     assert budget("80%").amount == 0.8 and budget("80%").is_share
+    assert budget("100%").amount == 1

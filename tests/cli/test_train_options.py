@@ -11,7 +11,10 @@ import torch
 
 from densenet_efficient.cli.main import main
 from densenet_efficient.models.networks import NetworkSpec
+from densenet_efficient.train.capacity import plan_run
 from densenet_efficient.train.checkpoint import read_checkpoint
+from densenet_efficient.train.data import load_data
+from densenet_efficient.train.recipes import Recipe
 
 SMALL = ["--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4", "--image-size", "8"]
 TRAIN = ["train", *SMALL, "--device", "cpu", "--limit", "64"]
@@ -76,6 +79,24 @@ def test_the_largest_batch_that_fits(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["train", "--resume", str(tmp_path / "some" / "checkpoint.pt")]) == 0
 
 
+def test_a_batch_in_parts_fits_with_the_images_of_all_its_parts(tmp_path: Path) -> None:
+    auto = ["--batch-size", "auto", "--accumulate", "8", "--ema-decay", "0.5", "--epochs", "1"]
+    budget = ["--budget", "230kB", "--out", str(tmp_path / "run")]
+    assert main([*TRAIN, *auto, *budget]) == 0
+    description = read_checkpoint(tmp_path / "run" / "checkpoint.pt")["description"]
+    recipe = Recipe.from_description(description["recipe"])
+    model = NetworkSpec(**description["network"]).build("recompute")
+    data = load_data("digits", image_size=8, limit=64)
+
+    def needed(batch_size: int) -> int:
+        planned, standing = plan_run(
+            model, data, recipe.replaced(batch_size=batch_size), None, torch.device("cpu")
+        )
+        return (planned or 0) + standing
+
+    assert needed(recipe.batch_size) <= 230e3 < needed(recipe.batch_size + recipe.accumulate)
+
+
 def test_randaugment_on_images_of_eight_bits(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
@@ -87,41 +108,6 @@ def test_randaugment_on_images_of_eight_bits(tmp_path: Path) -> None:
     data = ["--data", "fashion-mnist", "--data-root", str(tmp_path / "data"), "--epochs", "1"]
     command = [*TRAIN, *data, "--randaugment", "9", "--out", str(tmp_path / "run")]
     assert main(command) == 0
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--test-only"], "test_only: expected with --weights or --resume, got neither"),
-        (["--randaugment", "9"], "randaugment: expected data of 8-bit images"),
-        (["--randaugment", "99", "--data", "cifar10"], "randaugment: expected an integer in 0..30"),
-        (["--batch-size", "some"], "batch-size: expected a positive integer, got some"),
-        (["--batch-size", "auto", "--reference"], "batch_size: expected a number with --reference"),
-        (["--batch-size", "auto", "--budget", "1kB"], "budget: expected one that holds a step wit"),
-        (["--freeze", "features.nothing"], "freeze: expected names of modules such as features"),
-        (["--weights", "nowhere.pth"], "weights: expected a file, got none at nowhere.pth"),
-        (["--accumulate", "100"], "accumulate: expected at most batch_size (64), got 100"),
-        (["--clip-norm", "-1"], "clip_norm: expected a finite number >= 0, got -1.0"),
-        (["--ema-decay", "1"], "ema_decay: expected a number in [0, 1), got 1.0"),
-        (["--memory-snapshot"], "memory_snapshot: expected at least 5 steps an epoch, got 1"),
-        (["--memory-snapshot", "--batch", "8"], "memory_snapshot: expected a CUDA device"),
-        (["--profile"], "profile: expected at least 5 steps an epoch, got 1"),
-        (["--sync-batch-norm"], "sync_batch_norm: expected several processes (torchrun), got one"),
-        (["--mixup", "much"], "mixup: expected a number, got much"),
-    ],
-)
-def test_wrong_combinations_are_refused_before_anything_is_written(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([*TRAIN, *arguments]) == 2
-    output = capsys.readouterr()
-    assert message in output.err and len(output.err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_classifier_of_another_size_cannot_be_evaluated(

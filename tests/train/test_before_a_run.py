@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from densenet_efficient.memory.planner import plan
 from densenet_efficient.models.networks import NetworkSpec
 from densenet_efficient.train import outputs
+from densenet_efficient.train.capacity import image_bytes, largest_batch, plan_run
 from densenet_efficient.train.data import load_data
 from densenet_efficient.train.recipes import Recipe, build_optimizer, build_schedule, recipe_for
 from densenet_efficient.train.trainer import Trainer, TrainingError, TrainingOptions
@@ -98,6 +100,26 @@ def test_weights_carry_what_they_are_of(tmp_path: Path) -> None:
         assert json.loads(metadata["classes"]) == list("0123456789")
         assert NetworkSpec(**json.loads(metadata["network"])) == NETWORK
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("parts", [1, 200])
+def test_the_largest_batch_leaves_room_for_the_images_of_every_part(parts: int) -> None:
+    model, image, size = NETWORK.build("recompute"), (1, 8, 8), 2e6
+
+    def needed(batch: int) -> int:
+        peak = plan(model, (batch, *image), torch.float32).peak_bytes
+        return peak + parts * batch * image_bytes(1, 8)
+
+    largest = largest_batch(model, image, torch.float32, size, parts=parts)
+    assert largest > 1 and needed(largest) <= size < needed(largest + 1)
+
+
+def test_the_plan_of_a_run_is_of_the_parts_that_a_step_takes() -> None:
+    """Four images in four parts are computed as two and two."""
+    model, cpu = NETWORK.build("recompute"), torch.device("cpu")
+    four, _ = plan_run(model, DATA, Recipe(batch_size=4, accumulate=4), None, cpu)
+    two, _ = plan_run(model, DATA, Recipe(batch_size=2), None, cpu)
+    assert four == two
 
 
 @pytest.mark.parametrize(
