@@ -50,9 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = images_of(options)
     model = models.densenet121(weights=options.weights)
-    model.classifier = nn.Linear(model.classifier.in_features, 10)
-    if options.folder is not None:
-        model.classifier = nn.Linear(model.classifier.in_features, len(train.classes))
+    classes = 10 if options.folder is None else len(train.classes)
+    model.classifier = nn.Linear(model.classifier.in_features, classes)
 
     densenet_efficient.convert(model)  # the one line; whatever follows is any training loop
     model.to(device, memory_format=torch.channels_last)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..nn.options import MEMORY_MODES
+from ..ops.dtypes import AUTOCAST
 from ..train.data import DATASETS
-from ..train.options import AMP
 from ..train.recipes import PUBLISHED, SCHEDULES
 from .parser import budget, count, network_options, number, whole_number
 
@@ -76,7 +76,7 @@ def _execution_options(group: Any) -> None:
     group.add_argument(
         "--reference", action="store_true", help="the plain PyTorch reference instead of ours"
     )
-    group.add_argument("--amp", choices=AMP, help="autocast to this dtype (default: fp32)")
+    group.add_argument("--amp", choices=AUTOCAST, help="autocast to this dtype (default: fp32)")
     group.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="such as cpu or cuda:0",

@@ -11,6 +11,7 @@ import torch
 from ..files import write_atomically
 from ..models.catalogue import CATALOGUE, build
 from ..models.pretrained import fetch_weights, load_weights, published_classes
+from ..train.checkpoint import export_safetensors
 from .parser import add_command, count
 
 __all__ = ["register"]
@@ -53,10 +54,7 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
     if out.suffix == ".pth":
         write_atomically(out, lambda temporary: torch.save(found, temporary))
     else:
-        from safetensors.torch import save
-
-        metadata = {"format": "pt"}
-        write_atomically(out, lambda temporary: Path(temporary).write_bytes(save(found, metadata)))
+        export_safetensors(model, out, {"format": "pt"})
     keras = Path(options.source).suffix in (".h5", ".hdf5")
     advice = "; build the network with eps=1.001e-5, as Keras' norms have it" if keras else ""
     print(f"{options.model}, {classes} classes: {len(found)} tensors in {out}{advice}")

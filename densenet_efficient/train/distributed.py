@@ -86,6 +86,7 @@ def check_shares(batch_size: int) -> None:
 
 
 def process_count() -> int:
+    """How many have joined; 1 for a process on its own."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -95,6 +96,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
     return rank() == 0
 
 

@@ -27,6 +27,13 @@ def evaluate(
     """Mean cross entropy and accuracy on all images, in eval mode, which the model stays in.
 
     Every process takes its share of the images, with the first process' running statistics.
+
+    Args:
+        images: (image [C, H, W] float32, class) each; `batch_size` of them at once in a process.
+        amp: None, "bf16" or "fp16" autocast; the loss is computed in float32.
+
+    Raises:
+        DataError: there is no image, or one cannot be read.
     """
     model.eval()
     distributed.share_buffers(model)

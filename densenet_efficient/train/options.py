@@ -10,9 +10,7 @@ from ..ops.dtypes import AUTOCAST
 from .device import check_device
 from .recipes import Recipe
 
-__all__ = ["AMP", "TrainingOptions"]
-
-AMP = AUTOCAST
+__all__ = ["TrainingOptions"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,9 @@ class TrainingOptions:
     checkpoint to continue; the recipe may have more epochs than its own. workers: processes that
     load data. profile, memory_snapshot: see `profiling`. arguments: of the command line, kept in
     the checkpoint.
+
+    Raises:
+        ValueError: amp, seed, workers or device is none of these.
     """
 
     network: NetworkSpec
@@ -50,8 +51,9 @@ class TrainingOptions:
     arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.amp is not None and self.amp not in AMP:
-            raise ValueError(f"amp: expected one of {', '.join(AMP)} or None, got {self.amp!r}")
+        if self.amp is not None and self.amp not in AUTOCAST:
+            names = ", ".join(AUTOCAST)
+            raise ValueError(f"amp: expected one of {names} or None, got {self.amp!r}")
         for name in ("seed", "workers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

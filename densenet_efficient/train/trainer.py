@@ -28,7 +28,7 @@ from .evaluation import evaluate
 from .failures import TrainingError, named_failures
 from .finetuning import freeze, start_from, train_mode
 from .header import describe_run
-from .options import AMP, TrainingOptions
+from .options import TrainingOptions
 from .outputs import (
     check_installed,
     check_unused,
@@ -42,7 +42,7 @@ from .recipes import advance, build_optimizer, build_schedule
 from .rng import deterministic_algorithms, seed_everything
 from .steps import Steps
 
-__all__ = ["AMP", "CHECKPOINT", "Trainer", "TrainingError", "TrainingOptions"]
+__all__ = ["CHECKPOINT", "Trainer", "TrainingError", "TrainingOptions"]
 
 CHECKPOINT = "checkpoint.pt"
 
