@@ -24,6 +24,8 @@ from ..version import __version__
 
 __all__ = ["environment", "markdown_table", "megabytes", "write_results"]
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def _command_line() -> str:
     """This process' command as a person would type it in the repository."""
@@ -45,10 +47,12 @@ def _output_of(command: list[str], folder: Path | None = None) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _commit() -> str:
-    folder = Path(__file__).resolve().parents[2]
+def _commit(folder: Path = ROOT) -> str:
     commit = _output_of(["git", "rev-parse", "--short=12", "HEAD"], folder)
-    changed = _output_of(["git", "status", "--porcelain", "--untracked-files=no"], folder)
+    # What an earlier benchmark wrote is no change of what is measured.
+    measured = ["--", ".", ":!benchmarks/results"]
+    status = ["git", "status", "--porcelain", "--untracked-files=no"]
+    changed = _output_of([*status, *measured], folder)
     return (commit + (" with local changes" if changed else "")) or "not in a git repository"
 
 

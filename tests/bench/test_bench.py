@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from densenet_efficient.bench import comparison
+from densenet_efficient.bench import comparison, tables
 from densenet_efficient.bench import steps as benchmarking
 from densenet_efficient.bench.accuracy import agreement, check_agreement, largest_difference
 from densenet_efficient.bench.comparison import compare, comparison_table
@@ -133,6 +134,24 @@ def test_results_carry_what_ran_where(tmp_path: Path) -> None:
     keys = {"command", "device", "torch", "commit", "date", "python", "densenet_efficient"}
     assert keys <= set(document["environment"]) == set(environment("cpu"))
     assert all(f"- {key}: " in path.read_text() for key in keys)
+
+
+def test_results_of_earlier_runs_are_no_local_changes(tmp_path: Path) -> None:
+    """Otherwise the second benchmark of `make bench` could never be one of a clean commit."""
+    source, result = tmp_path / "kernel.cpp", tmp_path / "benchmarks" / "results" / "memory.json"
+    result.parent.mkdir(parents=True)
+    assert tables._commit(tmp_path) == "not in a git repository"
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test", "-C", str(tmp_path)]
+    for path in (source, result):
+        path.write_text("old")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    commit = tables._commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    result.write_text("new")
+    assert tables._commit(tmp_path) == commit
+    source.write_text("new")
+    assert tables._commit(tmp_path) == f"{commit} with local changes"
 
 
 def test_markdown_tables_are_aligned() -> None:

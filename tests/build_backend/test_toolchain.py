@@ -145,6 +145,33 @@ def test_portable_kernels_need_no_more_than_their_level(
     assert fourth - third == {"avx512_bf16"}
 
 
+def test_arm_has_one_portable_variant_and_may_know_no_native(
+    targets: ModuleType, toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Told to a compiler that answers as one for Arm would."""
+    compiler = executable(
+        tmp_path / "arm-g++",
+        """
+case "$*" in
+  *-march=native*) echo "unknown value native" >&2; exit 1;;
+  *-march=armv8-a+dotprod*) echo "#define __ARM_FEATURE_DOTPROD 1";;
+  *) echo "#define __aarch64__ 1";;
+esac""",
+    )
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(targets.platform, "machine", lambda: "aarch64")
+    found = {}
+    for asked in ("portable", "native", "armv8-a+dotprod"):
+        monkeypatch.setenv("DENSENET_EFFICIENT_MARCH", asked)
+        (variant,) = targets.variants(toolchain.find_compiler())
+        found[asked] = (variant.name, variant.flags, variant.features)
+    assert found == {
+        "portable": ("armv8-a", ("-march=armv8-a",), ()),
+        "native": ("none", (), ()),
+        "armv8-a+dotprod": ("armv8-a+dotprod", ("-march=armv8-a+dotprod",), ("asimddp",)),
+    }
+
+
 def test_the_module_is_for_the_pythons_that_are_named(
     targets: ModuleType, toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def test_explain_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["version"] == info().version and found["devices"][0]["name"] == "cpu"
 
 
+@pytest.mark.slow
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", *SMALL, "--rounds", "1", "--peers", "recompute"]
     found = document(command, capsys)

@@ -17,6 +17,7 @@ EXTRAS += ["PIL"]
 SMALL = ["--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, extra",
     [

@@ -206,6 +206,7 @@ assert not torch.allclose(ours(x), expected), "a patched forward was not called"
 """
 
 
+@pytest.mark.slow
 def test_a_pickle_in_another_process_sees_patches_as_here(tmp_path: Path) -> None:
     """Where no conversion has looked at the classes yet."""
     _, ours = converted_pair()

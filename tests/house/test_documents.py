@@ -48,6 +48,7 @@ def test_commands_in_the_text_can_be_given(page: Path) -> None:
 def test_there_is_a_page_for_every_library() -> None:
     names = {page.stem for page in WITH_CODE if page.parent.name == "coming_from"}
     assert names >= {"torchvision", "tf_slim", "keras", "d2l", "efficient_densenet_pytorch"}
+    assert names >= {"timm", "monai", "esrgan"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -15,6 +15,7 @@ import pytest
 
 from densenet_efficient.ops import build_info, cpu_variants, library
 from densenet_efficient.ops.library import MissingLibraryError
+from tools import smoke
 
 LEVELS = {"first": "sse4_2", "second": "sse4_2 avx2", "third": "sse4_2 avx2 avx512f"}
 
@@ -94,6 +95,11 @@ def test_every_variant_that_was_compiled_is_right(name: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"CPU kernels {name}: right" in done.stdout
+
+
+def test_a_package_of_which_no_variant_can_be_tried_does_not_pass(levels: Path) -> None:
+    levels.write_text("flags\t\t: fpu\n")
+    assert smoke.main() == 1
 
 
 def test_missing_kernels_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
