@@ -37,14 +37,13 @@ def main() -> int:
         return RRDBNet(num_blocks=options.blocks)
 
     batch, size = options.batch or 1, options.size or 64
-    generator = torch.Generator().manual_seed(0)
     return other_networks.run(
         "super-resolution-cpu",
         f"RRDBNet of spandrel, {options.blocks} blocks, {size} px, batch {batch}, fp32",
         [Peer("spandrel", original)],
         [Peer("ours", lambda: densenet_efficient.convert(original()))],
-        torch.randn(batch, 3, size, size, generator=generator),
-        torch.randn(1, 3, 10, 12, generator=generator),
+        (batch, 3, size, size),
+        (1, 3, 10, 12),
         options,
     )
 

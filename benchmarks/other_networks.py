@@ -135,19 +135,22 @@ def run(
     title: str,
     originals: Sequence[Peer],
     ours: Sequence[Peer],
-    x: Tensor,
-    small: Tensor,
+    shape: Sequence[int],
+    small: Sequence[int],
     options: argparse.Namespace,
 ) -> int:
     """Measures and prints; writes benchmarks/results/NAME.{json,md}.
 
-    x: a batch. small: the input on which the peers must agree in float64 before anything is timed.
+    shape: of the batch, random values. small: of the input on which the peers must agree in float64
+    before anything is timed.
     """
+    generator = torch.Generator().manual_seed(0)
+    x, first = (torch.randn(*sizes, generator=generator) for sizes in (shape, small))
     peers = {peer.name: peer for peer in (*originals, *ours)}
     if options.probe:
         print(json.dumps(measure(peers[options.probe], x)))
         return 0
-    error = check_agreement(originals[0], ours, small)
+    error = check_agreement(originals[0], ours, first)
     steps = {peer.name: Step(peer, x) for peer in peers.values()}
     for step in steps.values():
         step()
