@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from ..nn.architecture import CONFIGURATIONS, cifar_block_config
+from ..nn.fully_convolutional import UPSAMPLINGS
 from ..nn.options import (
     check_block_config,
     check_choice,
-    check_compression,
     check_count,
     check_number,
 )
@@ -91,11 +91,9 @@ def DenseNet(
     Raises:
         ValueError: an option out of its range.
     """
-    reduction = check_number("reduction", reduction, "at least 0 and below 1", 0.0, _BELOW_ONE)
-    check_number("weight_decay", weight_decay, "finite and at least 0", 0.0, float("inf"))
+    compression, dropout_rate, weight_decay = _rates(reduction, dropout_rate, weight_decay)
     nb_dense_block = check_count("nb_dense_block", nb_dense_block)
     growth_rate = check_count("growth_rate", growth_rate)
-    compression = check_compression(1.0 - reduction)
     if not isinstance(nb_layers_per_block, int):
         depth = nb_layers_per_block
     if not isinstance(depth, int):
@@ -161,8 +159,8 @@ def DenseNetFCN(
     Raises:
         ValueError: an option out of its range.
     """
-    reduction = check_number("reduction", reduction, "at least 0 and below 1", 0.0, _BELOW_ONE)
-    check_number("weight_decay", weight_decay, "finite and at least 0", 0.0, float("inf"))
+    compression, dropout_rate, weight_decay = _rates(reduction, dropout_rate, weight_decay)
+    check_choice("upsampling_type", upsampling_type, UPSAMPLINGS)
     down = check_count("nb_dense_block", nb_dense_block)
     pooling = check_choice("transition_pooling", transition_pooling, ("max", "avg"))
     if isinstance(nb_layers_per_block, int):
@@ -186,10 +184,10 @@ def DenseNetFCN(
     model = KerasDenseNetFCN(
         growth_rate,
         blocks,
-        init_conv_filters,
+        check_count("init_conv_filters", init_conv_filters),
         dropout_rate,
         check_count("classes", classes) if include_top else None,
-        compression=check_compression(1.0 - reduction),
+        compression=compression,
         pooling="max" if pooling == "max" else "average",
         upsampling=upsampling_type,
         early_transition=early_transition,
@@ -197,6 +195,19 @@ def DenseNetFCN(
     )
     model.weight_decay = weight_decay
     return model
+
+
+def _rates(
+    reduction: float, dropout_rate: float, weight_decay: float
+) -> tuple[float, float, float]:
+    """The compression, the dropout and the weight decay; ValueError under Keras' names."""
+    reduction = check_number("reduction", reduction, "at least 0 and below 1", 0.0, _BELOW_ONE)
+    expected = "a probability between 0 and 1"
+    return (
+        1.0 - reduction,
+        check_number("dropout_rate", dropout_rate, expected, 0.0, 1.0),
+        check_number("weight_decay", weight_decay, "finite and at least 0", 0.0, math.inf),
+    )
 
 
 def _build(include_top: bool, pooling: str | None, classes: int, **options: Any) -> KerasDenseNet:

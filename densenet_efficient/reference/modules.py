@@ -119,26 +119,22 @@ class Transition(nn.Sequential):
         super().__init__(OrderedDict(children))
 
 
-class DenseNet(DenseNetBase):
+class _PlainParts(nn.Module):
+    """The blocks and transitions of the reference networks."""
+
+    def _make_block(self, **options: Any) -> nn.Module:
+        return DenseBlock(**options)
+
+    def _make_transition(
+        self, num_input_features: int, num_output_features: int, **options: Any
+    ) -> nn.Module:
+        return Transition(num_input_features, num_output_features, **options)
+
+
+class DenseNet(_PlainParts, DenseNetBase):
     """The reference DenseNet; the options are those of `EfficientDenseNet`, without `memory`."""
 
-    def _make_block(self, **options: Any) -> nn.Module:
-        return DenseBlock(**options)
 
-    def _make_transition(
-        self, num_input_features: int, num_output_features: int, **options: Any
-    ) -> nn.Module:
-        return Transition(num_input_features, num_output_features, **options)
-
-
-class FCDenseNet(FCDenseNetBase):
+class FCDenseNet(_PlainParts, FCDenseNetBase):
     """The reference FC-DenseNet; the options are those of `EfficientFCDenseNet`, without
     `memory`."""
-
-    def _make_block(self, **options: Any) -> nn.Module:
-        return DenseBlock(**options)
-
-    def _make_transition(
-        self, num_input_features: int, num_output_features: int, **options: Any
-    ) -> nn.Module:
-        return Transition(num_input_features, num_output_features, **options)

@@ -248,7 +248,9 @@ def test_keras_network_mirrors_its_blocks_and_decays_its_kernels() -> None:
         ({"nb_layers_per_block": [1, 2]}, "must list nb_dense_block . 1 = 6 blocks, got 2"),
         ({"reduction": 1.0}, "reduction must be at least 0 and below 1"),
         ({"transition_pooling": "min"}, "transition_pooling must be one of 'max', 'avg'"),
-        ({"upsampling_type": "bicubic"}, "upsampling must be one of 'deconv'"),
+        ({"upsampling_type": "bicubic"}, "upsampling_type must be one of 'deconv'"),
+        ({"dropout_rate": 2}, "dropout_rate must be a probability between 0 and 1, got 2"),
+        ({"init_conv_filters": 0}, "init_conv_filters must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_options_of_the_keras_network_are_refused(
