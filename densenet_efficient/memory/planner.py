@@ -114,7 +114,8 @@ def plan(
 
     Raises:
         TypeError: the model's features are not efficient blocks; dtype is not floating.
-        ValueError: input_shape is not (N, C, *spatial), positive, with the model's channels.
+        ValueError: input_shape is not (N, C, *spatial), positive, with the model's channels, or it
+            has fewer pixels than the network can take.
     """
     check_module("model", model)
     if dtype not in FLOATING:

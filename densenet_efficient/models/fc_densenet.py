@@ -138,7 +138,7 @@ def _build(name: str, options: dict[str, Any]) -> EfficientFCDenseNet:
 
 
 def fc_densenet56(**options: Any) -> EfficientFCDenseNet:
-    """FC-DenseNet56 (k = 12), 1.5 M parameters. options: of `EfficientFCDenseNet`."""
+    """FC-DenseNet56 (k = 12), 1.4 M parameters. options: of `EfficientFCDenseNet`."""
     return _build("fc_densenet56", options)
 
 
@@ -148,5 +148,5 @@ def fc_densenet67(**options: Any) -> EfficientFCDenseNet:
 
 
 def fc_densenet103(**options: Any) -> EfficientFCDenseNet:
-    """FC-DenseNet103 (k = 16), 9.4 M parameters. options: of `EfficientFCDenseNet`."""
+    """FC-DenseNet103 (k = 16), 9.3 M parameters. options: of `EfficientFCDenseNet`."""
     return _build("fc_densenet103", options)
