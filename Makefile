@@ -1,7 +1,7 @@
 # The commands of the project. Everything is installed into .venv, made on first use.
 #
 #   make demo       train on the bundled digits, compare with the reference, draw the figure
-#   make quick      the tests to run while working: a part of all, under two minutes
+#   make quick      the tests to run while working: those that take no more than seconds
 #   make test       the whole test suite
 #   make fuzz       property-based tests: N modules and N operator calls (2000), SEED replays
 #   make faults     kill, interrupt and starve trainings: N SIGKILLs (100), SEED replays their choice

@@ -30,6 +30,8 @@ from tests.support.conversion_cases import CASES, Case
 from tests.support.conversion_comparison import step
 from tests.support.converted_pair import assert_close, converted_pair, images, training_step
 
+pytestmark = pytest.mark.slow  # tracing takes seconds
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
@@ -242,6 +244,7 @@ def test_end_points() -> None:
     assert_close(eager.eval().forward_end_points(x), graph(x))
 
 
+@pytest.mark.quick
 def test_a_call_is_a_string() -> None:
     """What a graph stores of a call is all of it, and nothing of this process."""
     block = frozen().features.denseblock1

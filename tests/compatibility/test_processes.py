@@ -17,6 +17,8 @@ from densenet_efficient.nn import execution
 from tests.support.converted_pair import converted_pair
 from tests.support.processes import results_of
 
+pytestmark = pytest.mark.slow  # the processes start
+
 Results = dict[str, Tensor]
 
 

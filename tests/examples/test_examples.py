@@ -47,6 +47,7 @@ def test_the_loop_reads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert accuracy in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+@pytest.mark.slow
 def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning", reason="lightning is missing", exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
