@@ -19,6 +19,8 @@ from tools.op_cases import OPERATORS, Case, kernel_file, make
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
+pytestmark = pytest.mark.slow  # the kernels of every operator are compiled
+
 # Every branch of the tilings: one and many multiprocessors, much and little shared memory.
 DEVICES = [Device(1, 227 << 10), Device(3, 99 << 10), Device(132, 227 << 10)]
 
@@ -136,5 +138,6 @@ def test_a_weight_of_neighbouring_channels_is_not_copied(op: str) -> None:
     assert bytes_of[0] - bytes_of[1] == 12 * 9 * 24 * 2
 
 
+@pytest.mark.quick
 def test_every_operator_is_there() -> None:
     assert {op for op, *_ in SHAPES} == set(OPERATORS)

@@ -14,6 +14,8 @@ from tests.support.shared_steps import (
     whole_batch,
 )
 
+pytestmark = pytest.mark.slow  # the processes start
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -83,6 +83,7 @@ def runnable() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", runnable())
 def test_every_variant_that_was_compiled_is_right(name: str) -> None:
     """A step of a block in each dtype next to the reference, in a process of its own."""

@@ -70,6 +70,7 @@ def snapshot(trainer: Trainer) -> list[Any]:
     return [tensor.clone() for tensor in tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -73,6 +73,7 @@ def both(folder: Path) -> list[dict[str, Any]]:
     return results_of(everything, 2, str(folder))
 
 
+@pytest.mark.slow
 def test_two_processes_with_shared_statistics_train_as_one(
     tmp_path: Path, both: list[dict[str, Any]]
 ) -> None:
@@ -110,6 +111,7 @@ def resumed_run(rank: int, folder: str) -> dict[str, Any]:
     return states
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(
     both: list[dict[str, Any]],
 ) -> None:
@@ -126,6 +128,7 @@ def drawn(rank: int) -> tuple[list[float], list[float]]:
     return one, other
 
 
+@pytest.mark.slow
 def test_processes_share_the_images(both: list[dict[str, Any]]) -> None:
     (train, test), (other_train, other_test) = (found["drawn"] for found in both)
     assert len(train) == len(other_train) == 6  # twelve, of which one came twice
@@ -151,6 +154,7 @@ def refusals(rank: int, folder: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_refused_in_every_process(
     folder: Path, both: list[dict[str, Any]]
 ) -> None:
