@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
       }
       unsigned char* const to = shared + stage * Layout::kStageBytes;
       const int channel = load_panel * kPanelChannels<T> + load_chunk * kChunk<T>;
-      const int valid = channels_left<T>(channel, args.channels);
+      const int left = args.channels - channel;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
           copy_chunk(to + pixel * Layout::kPanelBytes +
                          panel_offset<T>(load_row + i * kLoadStep, load_chunk),
                      args.x.at<T>(exists ? corners[i] + args.pool.offset(pixel) : 0, channel),
-                     exists ? valid : 0, args.x.vector);
+                     exists ? left : 0, args.x.vector);
         }
       }
       for (int row = load_row; row < kColumns * kSplit; row += kLoadStep) {
         const bool exists = column0 + row < args.outputs;
         copy_chunk(to + Layout::kWeight + panel_offset<T>(row, load_chunk),
-                   args.weight.at<T>(exists ? column0 + row : 0, channel), exists ? valid : 0,
+                   args.weight.at<T>(exists ? column0 + row : 0, channel), exists ? left : 0,
                    args.weight.vector);
       }
       copy_scale_shift<T>(to + Layout::kNorm, args.norm, load_panel * kPanelChannels<T>,

@@ -8,6 +8,7 @@ environment variable ``DENSENET_EFFICIENT_DISABLE=1`` makes the library count as
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -108,15 +109,25 @@ def _device_reason(index: int) -> str | None:
             f"the CUDA kernels were compiled for {architectures_text(built)}, and this GPU is "
             f"{version}: rebuild with TORCH_CUDA_ARCH_LIST={version}"
         )
-    # 12080 for CUDA 12.8
-    supported = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    if supported // 1000 < int(built["nvcc"].partition(".")[0]):
+    supported = _driver_version()
+    if supported is not None and supported // 1000 < int(built["nvcc"].partition(".")[0]):
         version = f"{supported // 1000}.{supported % 1000 // 10}"
         return (
             f"the CUDA kernels were compiled with CUDA {built['nvcc']}, and this GPU's driver "
             f"supports CUDA {version}: update the driver, or rebuild with an older nvcc"
         )
     return without_kernels("CUDA")
+
+
+def _driver_version() -> int | None:
+    """The newest CUDA that the driver supports, 12080 for 12.8; None where it does not say. torch
+    has no function for it."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if status else version.value
 
 
 def without_kernels(key: str) -> str | None:

@@ -31,6 +31,7 @@ SMALL = [
     ("transition_backward", (3, 7, 9, 216, 108), FP16, 0),
     ("norm_relu_conv1x1_forward", (77, 36, 48), BF16, 0),
     ("norm_relu_conv1x1_forward", (1, 3, 5), FP16, 1),
+    ("norm_relu_conv1x1_forward", (77, 36, 44), BF16, 0),
     ("norm_relu_conv1x1_backward", (77, 36, 48), BF16, 0),
     ("norm_relu_conv1x1_backward", (70, 24, 160), FP16, 4),
     ("norm_relu_conv3x3_forward", (1, 9, 7, 48, 12), FP16, 12),
@@ -38,11 +39,14 @@ SMALL = [
     ("norm_relu_conv3x3_backward", (1, 9, 7, 48, 12), BF16, 12),
     ("norm_relu_conv3x3_backward", (2, 6, 5, 20, 48), FP16, 0),
     ("transition_forward", (1, 7, 9, 54, 150), FP32, 2),
+    ("transition_forward", (1, 7, 9, 54, 150), FP32, 0),
     ("transition_backward", (3, 7, 9, 216, 108), FP32, 0),
     ("norm_relu_conv1x1_forward", (77, 36, 129), FP32, 2),
+    ("norm_relu_conv1x1_forward", (77, 36, 30), FP32, 0),
     ("norm_relu_conv1x1_backward", (77, 36, 129), FP32, 4),
     ("norm_relu_conv3x3_forward", (1, 9, 7, 48, 12), FP32, 12),
-    ("norm_relu_conv3x3_backward", (2, 6, 5, 20, 48), FP32, 0),
+    ("norm_relu_conv3x3_forward", (1, 5, 70, 24, 13), FP32, 0),
+    ("norm_relu_conv3x3_backward", (2, 6, 5, 22, 48), FP32, 0),
 ]
 REAL = [
     ("channel_stats", (16 * 56 * 56, 64), BF16, 0),

@@ -206,14 +206,29 @@ def test_cuda_gap_names_a_driver_that_is_too_old(unloaded: pytest.MonkeyPatch) -
     unloaded.setattr(library, "build_info", lambda: built)
     unloaded.setattr(torch.cuda, "is_available", lambda: True)
     unloaded.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    unloaded.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    unloaded.setattr(library, "_driver_version", lambda: 12080)
     gap = library.cuda_unavailable_reason(torch.device("cuda", 0))
     assert gap is not None
     assert "compiled with CUDA 13.0, and this GPU's driver supports CUDA 12.8: update" in gap
     library._device_reason.cache_clear()
-    unloaded.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13020, raising=False)
+    unloaded.setattr(library, "_driver_version", lambda: 13020)
     gap = library.cuda_unavailable_reason(torch.device("cuda", 0))
     assert gap is None or "driver" not in gap
+
+
+def test_the_driver_version_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        def cuDriverGetVersion(self, version: object) -> int:
+            version._obj.value = 12080  # type: ignore[attr-defined]
+            return 0
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda name: Driver())
+    assert library._driver_version() == 12080
+    monkeypatch.setattr(library.ctypes, "CDLL", missing)
+    assert library._driver_version() is None
 
 
 def test_cuda_gap_without_cuda_kernels(unloaded: pytest.MonkeyPatch) -> None:

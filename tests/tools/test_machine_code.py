@@ -4,6 +4,7 @@ executed instructions no worse than they were."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def machine_code() -> list[compiler.Compiled]:
 @pytest.fixture(scope="module")
 def compiled(machine_code: list[compiler.Compiled]) -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in map(describe, machine_code) if kernel.tensor}
+
+
+def test_no_instruction_that_ptxas_gets_wrong(machine_code: list[compiler.Compiled]) -> None:
+    """max(min(n, 8), 0) == 8 becomes a VIMNMX.RELU whose two predicates share a register, which
+    then says n > 0: seen with ptxas 13.0 on a GPU, as stores past the last channel."""
+    wrong = re.compile(r"VIMNMX\.RELU \w+, (P[0-6]), \1,")
+    for kernel in machine_code:
+        found = [text for _, text in kernel.listing if wrong.search(text)]
+        assert not found, f"{kernel.name}: {found[:3]}"
 
 
 def compiled_for(arch: str) -> list[compiler.Compiled]:

@@ -159,8 +159,8 @@ struct TileLoader {
   __device__ __forceinline__ void copy(unsigned char* to, const device::RowTensor& from, int r,
                                        int rows, int first_byte, int channels) const {
     const int channel = first_byte / kSize;
-    device::copy_chunk(to, from.at<T>(row0 + r, channel),
-                       r < rows ? device::channels_left<T>(channel, channels) : 0, from.vector);
+    device::copy_chunk(to, from.at<T>(row0 + r, channel), r < rows ? channels - channel : 0,
+                       from.vector);
   }
 
   // dy over dz_y, in place: each thread works on the chunks that it copied itself, all of them of
@@ -243,7 +243,7 @@ struct WarpChannels {
     // Column g of tile j is channel 4 (g / 2) + 2 j + g % 2: both tiles come with four channels.
     const int channel = channel0 + 4 * (g >> 1);
     // Outputs past the end have no dy: any row of the weight serves.
-    const int left = args.outputs ? channels_left<T>(channel, args.channels) : 0;
+    const int left = args.outputs ? args.channels - channel : 0;
     const int pitch = static_cast<int>(args.weight.stride) * static_cast<int>(sizeof(T));
     const T* const rows = args.weight.at<T>(0, channel);
     const auto four = [&](int row) {
@@ -319,8 +319,7 @@ struct WarpChannels {
         global_store(to, pack_four<T>(sum));
       else
         store_four(reinterpret_cast<T*>(to), pack_four<T>(sum),
-                   channels_left<T>(channel0 + 4 * (lane_index() & 3), args.channels),
-                   args.dx.vector);
+                   args.channels - channel0 - 4 * (lane_index() & 3), args.dx.vector);
     }
   }
 

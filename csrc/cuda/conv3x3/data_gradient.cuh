@@ -230,15 +230,15 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
               stage + layout.norm_offset(), sums + (sums_index * images.groups + warp) * kSums);
           sync_warp();
           const int channel = panel * kChannels + (lane & 3) * kChunk<T>;
-          const int valid = channels_left<T>(channel, args.channels);
+          const int left = args.channels - channel;
           const int pitch = static_cast<int>(args.dx.stride) * static_cast<int>(sizeof(T));
           T* const to = args.dx.at<T>(origin.pixel(images), channel);
           for (int row = lane >> 2; row < kGroup; row += 8) {
             const int offset =
                 static_cast<int>(shared_load<uint2>(pixels + (warp_pixel + row) * kPixelBytes).x);
-            if (offset >= 0 && valid > 0)
+            if (offset >= 0 && left > 0)
               store_chunk(advance(to, offset, pitch),
-                          shared_load<uint4>(x + panel_offset<T>(row, lane & 3)), valid,
+                          shared_load<uint4>(x + panel_offset<T>(row, lane & 3)), left,
                           args.dx.vector);
           }
           open_panel = panel;

@@ -178,12 +178,12 @@ __device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& 
     return;
   }
   const int chunk = thread_index() & 3;
-  const int valid = channels_left<T>(channel + chunk * kChunk<T>, channels);
+  const int left = channels - channel - chunk * kChunk<T>;
 #pragma unroll 1
   for (int p = thread_index() >> 2; p < rows; p += threads >> 2) {
     const int offset = static_cast<int>(describe_pixel(images, origin, p).x);
     copy_chunk(panel + panel_offset<T>(p, chunk),
-               x.at<T>(first + offset, channel + chunk * kChunk<T>), offset < 0 ? 0 : valid,
+               x.at<T>(first + offset, channel + chunk * kChunk<T>), offset < 0 ? 0 : left,
                x.vector);
   }
 }

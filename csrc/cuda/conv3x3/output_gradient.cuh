@@ -63,14 +63,14 @@ __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigne
   const bool corrects = from.y.data != nullptr;
   for (int panel = 0; panel < panels; ++panel) {
     const int channel = panel * kPanelChannels<T> + chunk * kChunk<T>;
-    const int valid = channels_left<T>(channel, outputs);
+    const int left = outputs - channel;
     const unsigned char* of_chunk = correction + panel * kCorrectionBytes<T> + 16 * chunk;
     unsigned char* to = halo + panel * gradient_panel_bytes(images);
     uint32_t dy[kBatch][4], y[kBatch][4];
     for_halo<kBatch>(
         images, origin, threads,
         [&](int slot, int64_t pixel, bool exists) {
-          const int here = exists ? valid : 0;
+          const int here = exists ? left : 0;
           to_array(load_chunk(from.dy.at<T>(pixel, channel), here, from.dy.vector), dy[slot]);
           if (corrects)
             to_array(load_chunk(from.y.at<T>(pixel, channel), here, from.y.vector), y[slot]);

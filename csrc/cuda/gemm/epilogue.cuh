@@ -185,13 +185,13 @@ __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned cha
     const int first = panel * kPanelChannels<T>;
     if (measure)
       measure_panel<T>(staging, lane, rows, first, columns - column, moments.mean, moments.m2);
-    const int valid = channels_left<T>(column + first + t * kChunk<T>, columns);
+    const int left = columns - column - first - t * kChunk<T>;
 #pragma unroll 1  // addresses of every row at once would not fit next to the accumulators
     for (int i = 0; i < 4; ++i) {
       const int offset = offset_of(g + 8 * i);
-      if (offset >= 0 && valid > 0)
+      if (offset >= 0 && left > 0)
         store_chunk(reinterpret_cast<T*>(advance(to, offset, pitch)) + first,
-                    shared_load<uint4>(staging + chunk + 8 * i * kPanelRowBytes), valid, y.vector);
+                    shared_load<uint4>(staging + chunk + 8 * i * kPanelRowBytes), left, y.vector);
     }
     sync_warp();
   }

@@ -75,7 +75,7 @@ template <typename T>
 __device__ __forceinline__ void copy_rows(unsigned char* panel, const RowTensor& from,
                                           const RowCopy& copy, int threads) {
   const int chunk = thread_index() & 3, first = thread_index() >> 2, step = threads >> 2;
-  const int valid = channels_left<T>(copy.channel + chunk * kChunk<T>, copy.channels);
+  const int left = copy.channels - copy.channel - chunk * kChunk<T>;
   panel += panel_offset<T>(copy.position + first, chunk) - first * kPanelRowBytes;
   // The first row and channel are the same for all threads; the rest fits 32 bits.
   const int pitch = static_cast<int>(from.stride) * static_cast<int>(sizeof(T));
@@ -83,8 +83,8 @@ __device__ __forceinline__ void copy_rows(unsigned char* panel, const RowTensor&
       reinterpret_cast<const unsigned char*>(from.at<T>(copy.row0, copy.channel)) + chunk * 16;
   const auto at = [&](int row) { return advance(row0, row, pitch); };
   int row = first;
-  if (from.vector == kChunk<T> && (valid == kChunk<T> || valid == 0)) {
-    const int end = valid ? min(copy.end, copy.rows) : 0;
+  if (from.vector == kChunk<T> && (left >= kChunk<T> || left <= 0)) {
+    const int end = left > 0 ? min(copy.end, copy.rows) : 0;
     const auto clear_until = [&](int last) {
 #pragma unroll 1
       for (; row < last; row += step) shared_store(panel + row * kPanelRowBytes, uint4{0, 0, 0, 0});
@@ -112,7 +112,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* panel, const RowTensor&
 #pragma unroll 1
   for (; row < copy.rows; row += step)
     copy_chunk(panel + row * kPanelRowBytes, reinterpret_cast<const T*>(at(row)),
-               row >= copy.begin && row < copy.end ? valid : 0, from.vector);
+               row >= copy.begin && row < copy.end ? left : 0, from.vector);
 }
 
 // ---- Norms --------------------------------------------------------------------------------------

@@ -39,11 +39,11 @@ struct Table {
   DE_HOST_DEVICE Table from_channel(int channel) const { return {data + channel, stride}; }
 };
 
-// How many of a chunk's channels, the first of which is `channel`, exist.
+// How many of a chunk's channels exist where `left` are left. Never compare it with kChunk: for
+// sm_90, ptxas 13.0 turns max(min(left, 8), 0) == 8 into left > 0. Ask whether left >= kChunk.
 template <typename T>
-__device__ __forceinline__ int channels_left(int channel, int channels) {
-  const int left = channels - channel;
-  return left < 0 ? 0 : left > kChunk<T> ? kChunk<T> : left;
+__device__ __forceinline__ int valid_channels(int left) {
+  return max(min(left, kChunk<T>), 0);
 }
 
 // ---- A chunk at a time --------------------------------------------------------------------------
@@ -56,87 +56,90 @@ using Bits = std::conditional_t<kIs16Bit<T>, uint16_t, uint32_t>;
 template <typename T>
 constexpr int kHalf = kChunk<T> / 2;
 
-// Copies a chunk to shared memory; of its channels the first `valid` are read, the others are zero.
+// `left` says how many channels are left from a chunk's (or half's, or four's) first one on: it may
+// be more than they hold, and negative past the end.
+
+// Copies a chunk to shared memory: the channels that are left, zeros for the others.
 template <typename T>
-__device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* global, int valid,
+__device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* global, int left,
                                            int vector DE_HERE) {
   constexpr int kSize = sizeof(T);
   if (vector == kChunk<T>) {
-    cp_async<16>(shared, global, kSize * valid DE_AT);
+    cp_async<16>(shared, global, kSize * valid_channels<T>(left) DE_AT);
   } else if (vector == kHalf<T>) {
     // Half of the chunks of 256 bytes copy their upper half first, or half the banks would idle.
     const int first = reinterpret_cast<uintptr_t>(shared) >> 7 & 1 ? kHalf<T> : 0;
     const int second = kHalf<T> - first;
     cp_async<8>(shared + kSize * first, global + first,
-                kSize * min(max(valid - first, 0), kHalf<T>) DE_AT);
+                kSize * min(max(left - first, 0), kHalf<T>) DE_AT);
     cp_async<8>(shared + kSize * second, global + second,
-                kSize * min(max(valid - second, 0), kHalf<T>) DE_AT);
+                kSize * min(max(left - second, 0), kHalf<T>) DE_AT);
   } else {
 #pragma unroll 1
     for (int c = 0; c < kChunk<T>; ++c)
       shared_store<Bits<T>>(shared + kSize * c,
-                            c < valid ? global_load<Bits<T>>(global + c DE_AT) : Bits<T>(0) DE_AT);
+                            c < left ? global_load<Bits<T>>(global + c DE_AT) : Bits<T>(0) DE_AT);
   }
 }
 
-// Half a chunk's channels, of which the first `valid` are read; the others are zero.
+// Half a chunk: the channels that are left, zeros for the others.
 template <typename T>
-__device__ __forceinline__ uint2 load_half(const T* global, int valid, int vector DE_HERE) {
-  if (vector >= kHalf<T> && valid >= kHalf<T>) return global_load<uint2>(global DE_AT);
+__device__ __forceinline__ uint2 load_half(const T* global, int left, int vector DE_HERE) {
+  if (vector >= kHalf<T> && left >= kHalf<T>) return global_load<uint2>(global DE_AT);
   uint64_t bits = 0;
 #pragma unroll 1
-  for (int c = 0; c < kHalf<T> && c < valid; ++c)
+  for (int c = 0; c < kHalf<T> && c < left; ++c)
     bits |= uint64_t(global_load<Bits<T>>(global + c DE_AT)) << (8 * sizeof(T) * c);
   return uint2{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 }
 
-// The first `valid` channels of a chunk in registers, followed by zeros.
+// A chunk in registers, likewise.
 template <typename T>
-__device__ __forceinline__ uint4 load_chunk(const T* global, int valid, int vector DE_HERE) {
-  if (vector == kChunk<T> && valid == kChunk<T>) return global_load<uint4>(global DE_AT);
-  const uint2 low = load_half(global, valid, vector DE_AT);
-  const uint2 high = load_half(global + kHalf<T>, valid - kHalf<T>, vector DE_AT);
+__device__ __forceinline__ uint4 load_chunk(const T* global, int left, int vector DE_HERE) {
+  if (vector == kChunk<T> && left >= kChunk<T>) return global_load<uint4>(global DE_AT);
+  const uint2 low = load_half(global, left, vector DE_AT);
+  const uint2 high = load_half(global + kHalf<T>, left - kHalf<T>, vector DE_AT);
   return uint4{low.x, low.y, high.x, high.y};
 }
 
-// Writes the first `valid` channels of half a chunk.
+// Writes the channels of half a chunk that are left.
 template <typename T>
-__device__ __forceinline__ void store_half(T* global, uint2 half, int valid, int vector DE_HERE) {
-  if (vector >= kHalf<T> && valid >= kHalf<T>) {
+__device__ __forceinline__ void store_half(T* global, uint2 half, int left, int vector DE_HERE) {
+  if (vector >= kHalf<T> && left >= kHalf<T>) {
     global_store(global, half DE_AT);
     return;
   }
   const uint64_t bits = half.x | uint64_t(half.y) << 32;
 #pragma unroll 1
-  for (int c = 0; c < kHalf<T> && c < valid; ++c)
+  for (int c = 0; c < kHalf<T> && c < left; ++c)
     global_store(global + c, static_cast<Bits<T>>(bits >> (8 * sizeof(T) * c)) DE_AT);
 }
 
-// Writes the first `valid` channels of a chunk.
+// Writes the channels of a chunk that are left.
 template <typename T>
-__device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int valid, int vector DE_HERE) {
-  if (vector == kChunk<T> && valid == kChunk<T>) {
+__device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int left, int vector DE_HERE) {
+  if (vector == kChunk<T> && left >= kChunk<T>) {
     global_store(global, chunk DE_AT);
     return;
   }
-  store_half(global, uint2{chunk.x, chunk.y}, valid, vector DE_AT);
-  store_half(global + kHalf<T>, uint2{chunk.z, chunk.w}, valid - kHalf<T>, vector DE_AT);
+  store_half(global, uint2{chunk.x, chunk.y}, left, vector DE_AT);
+  store_half(global + kHalf<T>, uint2{chunk.z, chunk.w}, left - kHalf<T>, vector DE_AT);
 }
 
-// The first `valid` of four neighbouring channels.
+// Four neighbouring channels, likewise.
 template <typename T>
-__device__ __forceinline__ Four<T> load_four(const T* global, int valid, int vector DE_HERE) {
+__device__ __forceinline__ Four<T> load_four(const T* global, int left, int vector DE_HERE) {
   if constexpr (kIs16Bit<T>)
-    return load_half(global, valid, vector DE_AT);
+    return load_half(global, left, vector DE_AT);
   else
-    return load_chunk(global, valid, vector DE_AT);
+    return load_chunk(global, left, vector DE_AT);
 }
 template <typename T>
-__device__ __forceinline__ void store_four(T* global, Four<T> four, int valid, int vector DE_HERE) {
+__device__ __forceinline__ void store_four(T* global, Four<T> four, int left, int vector DE_HERE) {
   if constexpr (kIs16Bit<T>)
-    store_half(global, four, valid, vector DE_AT);
+    store_half(global, four, left, vector DE_AT);
   else
-    store_chunk(global, four, valid, vector DE_AT);
+    store_chunk(global, four, left, vector DE_AT);
 }
 
 __device__ __forceinline__ void to_array(uint4 chunk, uint32_t (&words)[4]) {

@@ -107,12 +107,12 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kerne
         const bool row_exists = row < args.pool.windows;
         copy_chunk(to + panel_offset<T>(within, load_chunk),
                    args.dy.at<T>(row_exists ? row : 0, output),
-                   row_exists ? channels_left<T>(output, args.outputs) : 0, args.dy.vector);
+                   row_exists ? args.outputs - output : 0, args.dy.vector);
         const DepthChunk<T> at(i);
         const bool output_exists = output0 + at.row < args.outputs;
         copy_chunk(to + kOperandBytes + at.offset,
                    args.weight.at<T>(output_exists ? output0 + at.row : 0, column0 + at.channel),
-                   output_exists ? channels_left<T>(column0 + at.channel, args.channels) : 0,
+                   output_exists ? args.channels - column0 - at.channel : 0,
                    args.weight.vector);
       }
     }
@@ -185,9 +185,9 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_weight_kernel
         const int pixel = exists ? args.pool.corner(window) + args.pool.offset(1) : 0;
         const int output = output0 + at.channel, channel = column0 + at.channel;
         copy_chunk(to + at.offset, args.dy.at<T>(exists ? window : 0, output),
-                   exists ? channels_left<T>(output, args.outputs) : 0, args.dy.vector);
+                   exists ? args.outputs - output : 0, args.dy.vector);
         copy_chunk(to + kOperandBytes + at.offset, args.dx.at<T>(pixel, channel),
-                   exists ? channels_left<T>(channel, args.channels) : 0, args.dx.vector);
+                   exists ? args.channels - channel : 0, args.dx.vector);
       }
     }
     cp_async_commit();
