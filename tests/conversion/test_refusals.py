@@ -1,10 +1,10 @@
-"""What convert() refuses, by name and with nothing changed, and adapters of one's own."""
+"""What convert() leaves or refuses besides the wrong uses of `support/wrong_calls`, and adapters of
+your own."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,100 +17,13 @@ from densenet_efficient.nn.dense_block import (
     EfficientDenseBlock,
     standard_parts,
 )
-from tests.support.networks import network, snapshot
+from tests.support.networks import network
 from tests.support.peer import DenseBlock, DenseLayer
 
 
 def with_activation(model: nn.Module) -> nn.Module:
     model.features.denseblock2.denselayer3.relu2 = nn.LeakyReLU()
     return model
-
-
-def with_group_norm(model: nn.Module) -> nn.Module:
-    model.features.denseblock1.denselayer2.norm2 = nn.GroupNorm(4, 16)
-    return model
-
-
-def with_lazy_norm(model: nn.Module) -> nn.Module:
-    model.features.denseblock1.denselayer2.norm1 = nn.LazyBatchNorm2d()
-    return model
-
-
-def with_strided_convolution(model: nn.Module) -> nn.Module:
-    model.features.denseblock1.denselayer1.conv2 = nn.Conv2d(16, 4, 3, stride=2)
-    return model
-
-
-def with_extra_child(model: nn.Module) -> nn.Module:
-    model.features.denseblock1.denselayer1.attention = nn.Identity()
-    return model
-
-
-def with_foreign_layer(model: nn.Module) -> nn.Module:
-    model.features.denseblock1.denselayer1 = nn.Conv2d(8, 4, 3, padding=1)
-    return model
-
-
-def with_forward(model: nn.Module) -> nn.Module:
-    block = model.features.denseblock1
-    block.forward = lambda x: x
-    return model
-
-
-def with_nan(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        model.features.denseblock1.denselayer1.conv1.weight.fill_(float("nan"))
-    return model
-
-
-def prepared_for_quantisation(model: nn.Module) -> nn.Module:
-    model.features.denseblock1.denselayer1.conv1.qconfig = object()
-    return model
-
-
-def traced(model: nn.Module) -> nn.Module:
-    return torch.fx.symbolic_trace(model)
-
-
-class ReversedBlock(DenseBlock):
-    """A subclass that concatenates the new channels first."""
-
-    def forward(self, init_features: Tensor) -> Tensor:
-        features = [init_features]
-        for layer in self.values():
-            features.insert(0, layer(features))
-        return torch.cat(features, 1)
-
-
-def with_subclass(model: nn.Module) -> nn.Module:
-    model.features.denseblock1 = ReversedBlock(2, 8, 4, 4, 0.0)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("prepare", "reason"),
-    [
-        (with_activation, "denseblock2.*denselayer3: relu2 is LeakyReLU"),
-        (with_group_norm, "denseblock1.*denselayer2: norm2 is GroupNorm"),
-        (with_lazy_norm, "denseblock1.*denselayer2.norm1 is lazy"),
-        (with_strided_convolution, "denselayer1: conv2 has groups 1, stride"),
-        (with_extra_child, "denselayer1 has children .*attention|denselayer1 is"),
-        (with_foreign_layer, "denselayer1 is Conv2d"),
-        (with_forward, "denseblock1.*forward was replaced"),
-        (with_nan, "not finite"),
-        (prepared_for_quantisation, "denselayer1.conv1 is quantised"),
-        (traced, "traced by torch.fx"),
-        (with_subclass, "ReversedBlock.*unknown class.*register_adapter"),
-    ],
-)
-def test_refused_by_name_and_unchanged(
-    prepare: Callable[[nn.Module], nn.Module], reason: str
-) -> None:
-    model = prepare(network())
-    before = snapshot(model)
-    with pytest.raises(ConversionError, match=f"(?s){reason}"):
-        convert(model)
-    assert snapshot(model) == before
 
 
 def test_scripted_models_are_refused() -> None:
@@ -131,15 +44,6 @@ def test_without_strict_the_rest_is_converted() -> None:
     convert(model, strict=False)
     assert isinstance(model.features.denseblock1, EfficientDenseBlock)
     assert type(model.features.denseblock2) is DenseBlock
-
-
-def test_nothing_to_convert_is_an_error() -> None:
-    with pytest.raises(ConversionError, match="nothing to convert in Linear"):
-        convert(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="got str"):
-        convert("densenet121")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="memory must be"):
-        convert(network(), memory="forget")
 
 
 # Adapters of one's own

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import densenet_efficient as de
 from tests.support.peer import DenseBlock
 
-from .use import NOT_MODELS, WrongUse, block, converted, plain
+from .use import NOT_MODELS, WrongUse, converted, each, plain
 
 GROUP = "conversion and weights"
 
@@ -55,17 +55,23 @@ def _fill(model: nn.Module, value: float) -> None:
 
 LAYER = "features.denseblock1.denselayer1"
 UNCONVERTIBLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "LeakyReLU": (lambda: changed(f"{LAYER}.relu2", nn.LeakyReLU), "relu2 is LeakyReLU"),
+    "LeakyReLU": (
+        lambda: changed("features.denseblock2.denselayer3.relu2", nn.LeakyReLU),
+        "denseblock2.*denselayer3: relu2 is LeakyReLU",
+    ),
     "SiLU": (lambda: changed(f"{LAYER}.relu1", nn.SiLU), "relu1 is SiLU; only ReLU"),
     "GroupNorm": (
         lambda: changed(f"{LAYER}.norm2", lambda: nn.GroupNorm(4, 16)),
-        "norm2 is GroupNorm",
+        "denseblock1.*denselayer1: norm2 is GroupNorm",
     ),
     "LayerNorm": (lambda: changed(f"{LAYER}.norm1", lambda: nn.LayerNorm(8)), "norm1 is LayerNorm"),
-    "lazy norm": (lambda: changed(f"{LAYER}.norm1", nn.LazyBatchNorm2d), "norm1 is lazy"),
+    "lazy norm": (
+        lambda: changed(f"{LAYER}.norm1", nn.LazyBatchNorm2d),
+        "denselayer1.norm1 is lazy",
+    ),
     "stride": (
         lambda: changed(f"{LAYER}.conv2", lambda: nn.Conv2d(16, 4, 3, stride=2)),
-        "conv2 has groups 1, stride",
+        "denselayer1: conv2 has groups 1, stride",
     ),
     "groups": (
         lambda: changed(f"{LAYER}.conv2", lambda: nn.Conv2d(16, 4, 3, padding=1, groups=4)),
@@ -86,17 +92,17 @@ UNCONVERTIBLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no norm": (lambda: changed(f"{LAYER}.norm1", nn.Identity), "norm1 is Identity"),
     "a subclass": (
         lambda: changed("features.denseblock1", lambda: Reversed(2, 8, 4, 4, 0.0)),
-        "Reversed.*register_adapter",
+        "Reversed.*unknown class.*register_adapter",
     ),
     "a forward of its own": (
         lambda: _with(lambda m: setattr(m.features.denseblock1, "forward", abs)),
-        "forward was replaced",
+        "denseblock1.*forward was replaced",
     ),
     "NaN": (lambda: _with(lambda m: _fill(m, float("nan"))), "not finite"),
     "infinity": (lambda: _with(lambda m: _fill(m, float("inf"))), "not finite"),
     "quantisation": (
         lambda: _with(lambda m: setattr(m.get_submodule(f"{LAYER}.conv1"), "qconfig", object())),
-        "conv1 is quantised",
+        "denselayer1.conv1 is quantised",
     ),
     "torch.fx": (lambda: torch.fx.symbolic_trace(plain()), "traced by torch.fx"),
     "no dense block": (
@@ -135,21 +141,14 @@ def conversions() -> Iterator[WrongUse]:
     for what, (model, reason) in UNCONVERTIBLE.items():
         yield use(f"convert: {what}", de.convert, de.ConversionError, f"(?s){reason}", model)
     for function in (de.convert, de.inspect_conversion, de.unconvert):
-        for value in NOT_MODELS:
-            yield use(
-                f"{function.__name__}({value!r})",
-                lambda f=function, v=value: f(v),
-                TypeError,
-                "model must be a torch.nn.Module, got",
-            )
-    for memory in ("least", None, 0):
-        yield use(
-            f"convert(memory={memory!r})",
-            lambda m, v=memory: de.convert(m, v),
-            ValueError,
-            "memory must be 'recompute' or 'store', got",
-            plain,
-        )
+        yield from each(
+            GROUP, function.__name__ + "({!r})", function, NOT_MODELS, TypeError,
+            "model must be a torch.nn.Module, got",
+        )  # fmt: skip
+    yield from each(
+        GROUP, "convert(memory={!r})", de.convert, ("least", None, 0), ValueError,
+        "memory must be 'recompute' or 'store', got", plain,
+    )  # fmt: skip
     for error in (AttributeError("norm1"), KeyError("norm1"), IndexError("3"), TypeError("no")):
         yield use(
             f"an adapter that raises {error!r}",
@@ -166,20 +165,16 @@ def conversions() -> Iterator[WrongUse]:
         _stranger,
     )
     adapter = de.block_adapter(lambda layer: layer)  # type: ignore[arg-type,return-value]
-    for source in (3, None, "Block", nn.Sequential(), int):
-        yield use(
-            f"register_adapter({source!r})",
-            lambda s=source: de.register_adapter(s, adapter),
-            TypeError,
-            "source must be a subclass of torch.nn.Module",
-        )
-    for wrong in (None, "named", Stranger):
-        yield use(
-            f"register_adapter(Stranger, {wrong!r})",
-            lambda w=wrong: de.register_adapter(Stranger, w),
-            TypeError,
-            "adapter must be an Adapter",
-        )
+    yield from each(
+        GROUP, "register_adapter({!r})", lambda source: de.register_adapter(source, adapter),
+        (3, None, "Block", nn.Sequential(), int), TypeError,
+        "source must be a subclass of torch.nn.Module",
+    )  # fmt: skip
+    yield from each(
+        GROUP, "register_adapter(Stranger, {!r})",
+        functools.partial(de.register_adapter, Stranger), (None, "named", Stranger), TypeError,
+        "adapter must be an Adapter",
+    )  # fmt: skip
     for option in ("parts", "check", "layers", "with_input"):
         given = {"parts": lambda layer: layer, option: "norm1"}
         yield use(
@@ -209,15 +204,14 @@ def _state(**changes: Any) -> dict[str, Any]:
     return state
 
 
-def _file(name: str, content: bytes | None, model: nn.Module) -> None:
+def _file(name: str, content: bytes) -> None:
     """densenet121(weights=a damaged file); the file is removed again."""
     path = Path(name)
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     try:
         de.densenet121(weights=os.fspath(path.absolute()))
     finally:
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def weights() -> Iterator[WrongUse]:
@@ -252,14 +246,11 @@ def weights() -> Iterator[WrongUse]:
                 message,
                 build,
             )
-    for value in (None, "weights.pth", 3, [("a", 1)], nn.Identity()):
-        yield use(
-            f"load_weights(model, {value!r})",
-            lambda m, v=value: de.load_weights(m, v),
-            TypeError,
-            "state must be a mapping.*got",
-            plain,
-        )
+    yield from each(
+        GROUP, "load_weights(model, {!r})", de.load_weights,
+        (None, "weights.pth", 3, [("a", 1)], nn.Identity()), TypeError,
+        "state must be a mapping.*got", plain,
+    )  # fmt: skip
     yield use(
         "load_weights with keys that are no text",
         lambda m: de.load_weights(m, {1: torch.zeros(1)}),
@@ -267,13 +258,10 @@ def weights() -> Iterator[WrongUse]:
         "state must have names as keys, got 1",
         plain,
     )
-    for value in NOT_MODELS:
-        yield use(
-            f"load_weights({value!r}, state)",
-            lambda v=value: de.load_weights(v, {}),
-            TypeError,
-            "model must be a torch.nn.Module, got",
-        )
+    yield from each(
+        GROUP, "load_weights({!r}, state)", lambda value: de.load_weights(value, {}), NOT_MODELS,
+        TypeError, "model must be a torch.nn.Module, got",
+    )  # fmt: skip
     for what, value, message in (
         (
             "another name",
@@ -306,7 +294,6 @@ def weights() -> Iterator[WrongUse]:
             functools.partial(_file, name, content),
             ValueError,
             "expected weights, got",
-            block,
         )
 
 

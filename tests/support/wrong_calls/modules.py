@@ -12,7 +12,7 @@ import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.models import d2l, keras, slim
 
-from .use import WrongUse, block, converted, options
+from .use import WrongUse, block, converted, each, options
 
 NETWORK: dict[str, tuple[Any, ...]] = {
     "growth_rate": (0, -1, 2.5, "12", None, True),
@@ -204,14 +204,9 @@ def inputs() -> Iterator[WrongUse]:
         ),
     ):
         yield WrongUse("functions", what, call, error, message, converted)
-    for value in ("nowhere", 1.5, []):
-        yield WrongUse(
-            "functions",
-            f"release({value!r})",
-            lambda v=value: de.release(v),
-            ValueError,
-            "device.*got",
-        )
+    yield from each(
+        "functions", "release({!r})", de.release, ("nowhere", 1.5, []), ValueError, "device.*got"
+    )
 
 
 USES = [*constructors(), *inputs()]

@@ -9,12 +9,15 @@ import torch
 
 import densenet_efficient as de
 
-from .use import NOT_MODELS, WrongUse, converted, plain
+from .use import NOT_MODELS, WrongUse, converted, each, plain
+
+GROUP = "functions"
+SHAPE = (1, 3, 64, 64)
 
 
 def plans() -> Iterator[WrongUse]:
     """plan and max_batch."""
-    use = functools.partial(WrongUse, "functions")
+    use = functools.partial(WrongUse, GROUP)
     for what, shape in (
         ("no shape", ()),
         ("three sizes", (3, 64, 64)),
@@ -34,44 +37,33 @@ def plans() -> Iterator[WrongUse]:
             "input_shape must",
             converted,
         )
-    for dtype in (torch.int64, "fp32", None):
-        yield use(
-            f"plan(dtype={dtype!r})",
-            lambda m, d=dtype: de.plan(m, (1, 3, 64, 64), d),
-            TypeError,
-            "dtype must be float64, float32, bfloat16 or float16, got",
-            converted,
-        )
+    yield from each(
+        GROUP, "plan(dtype={!r})", lambda m, dtype: de.plan(m, SHAPE, dtype),
+        (torch.int64, "fp32", None), TypeError,
+        "dtype must be float64, float32, bfloat16 or float16, got", converted,
+    )  # fmt: skip
     yield use(
         "plan of a plain model",
-        lambda m: de.plan(m, (1, 3, 64, 64)),
+        lambda m: de.plan(m, SHAPE),
         TypeError,
         "model must be an EfficientDenseNet.*convert",
         plain,
     )
-    for value in NOT_MODELS:
-        yield use(
-            f"plan({value!r})",
-            lambda v=value: de.plan(v, (1, 3, 64, 64)),
-            TypeError,
-            "model must be.*got",
-        )
-    for budget in (0, -1, float("nan"), float("inf"), "12GB", None):
-        yield use(
-            f"max_batch(budget={budget!r})",
-            lambda m, b=budget: de.max_batch(m, (3, 64, 64), torch.float32, b),
-            ValueError,
-            "budget must be a positive number of bytes, got",
-            converted,
-        )
-    for shape in ((1, 3, 64, 64), None, (4, 64, 64), "3x64x64"):
-        yield use(
-            f"max_batch(input_shape={shape!r})",
-            lambda m, s=shape: de.max_batch(m, s, torch.float32, 1e9),
-            ValueError,
-            "input_shape must",
-            converted,
-        )
+    yield from each(
+        GROUP, "plan({!r})", lambda model: de.plan(model, SHAPE), NOT_MODELS, TypeError,
+        "model must be.*got",
+    )  # fmt: skip
+    yield from each(
+        GROUP, "max_batch(budget={!r})",
+        lambda m, budget: de.max_batch(m, SHAPE[1:], torch.float32, budget),
+        (0, -1, float("nan"), float("inf"), "12GB", None), ValueError,
+        "budget must be a positive number of bytes, got", converted,
+    )  # fmt: skip
+    yield from each(
+        GROUP, "max_batch(input_shape={!r})",
+        lambda m, shape: de.max_batch(m, shape, torch.float32, 1e9),
+        (SHAPE, None, (4, 64, 64), "3x64x64"), ValueError, "input_shape must", converted,
+    )  # fmt: skip
 
 
 USES = [*plans()]

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import densenet_efficient as de
 from tests.support.networks import network
@@ -55,16 +55,23 @@ def check(use: WrongUse, folder: Path) -> None:
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """Every module's class, mode and hooks; every parameter and buffer, bit by bit."""
-    modules: list[Any] = [
-        (name, type(m), m.training, list(m._forward_hooks)) for name, m in model.named_modules()
-    ]
+    """Every module's class, attributes and hooks; every parameter, buffer and gradient, bit by
+    bit."""
+    modules: list[Any] = []
+    for name, m in model.named_modules():
+        held = sorted((key, id(value)) for key, value in vars(m).items())
+        hooks = [list(value) for key, value in vars(m).items() if key.endswith("_hooks")]
+        modules.append((name, type(m), held, hooks))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in tensors.items():
-        lazy = torch.nn.parameter.is_lazy(value)
-        held = None if lazy or value.is_meta else value.detach().contiguous().numpy().tobytes()
-        modules.append((name, id(value), value.requires_grad, value.grad is None, held))
+        modules.append((name, id(value), value.requires_grad, _bits(value), _bits(value.grad)))
     return modules
+
+
+def _bits(value: Tensor | None) -> Any:
+    if value is None or torch.nn.parameter.is_lazy(value) or value.is_meta:
+        return None
+    return value.dtype, value.shape, value.detach().contiguous().numpy().tobytes()
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -94,6 +101,24 @@ def converted() -> nn.Module:
 def block() -> nn.Module:
     """A block of two layers, from 8 to 16 channels."""
     return de.EfficientDenseBlock(2, 8, 4, 4, 0.0)
+
+
+def each(
+    group: str,
+    name: str,
+    call: Call,
+    values: Iterable[Any],
+    error: type[BaseException],
+    message: str,
+    model: Build | None = None,
+) -> Iterator[WrongUse]:
+    """call(value), or call(model, value), with each value, which `name` has a place for."""
+    for value in values:
+
+        def use(*models: nn.Module, value: Any = value) -> object:
+            return call(*models, value)
+
+        yield WrongUse(group, name.format(value), use, error, message, model)
 
 
 def options(
