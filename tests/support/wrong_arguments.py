@@ -7,7 +7,8 @@ must refuse it by name before it writes anything.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from tools.op_cases import OPERATORS, Case, accumulates
 REFUSAL = RuntimeError
 """What an operator raises. PyTorch's dispatcher raises a kind of it, too."""
 DISPATCHER = "arguments from the 'Sparse"
-LEADING = ("x", "weight", "norm", "stats")
+LEADING = {"norm_fold": ("stats",), "norm_correction": ("norm",)}
+"""What gives the shapes that the others are held to, where it is not x and weight."""
 ARGUMENTS = {
     op: tuple(inspect.signature(getattr(Operators, op)).parameters)[1:] for op in OPERATORS
 }
@@ -48,9 +50,9 @@ class WrongCall:
         after = [bits(value) for value in self.arguments]
         assert before == after, f"{self.op} changed something after {self.argument}: {self.what}"
         assert self.op in message, message
-        # What leads gives the shapes that the others are held to.
-        names = ARGUMENTS[self.op] if self.argument in LEADING else (self.argument,)
-        named = any(f": {name} " in message or f"'{name}'" in message for name in names)
+        leading = LEADING.get(self.op, ("x", "weight"))
+        names = "|".join(ARGUMENTS[self.op] if self.argument in leading else (self.argument,))
+        named = re.search(rf"(:|and|with) ({names})\b|'({names})'", message)
         assert named or DISPATCHER in message, message
         return message
 
@@ -99,20 +101,26 @@ def _tensor_changes(
     yield "a dimension more", value.unsqueeze(0)
     if value.dim() > 1:
         yield "a dimension less", value.select(0, 0)
-    leads = name == {"norm_fold": "stats", "norm_correction": "norm"}.get(case.op, "x")
-    rows_only = case.op == "channel_stats" and leads  # any number of rows will do
-    for dim in range(rows_only, value.dim()):
-        if accumulated and name == "correction" and dim == 1:
-            continue  # which may be wider
+    free: Collection[int] = ()  # the dimensions along which another size may be right as well
+    if name == "x" and case.op == "channel_stats":
+        free = (0,)
+    elif name == "x" and case.op in ("stem_forward", "transition_forward"):
+        free = range(1, value.dim() - 1)  # two sizes are pooled to one
+    elif name == "correction" and accumulated:
+        free = (1,)
+    for dim in range(value.dim()):
+        if dim in free:
+            continue
         longer = torch.cat([value, value.narrow(dim, 0, 1)], dim) if value.shape[dim] else value
         if longer is not value:
             yield f"one more along dimension {dim}", longer
     yield "no channels", value[..., :0]
     if value.dim() > 1 and name not in ("weight",) and value.shape[-1] > 1:
         yield "a gap between channels", _spread(value)
-    if value.dim() > 2 and name not in ("weight", "dweight") and min(value.shape[:2]) > 1:
+    rows = value.numel() > 0  # without any, no distance is wrong
+    if rows and value.dim() > 2 and name not in ("weight", "dweight") and min(value.shape[:2]) > 1:
         yield "rows at uneven distances", _uneven(value)
-    if value.dim() > 1 and name != "weight" and value.shape[0] > 1:
+    if rows and value.dim() > 1 and name != "weight" and value.shape[0] > 1:
         yield "one row repeated", value[:1].expand(value.shape)
     if written:
         yield "a negative view", torch._neg_view(value)
