@@ -23,7 +23,7 @@ TIMM = (*TORCHVISION, "densenet264d", "densenetblur121d")
 
 def register_models() -> list[str]:
     """Adds `NAME_efficient` to the registries of timm, torchvision and segmentation_models_pytorch,
-    of those that are installed.
+    of those that can be imported.
 
         densenet_efficient.register_models()
         timm.create_model("densenet121_efficient", pretrained=True, num_classes=10)
@@ -36,7 +36,7 @@ def register_models() -> list[str]:
         The names that are there now, as "timm.densenet121_efficient".
 
     Raises:
-        ImportError: neither of them is installed.
+        ImportError: none of them can be imported.
     """
     names = []
     try:
@@ -77,7 +77,8 @@ def _register_encoders() -> list[str]:
     names = [name for name in encoders if name.startswith("densenet") and SUFFIX not in name]
     for name in names:
         entry = encoders[name]
-        encoders[name + SUFFIX] = {**entry, "encoder": _builder(entry["encoder"], name)}
+        converted = {**entry, "encoder": _builder(entry["encoder"], name)}
+        encoders.setdefault(name + SUFFIX, converted)
     return [f"segmentation_models_pytorch.{name}{SUFFIX}" for name in names]
 
 

@@ -34,6 +34,9 @@ def test_encoders_for_segmentation_are_registered() -> None:
 
     names = densenet_efficient.register_models()
     assert "segmentation_models_pytorch.densenet161_efficient" in names
+    entries = dict(smp.encoders.encoders)
+    assert densenet_efficient.register_models() == names
+    assert all(smp.encoders.encoders[name] is entry for name, entry in entries.items())
     plain, ours = (
         smp.Unet(name, encoder_weights=None, in_channels=1, classes=3).double()
         for name in ("densenet121", "densenet121_efficient")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,13 +22,15 @@ from densenet_efficient.torchvision_compat import import_torchvision
 
 
 def load(name: str) -> ModuleType:
-    """The module with the DenseNet of a library, "timm", "monai", ...; skips the test where it is
-    not installed."""
-    try:
-        import_torchvision("torchvision")  # next to a torch that it was not built for, too
-        return _LOADERS[name]()
-    except ImportError as error:
-        pytest.skip(f"{name} is missing: {error}")
+    """The module with the DenseNet of a library, "timm", "monai", ...; skips the test where it or
+    torchvision is not installed, and fails where they are and cannot be imported."""
+    for package in ("torchvision", name.partition(" ")[0]):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"{package} is missing")
+    import_torchvision("torchvision")  # next to a torch that it was not built for, too
+    return _LOADERS[name]()
 
 
 def version_of(name: str) -> str:
