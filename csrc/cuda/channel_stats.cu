@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kMomentThreads)
     channel_stats_finish_kernel(MomentPartials<A> args) {
   finish_moments(args);
 }

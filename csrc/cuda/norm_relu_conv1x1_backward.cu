@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)),
   own.write(args, args.partial + row_block * (args.outputs + 2) * args.partial_pitch);
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kSumThreads)
     norm_relu_conv1x1_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
   finish_sums<1>(weight, norm);
 }
@@ -141,9 +141,8 @@ void backward(const Launcher& launcher, const Tensor& like, Backward args, int64
   args.pitch = static_cast<int>(args.dx.stride * static_cast<int64_t>(sizeof(T)));
   constexpr int kWhole = device::kChunk<T>;
   const int aligned = std::min({args.dz_y.vector, args.y.vector, args.x.vector, args.dx.vector});
-  args.whole_chunks = aligned == kWhole && args.channels % 4 == 0 &&
-                      args.outputs % kWhole == 0 && args.dz_y.stride == args.y.stride &&
-                      args.x.stride == args.dx.stride;
+  args.whole_chunks = aligned == kWhole && args.channels % 4 == 0 && args.outputs % kWhole == 0 &&
+                      args.dz_y.stride == args.y.stride && args.x.stride == args.dx.stride;
   const int64_t blocks = tiling.row_blocks * tiling.channel_blocks;
   const Layout layout{sizeof(T), Tiling::together(args.outputs, sizeof(T)), tiling.warps};
   args.stage_bytes = layout.stage_bytes();

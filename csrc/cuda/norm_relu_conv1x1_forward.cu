@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, Tiling::resident(kColumns))
                                           column0, args.outputs);
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kMomentThreads)
     norm_relu_conv1x1_forward_finish_kernel(MomentPartials<float> args) {
   finish_moments(args);
 }

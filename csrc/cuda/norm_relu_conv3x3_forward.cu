@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kPackThreads)
   pack_weight(args);
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kMomentThreads)
     norm_relu_conv3x3_forward_finish_kernel(MomentPartials<float> args) {
   finish_moments(args);
 }

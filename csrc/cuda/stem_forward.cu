@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kMomentThreads)
     stem_forward_finish_kernel(MomentPartials<A> args) {
   finish_moments(args);
 }

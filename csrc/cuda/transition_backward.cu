@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 
 // ---- Second pass of 2 and 3 ---------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kSumThreads)
     transition_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
   finish_sums<1>(weight, norm);
 }

@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
                                           column0, args.outputs);
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kMomentThreads)
     transition_forward_finish_kernel(MomentPartials<float> args) {
   finish_moments(args);
 }
