@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_product_kerne
         const bool output_exists = output0 + at.row < args.outputs;
         copy_chunk(to + kOperandBytes + at.offset,
                    args.weight.at<T>(output_exists ? output0 + at.row : 0, column0 + at.channel),
-                   output_exists ? args.channels - column0 - at.channel : 0,
-                   args.weight.vector);
+                   output_exists ? args.channels - column0 - at.channel : 0, args.weight.vector);
       }
     }
     cp_async_commit();
