@@ -1,24 +1,45 @@
 """Dropout masks that backward draws again from the seed of the call, so that none is kept.
 
-A layer drops new features, or values of its bottleneck in front of norm2, or both.
+A layer drops new features, or values of its bottleneck in front of norm2, or both. In a CUDA graph
+a seed of the host's would be the same at every replay, and PyTorch's generator, which moves on,
+cannot be taken back: there masks are kept from forward to backward, a byte for each value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .specs import BlockSpec
+from . import capture
+from .specs import BlockSpec, LayerSpec
+
+
+def origin(layers: Sequence[LayerSpec], device: torch.device) -> dict[str, Any]:
+    """Where the masks of a call come from, as fields of its `BlockSpec`: a new seed, or, in a CUDA
+    graph, PyTorch's generator on the device."""
+    if not any(layer.drops() for layer in layers):
+        return {}
+    if capture.is_captured(device):
+        return {"masks": {}}
+    return {"seed": int(torch.randint(1 << 48, (), device="cpu"))}
 
 
 def draw_mask(spec: BlockSpec, index: int, mask: Tensor, bottleneck: bool = False) -> Tensor:
     """Fills a mask of a layer, 0 or 1 / (1 - p); the same on every call of one specification."""
     layer = spec.layers[index]
     keep = 1.0 - (layer.bottleneck_drop_rate if bottleneck else layer.drop_rate)
-    seed = spec.seed + index + (len(spec.layers) if bottleneck else 0)
-    return fill_mask(mask, keep, torch.Generator(mask.device).manual_seed(seed))
+    if spec.masks is None:
+        seed = spec.seed + index + (len(spec.layers) if bottleneck else 0)
+        return fill_mask(mask, keep, torch.Generator(mask.device).manual_seed(seed))
+    kept = spec.masks.get((index, bottleneck))
+    if kept is None:
+        spec.masks[index, bottleneck] = fill_mask(mask, keep) != 0
+        return mask
+    mask.copy_(kept)
+    return mask.div_(keep) if keep > 0 else mask
 
 
 def fill_mask(mask: Tensor, keep: float, generator: torch.Generator | None = None) -> Tensor:

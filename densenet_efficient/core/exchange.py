@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import capture
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -30,7 +32,12 @@ class Exchange:
     @classmethod
     def begin(cls, group: Any, count: int, device: torch.device) -> Exchange:
         """Adds up the rows of all processes. The host waits for the sum: once a module, where
-        PyTorch waits once a norm."""
+        PyTorch waits once a norm. RuntimeError where a CUDA graph is captured."""
+        if capture.is_captured(device):
+            raise RuntimeError(
+                "norms that share their statistics between processes cannot be part of a CUDA "
+                "graph: the host reads how many images the processes have"
+            )
         total = torch.full((), count, dtype=torch.int64, device=device)
         dist.all_reduce(total, group=group)
         return cls(group, count, int(total))

@@ -22,7 +22,7 @@ from torch.library import custom_op
 
 from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
-from . import layout, running
+from . import capture, layout, running
 from .dense_block import Kept, block_backward, block_forward
 from .encoding import decode
 from .functions import has_overflowed
@@ -49,6 +49,11 @@ def _block_spec(call: str, x: Tensor, constants: Tensor, seed: Tensor | None) ->
     if constants.shape[1]:
         columns = iter(constants.split(_constant_widths(spec), 1))
         layers = tuple(_with_constants(layer, columns) for layer in layers)
+    if seed is not None and capture.is_captured(x.device):
+        raise RuntimeError(
+            "dropout of a compiled block cannot be part of a CUDA graph, whose every replay would "
+            "draw the same masks: leave torch.compile out of what is captured"
+        )
     number = 0 if seed is None else int(seed)
     return dataclasses.replace(spec, layers=layers, operators=operators, seed=number)
 

@@ -9,7 +9,7 @@ the memory plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,9 +90,10 @@ class BlockSpec:
     """Everything about one call of a block that is not a differentiable tensor.
 
     operators: what runs it. memory: ``"store"`` or ``"recompute"``. seed: of the dropout masks,
-    which backward draws again. newest_first: a layer's new channels stand in front of all earlier
-    ones instead of after them. exchange: with the processes that share the statistics, if any.
-    known_shared: whether the statistics known of the input are already those of all processes.
+    which backward draws again. masks: those that are kept instead, by layer and whether they are of
+    its bottleneck; see `dropout`. newest_first: a layer's new channels stand in front of all
+    earlier ones instead of after them. exchange: with the processes that share the statistics, if
+    any. known_shared: whether the statistics known of the input are already those of all processes.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -102,6 +103,7 @@ class BlockSpec:
     newest_first: bool = False
     exchange: Exchange | None = None
     known_shared: bool = False
+    masks: dict[tuple[int, bool], Tensor] | None = field(default=None, compare=False)
 
     def inputs(self, index: int) -> slice:
         """The channels of F that a layer reads; `inputs(0)` is the block's input."""

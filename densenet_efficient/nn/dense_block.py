@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import gradients
+from ..core import dropout, gradients
 from ..core import graph as core_graph
 from ..core.functions import DenseBlockFunction, Result
 from ..core.specs import BlockSpec, LayerSpec
@@ -218,13 +218,15 @@ class DenseBlockExecution(Efficient):
         x, stats = handover.as_dtype(x, stats, execution.working_dtype(x))
         if torch.is_grad_enabled():
             gradients.sole_counts()
-        seed = 0
-        if any(layer.drops() for layer in specs):
-            seed = int(torch.randint(1 << 48, (), device="cpu"))
-        newest_first = self._efficient.newest_first
         spec = BlockSpec(
-            specs, chosen.operators, self.memory, seed, newest_first, exchange, known is not None
-        )  # fmt: skip
+            specs,
+            chosen.operators,
+            self.memory,
+            newest_first=self._efficient.newest_first,
+            exchange=exchange,
+            known_shared=known is not None,
+            **dropout.origin(specs, x.device),
+        )
         result = Result()
         y = DenseBlockFunction.apply(spec, x, stats, result, *parameters)
         if exchange is not None:  # there is no original that would know better on the CPU

@@ -1,9 +1,12 @@
 """Blocks unlike torchvision's: new channels in front, dropout in two places, the input left out."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import densenet_efficient as de
+from densenet_efficient.core import capture
 from densenet_efficient.core.dropout import draw_mask, mask_shape
 from densenet_efficient.core.specs import BlockSpec
 from densenet_efficient.nn.layers import layer_spec, standard_parts
@@ -56,15 +59,17 @@ def _dropping(layer):
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("channelwise", [False, True])
-def test_dropout_in_two_places(memory, channelwise):
-    """Exact against autograd with the masks of the call."""
+@pytest.mark.parametrize("captured", [False, True], ids=["seed", "kept"])
+def test_dropout_in_two_places(memory, channelwise, captured):
+    """Exact against autograd with the masks of the call, also as a CUDA graph keeps them."""
     block, ours = pair(memory)
     ours._efficient.parts = _dropping
     for layer in ours.values():
         layer.channelwise = channelwise
     x = torch.randn(3, 10, 4, 5, dtype=torch.float64)
     torch.manual_seed(5)
-    spec = _spec(ours, seed=int(torch.randint(1 << 48, ())))
+    origin = {"masks": {}} if captured else {"seed": int(torch.randint(1 << 48, ()))}
+    spec = _spec(ours, origin)
 
     def with_masks(block, x):
         for index, layer in enumerate(block.values()):
@@ -76,18 +81,19 @@ def test_dropout_in_two_places(memory, channelwise):
 
     expected = step(block, x, call=with_masks)
     torch.manual_seed(5)
-    assert_same(expected, step(ours, x))
+    with capture.rehearsed() if captured else nullcontext():
+        assert_same(expected, step(ours, x))
     assert_same(step(block.eval(), x), step(ours.eval(), x))
 
 
-def _spec(block, seed):
+def _spec(block, origin):
     layers, channels = [], 10
     for name, layer in block.items():
         found, problem = layer_spec(_dropping(layer), name, channels, torch.float64, True)
         assert problem is None
         layers.append(found)
         channels += found.growth
-    return BlockSpec(tuple(layers), compiled, "recompute", seed)
+    return BlockSpec(tuple(layers), compiled, "recompute", **origin)
 
 
 def _mask(spec, index, values, bottleneck):

@@ -1,0 +1,132 @@
+"""Whole training steps in a CUDA graph on a GPU: a replay is the eager step, bit for bit, and draws
+new masks every time. Run by `make gpu-check`; every test skips where torch sees no CUDA device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import densenet_efficient as de
+from densenet_efficient.core import arena, capture
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def repeatable_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's convolutions may sum in another order each time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def batch(size: int = 16, pixels: int = 32) -> tuple[Tensor, Tensor]:
+    images = torch.randn(size, 3, pixels, pixels, device="cuda")
+    labels = torch.randint(10, (size,), device="cuda")
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        return nn.functional.cross_entropy(model(images), labels)
+
+
+def captured(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of a step after three steps on a side stream, and what it returns."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    arena.release()  # the graph must not depend on slabs that it does not own
+    torch.cuda.empty_cache()
+    return graph, loss
+
+
+NETWORKS = {
+    "dropout everywhere": lambda: de.densenet_cifar(22, 12, drop_rate=0.3, drop_everywhere=True),
+    "dropout of new features": lambda: de.densenet_cifar(22, 12, drop_rate=0.3),
+    "FC-DenseNet": lambda: de.EfficientFCDenseNet(12, (2, 2, 2), 16, num_classes=10),
+}
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_masks_are_new_at_every_replay_and_the_same_in_backward(name: str, memory: str) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS[name]().cuda()
+    for module in model.modules():
+        if isinstance(module, de.EfficientDenseBlock):
+            module.memory = memory
+    images, labels = batch()
+    if name == "FC-DenseNet":
+        labels = torch.randint(10, (16, 32, 32), device="cuda")
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = loss_of(model, images, labels)
+        loss.backward()
+        return loss.detach()
+
+    graph, loss = captured(step)
+    captured_gradients = [p.grad for p in model.parameters()]
+    losses = []
+    for seed in range(3):
+        torch.cuda.manual_seed(seed)
+        graph.replay()
+        losses.append(loss.item())
+        gradients = [g.clone() for g in captured_gradients if g is not None]
+        torch.cuda.manual_seed(seed)
+        with capture.rehearsed():
+            expected = step()
+        assert expected.item() == losses[-1]
+        theirs = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.equal(a, b) for a, b in zip(gradients, theirs, strict=True))
+    torch.cuda.manual_seed(0)
+    for _ in range(3):  # one after the other, as in a training
+        graph.replay()
+        losses.append(loss.item())
+    assert losses[3] == losses[0] and len(set(losses)) == 5
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_replays_train_as_eager_steps_do(momentum: float | None) -> None:
+    """Running statistics, counters, momentum and parameters after five steps, on five batches."""
+    torch.manual_seed(0)
+    model = de.EfficientDenseNet(16, (2, 3), 32, num_classes=10).cuda()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    models = [model, copy.deepcopy(model)]
+    batches = [batch(pixels=64) for _ in range(5)]
+    static = batches[0][0].clone(), batches[0][1].clone()
+    steps, optimizers = [], []
+    for own in models:
+        optimizer = torch.optim.SGD(own.parameters(), 0.05, momentum=0.9, fused=True)
+
+        def step(own: nn.Module = own, optimizer: torch.optim.SGD = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(own, *static)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        steps.append(step)
+        optimizers.append(optimizer)
+    graph, loss = captured(steps[0])
+    for _ in range(3):
+        steps[1]()
+    for images, labels in batches:
+        static[0].copy_(images)
+        static[1].copy_(labels)
+        graph.replay()
+        assert loss.item() == steps[1]().item()
+    mine, theirs = (own.state_dict() for own in models)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert int(mine["features.norm0.num_batches_tracked"]) == 8
