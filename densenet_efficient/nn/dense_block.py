@@ -8,29 +8,28 @@ on working; only the execution is ours. Where a call needs something that the op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core import dropout, gradients
+from ..core import dropout, gradients, running
 from ..core import graph as core_graph
 from ..core.functions import DenseBlockFunction, Result
-from ..core.specs import BlockSpec, LayerSpec
+from ..core.specs import BlockSpec, LayerSpec, NormSpec
 from ..ops.dispatch import Dispatch
 from . import execution, graph, handover
+from .block_call import BlockCall, LastCall, look
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .graph import GraphPlan
 from .layers import (
     LayerParts,
-    layer_parameters,
     layer_spec,
     parameter_places,
     standard_parts,
-    tail_parameters,
 )
-from .norms import BatchNorm, begin_exchange, update_running_statistics
+from .norms import BatchNorm, begin_exchange
 from .options import check_memory, check_modules
 from .plain import PlainDenseBlock
 
@@ -95,14 +94,34 @@ class DenseBlockExecution(Efficient):
         """How this block would run on x, and why."""
         return self._decision(_joined(x))[0]
 
-    def _decision(self, x: Any) -> tuple[Dispatch, list[LayerParts], tuple[LayerSpec, ...]]:
-        reason = self._input_problem(x)
+    def _decision(self, x: Any) -> tuple[Dispatch, BlockCall | None]:
+        reason = self._input_problem(x) or self._patch()
         if reason is not None:
-            return Dispatch(ORIGINAL, reason), [], ()
-        problem, parts, specs = self._specification(execution.working_dtype(x))
-        if problem is not None:
-            return Dispatch(ORIGINAL, problem), parts, ()
-        return execution.choose(x, len(parts[0].conv1.kernel_size)), parts, specs
+            return Dispatch(ORIGINAL, reason), None
+        state, dtype = self._efficient, execution.working_dtype(x)
+        call = None if state.last_call is None else state.last_call.again(self, dtype)
+        if call is None:
+            problem, parts, specs = self._specification(dtype)
+            if problem is not None:
+                return Dispatch(ORIGINAL, problem), None
+            norms = self._norms(parts, specs)
+            batch = [(norm, at) for norm, own, at in norms if own.running is None]
+            call = look(parts, specs, batch)
+            state.last_call = LastCall.of(self, dtype, call, self._watched().values())
+        return execution.choose(x, len(call.parts[0].conv1.kernel_size)), call
+
+    def _norms(
+        self, parts: list[LayerParts], specs: tuple[LayerSpec, ...]
+    ) -> Iterator[tuple[BatchNorm, NormSpec, slice]]:
+        """Every norm, and the columns of its statistics in the table that a call gives."""
+        block = BlockSpec(specs, None, "", newest_first=self._efficient.newest_first)  # type: ignore[arg-type]
+        column = block.out_channels
+        for index, (part, layer) in enumerate(zip(parts, specs, strict=True)):
+            inputs = block.inputs(index)
+            yield part.norm1, layer.norm1, slice(inputs.start or 0, inputs.stop)
+            if part.norm2 is not None and layer.norm2 is not None:
+                yield part.norm2, layer.norm2, slice(column, column + layer.bottleneck)
+            column += layer.bottleneck
 
     def _specification(
         self, dtype: torch.dtype
@@ -148,11 +167,11 @@ class DenseBlockExecution(Efficient):
             return self._original(x), None
         if plan.kind == graph.EAGER:
             return self._efficient_forward(x), None
-        running, parameters = graph.tensors(self, plan)
+        constants, parameters = graph.tensors(self, plan)
         graph.check_input(x, plan, parameters)
         x, known = handover.as_dtype(x, known, dtype)
         y, table, _, _ = core_graph.dense_block(
-            plan.call, plan.given, x, known, running, parameters, graph.seed(plan)
+            plan.call, plan.given, x, known, constants, parameters, graph.seed(plan)
         )
         graph.update(self, plan, table, x.numel() // x.shape[1])
         stats = table[:, : y.shape[1]] if plan.has_stats else None
@@ -172,13 +191,7 @@ class DenseBlockExecution(Efficient):
         new = None
         if state.with_input is not None and not state.with_input(self):
             new = spec.new.start, spec.new.stop
-        norms, column = [], spec.out_channels
-        for index, (part, layer) in enumerate(zip(parts, specs, strict=True)):
-            inputs = spec.inputs(index)
-            norms.append((part.norm1, layer.norm1, inputs.start or 0, inputs.stop))
-            if part.norm2 is not None and layer.norm2 is not None:
-                norms.append((part.norm2, layer.norm2, column, column + layer.bottleneck))
-            column += layer.bottleneck
+        norms = [(n, norm, at.start, at.stop) for n, norm, at in self._norms(parts, specs)]
         return graph.make_plan(
             self.named_modules(),
             graph.OPERATOR,
@@ -196,15 +209,13 @@ class DenseBlockExecution(Efficient):
     def _efficient_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         contiguous, private = handover.asked_for()
         x = _joined(init_features)
-        chosen, parts, specs = self._decision(x)
-        if chosen.kind == ORIGINAL:
+        chosen, call = self._decision(x)
+        if call is None:
             return self._run_original(chosen, init_features)
-        execution.record(self, "", chosen, (norm for part in parts for norm in part.norms()))
-        first = parts[0]
+        execution.record(self, "", chosen, (norm for part in call.parts for norm in part.norms()))
+        first, specs, parameters = call.parts[0], call.specs, call.parameters
         name = f"{next(iter(self.dense_layers()))}.conv1"
         channels, dims = first.norm1.num_features, len(first.conv1.kernel_size)
-        parameters = [p for part in parts for p in layer_parameters(part)]
-        parameters += [p for part in parts for p in tail_parameters(part)]
         assert parameters[2] is not None
         execution.check_input(x, dims, channels, parameters[2], name)
         norm = next((norm for layer in specs for norm in layer.batch_norms()), None)
@@ -234,7 +245,10 @@ class DenseBlockExecution(Efficient):
             result.stats = result.stats if result.stats is None or not private else differentiable
         elif result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
-        _update(parts, spec, result, count)
+        if call.running:
+            assert result.table is not None
+            values = [result.table[:, columns] for columns in call.columns]
+            running.update(call.running, values, count)
         stats = result.stats
         with_input = self._efficient.with_input
         if with_input is not None and not with_input(self):
@@ -325,19 +339,3 @@ def _joined(x: Any) -> Any:
     if isinstance(x, (list, tuple)) and x and all(isinstance(part, Tensor) for part in x):
         return torch.cat(list(x), 1)
     return x
-
-
-def _update(parts: list[LayerParts], spec: BlockSpec, result: Result, count: int) -> None:
-    """Every norm's running statistics, once all of the block has run."""
-    norms: list[BatchNorm] = []
-    values: list[Tensor] = []
-    for index, (part, layer) in enumerate(zip(parts, spec.layers, strict=True)):
-        if layer.norm1.running is None:
-            assert result.stats is not None
-            norms.append(part.norm1)
-            values.append(result.stats[:, spec.inputs(index)])
-        if part.norm2 is not None and layer.norm2 and layer.norm2.running is None:
-            norms.append(part.norm2)
-            values.append(result.bottleneck_stats[index])
-    if norms:
-        update_running_statistics(norms, values, count)

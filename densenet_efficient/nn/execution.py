@@ -66,7 +66,8 @@ class State:
 
     structure: the children that the execution was made for. warned: the last reason for an original
     forward that was told. parts: of a dense block or a transition. memory, layers, with_input,
-    newest_first: of a dense block, see `nn.dense_block`.
+    newest_first: of a dense block, see `nn.dense_block`. last_call: what the next call of a block
+    need not find again; not copied, and not stored.
     """
 
     structure: watch.Structure
@@ -76,6 +77,10 @@ class State:
     layers: Callable[[nn.Module], Any] | None = None
     with_input: Callable[[nn.Module], bool] | None = None
     newest_first: bool = False
+    last_call: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_call": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In another process the classes of the structure are not known yet."""
@@ -105,7 +110,11 @@ class Efficient(nn.Module):
 
     def _change(self) -> str | None:
         """What is not as the execution expects it, inside this module."""
-        return self._patch() or watch.change(self._modules, self._efficient.structure)
+        return self._patch() or watch.change(self._watched(), self._efficient.structure)
+
+    def _watched(self) -> dict[str, nn.Module | None]:
+        """The children that the execution replaces, by name."""
+        return self._modules
 
     def _input_problem(self, x: Any) -> str | None:
         """`input_problem`, except that no images are an input like any other where processes share

@@ -149,8 +149,3 @@ def parameter_places(part: LayerParts) -> list[tuple[nn.Module | None, str]]:
     where the layer has no such module."""
     modules = (part.norm1, part.conv1, part.norm2, part.conv2)
     return [(module, name) for module in modules for name in ("weight", "bias")]
-
-
-def layer_parameters(part: LayerParts) -> list[Tensor | None]:
-    """The layer's parameters in the order of `specs.PARAMETERS_PER_LAYER`, each read once."""
-    return [None if m is None else getattr(m, name) for m, name in parameter_places(part)]

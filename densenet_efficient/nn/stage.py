@@ -27,9 +27,8 @@ class StageExecution(DenseBlockExecution):
         layers = self.dense_layers()
         return {name: child for name, child in self.named_children() if name not in layers}
 
-    def _change(self) -> str | None:
-        layers: dict[str, Any] = dict(self.dense_layers())
-        return self._patch() or watch.change(layers, self._efficient.structure)
+    def _watched(self) -> dict[str, nn.Module | None]:
+        return dict(self.dense_layers())
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """[N, C, *spatial] -> what the last layer returns."""

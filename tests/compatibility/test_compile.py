@@ -249,7 +249,7 @@ def test_a_call_is_a_string() -> None:
     """What a graph stores of a call is all of it, and nothing of this process."""
     block = frozen().features.denseblock1
     with torch.no_grad():
-        _, _, layers = block._decision(images(2).new_zeros(2, 8, 4, 4))
+        _, _, layers = block._specification(torch.float32)
     text = encode(layers)
     assert encode(decode(text)) == text
     assert decode(text)[0].norm1.running is True

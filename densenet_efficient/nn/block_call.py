@@ -1,0 +1,108 @@
+"""What a call of a dense block is made from: found by looking at all of its modules, or, where
+nothing has changed since, as it was found before."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from ..core.running import Running
+from ..core.specs import LayerSpec
+from .layers import LayerParts, parameter_places, tail_parameters
+from .norms import BatchNorm, running_of, tracks
+from .snapshot import Snapshot
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The layers of a call.
+
+    parts, specs: of each. parameters: in the order of `core.dense_block`. norms: those whose
+    running statistics the call updates. running: what these keep. columns: where the batch's are in
+    `core.dense_block.Kept.table`.
+    """
+
+    parts: Sequence[LayerParts]
+    specs: tuple[LayerSpec, ...]
+    parameters: Sequence[Tensor | None]
+    norms: Sequence[BatchNorm]
+    running: Sequence[Running]
+    columns: Sequence[slice]
+
+
+def look(
+    parts: Sequence[LayerParts],
+    specs: tuple[LayerSpec, ...],
+    norms: Iterable[tuple[BatchNorm, slice]],
+) -> BlockCall:
+    """The call of layers as they are now. norms: all that use the batch's statistics."""
+    places = [place for part in parts for place in parameter_places(part)]
+    parameters = [None if module is None else getattr(module, name) for module, name in places]
+    parameters += [p for part in parts for p in tail_parameters(part)]
+    tracked = [pair for pair in norms if tracks(pair[0])]
+    return BlockCall(
+        parts,
+        specs,
+        parameters,
+        [norm for norm, _ in tracked],
+        [running_of(norm) for norm, _ in tracked],
+        [columns for _, columns in tracked],
+    )
+
+
+class LastCall:
+    """The last call of a block, and how the next one can be like it: with the tensors that its
+    modules then have, and all else the same."""
+
+    def __init__(
+        self, block: nn.Module, dtype: torch.dtype, call: BlockCall, snapshot: Snapshot
+    ) -> None:
+        self._block, self._dtype = weakref.ref(block), dtype  # a replica shares this with its model
+        self._call, self._snapshot = call, snapshot
+        places = [place for part in call.parts for place in parameter_places(part)]
+        self._parameters = itemgetter(
+            *(-1 if module is None else snapshot.place(module, name) for module, name in places)
+        )
+        self._running = [
+            (norm.momentum, itemgetter(*(snapshot.place(norm, name) for name in _BUFFERS)))
+            for norm in call.norms
+        ]
+
+    @classmethod
+    def of(
+        cls,
+        block: nn.Module,
+        dtype: torch.dtype,
+        call: BlockCall,
+        watched: Iterable[nn.Module | None],
+    ) -> LastCall | None:
+        """None where a later call may differ although no module has changed: copies of running
+        statistics are new for each, processes come and go, a tail is anything."""
+        if any(
+            spec.tail is not None or len(spec.batch_norms()) != len(part.norms())
+            for spec, part in zip(call.specs, call.parts, strict=True)
+        ):
+            return None
+        norms = [norm for part in call.parts for norm in part.norms()]
+        if any(type(norm) is nn.SyncBatchNorm for norm in norms):
+            return None
+        snapshot = Snapshot.take(block, watched)
+        return None if snapshot is None else cls(block, dtype, call, snapshot)
+
+    def again(self, block: nn.Module, dtype: torch.dtype) -> BlockCall | None:
+        """The next call; None where it must be looked at anew."""
+        if self._block() is not block or self._dtype != dtype:
+            return None
+        tensors = self._snapshot.tensors()
+        if tensors is None:
+            return None
+        tensors.append(None)
+        running = [Running._make((*kept(tensors), momentum)) for momentum, kept in self._running]
+        return replace(self._call, parameters=self._parameters(tensors), running=running)

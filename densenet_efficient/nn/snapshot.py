@@ -1,0 +1,159 @@
+"""What a decision about modules was made from, compared with what they are now.
+
+Looking at every module of a block, its hooks and its options, and building the specification of a
+call costs more than a short kernel takes. A snapshot holds all that such a decision can have read;
+the next call compares it, at a fraction of the cost, and decides anew where anything differs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+_STANDARD = frozenset(vars(nn.Module())) - {"training"}
+"""What every module has; of it hooks, children, parameters and buffers are compared one by one."""
+
+OWN = "_efficient"
+"""Where a module of ours keeps what is not compared."""
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Entry(NamedTuple):
+    """One module: what is compared, and how its tensors are read."""
+
+    module: nn.Module
+    cls: type
+    watches_hooks: bool
+    attributes: int  # how many
+    values_of: Callable[[Any], Any]
+    values: Any
+    children: tuple[tuple[str, nn.Module | None], ...]
+    parameters_of: Callable[[Any], tuple[Tensor | None, ...]]
+    parameters: int
+    buffers_of: Callable[[Any], tuple[Tensor | None, ...]]
+    buffers: int
+
+
+class Snapshot:
+    """A module and those inside it, as they were when the snapshot was taken.
+
+    Compared are classes, children, hooks, plain attributes (numbers, texts and sequences of them),
+    names of parameters and buffers, and which of these are None.
+    """
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        self._entries = entries
+        self._place: dict[tuple[nn.Module, str], int] = {}
+        for entry in entries:
+            for name in (*entry.module._parameters, *entry.module._buffers):
+                self._place[entry.module, name] = len(self._place)
+        self._absent = [tensor is None for tensor in self._read() or ()]
+
+    @classmethod
+    def take(cls, root: nn.Module, watched: Iterable[nn.Module | None]) -> Snapshot | None:
+        """Of a module, without its own hooks, and of those of its children that are watched, with
+        all inside. None where one has an attribute that cannot be compared, so that a decision may
+        depend on what no snapshot shows."""
+        entries: list[_Entry] = []
+
+        def add(module: nn.Module, inside: Iterable[nn.Module | None], is_root: bool) -> bool:
+            entry = _entry(module, is_root)
+            if entry is None:
+                return False
+            entries.append(entry)
+            return all(
+                child is not None and add(child, child._modules.values(), False) for child in inside
+            )
+
+        return cls(entries) if add(root, watched, True) else None
+
+    def place(self, module: nn.Module, name: str) -> int | None:
+        """Where `tensors` has a parameter or buffer; None where the module has none of the name."""
+        return self._place.get((module, name))
+
+    def tensors(self) -> list[Tensor | None] | None:
+        """The parameters and buffers of all modules as they are now; None where anything that is
+        compared is no longer what it was."""
+        try:
+            found = self._read()
+        except KeyError:
+            return None
+        if found is None or [tensor is None for tensor in found] != self._absent:
+            return None
+        return found
+
+    def _read(self) -> list[Tensor | None] | None:
+        found: list[Tensor | None] = []
+        for (
+            module, cls, watches_hooks, attributes, values_of, values, children, parameters_of,
+            parameters, buffers_of, buffers,
+        ) in self._entries:  # fmt: skip
+            own = module.__dict__
+            if (
+                type(module) is not cls
+                or len(own) != attributes
+                or "forward" in own
+                or values_of(own) != values
+                or (
+                    watches_hooks
+                    and (
+                        own["_forward_hooks"]
+                        or own["_forward_pre_hooks"]
+                        or own["_backward_hooks"]
+                        or own["_backward_pre_hooks"]
+                    )
+                )
+            ):
+                return None
+            inside = own["_modules"]
+            if (children or inside) and tuple(inside.items()) != children:
+                return None
+            if parameters or own["_parameters"]:
+                if len(own["_parameters"]) != parameters:
+                    return None
+                found += parameters_of(own["_parameters"])
+            if buffers or own["_buffers"]:
+                if len(own["_buffers"]) != buffers:
+                    return None
+                found += buffers_of(own["_buffers"])
+        return found
+
+
+def _entry(module: nn.Module, is_root: bool) -> _Entry | None:
+    own = module.__dict__
+    names = [name for name in own if name not in _STANDARD and not (is_root and name == OWN)]
+    if not all(_is_plain(own[name]) for name in names):
+        return None
+    values_of, parameters, buffers = _reader(names), module._parameters, module._buffers
+    return _Entry(
+        module,
+        type(module),
+        not is_root,
+        len(own),
+        values_of,
+        copy.deepcopy(values_of(own)),
+        tuple(module._modules.items()),
+        _reader(parameters),
+        len(parameters),
+        _reader(buffers),
+        len(buffers),
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    return type(value) in _PLAIN
+
+
+def _reader(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """What takes the values of some keys out of a dictionary."""
+    first, *others = names = list(names) or [""]
+    if others:
+        return itemgetter(*names)
+    return (lambda own: (own[first],)) if first else (lambda own: ())

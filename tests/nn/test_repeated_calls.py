@@ -1,0 +1,116 @@
+"""A block that is called again takes over what it found out before, and must notice every change: a
+copy of it, which has found out nothing yet, gives the same in every respect."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from densenet_efficient import EfficientDenseBlock
+
+pytestmark = pytest.mark.quick
+
+
+def block_of(**options: Any) -> EfficientDenseBlock:
+    torch.manual_seed(0)
+    return EfficientDenseBlock(3, 8, 2, 4, 0.0, **options)
+
+
+def replace_weight(block: Any) -> None:
+    conv = block.denselayer2.conv1
+    weight = conv.weight
+    del conv.weight  # the new one comes after the bias
+    conv.weight = nn.Parameter(weight.detach() * 2)
+
+
+def take_weight_for_a_tensor(block: Any) -> None:
+    conv = block.denselayer2.conv2
+    weight = conv.weight
+    del conv.weight
+    conv.weight = weight.detach() * 2
+
+
+def swap_layers(block: Any) -> None:
+    first, second = block.denselayer2.conv2, block.denselayer3.conv2
+    block.denselayer2.conv2, block.denselayer3.conv2 = second, first
+
+
+def rename_layer(block: Any) -> None:
+    block._modules["other"] = block._modules.pop("denselayer3")
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda block: None,
+    "eps": lambda block: setattr(block.denselayer2.norm1, "eps", 0.5),
+    "momentum": lambda block: setattr(block.denselayer2.norm2, "momentum", 0.7),
+    "average": lambda block: setattr(block.denselayer2.norm2, "momentum", None),
+    "eval": lambda block: block.eval(),
+    "one norm": lambda block: block.denselayer2.norm2.eval(),
+    "no tracking": lambda block: setattr(block.denselayer1.norm1, "track_running_stats", False),
+    "buffer": lambda block: setattr(block.denselayer1.norm1, "running_mean", torch.ones(8)),
+    "no buffer": lambda block: setattr(block.denselayer1.norm1, "num_batches_tracked", None),
+    "data": lambda block: setattr(block.denselayer1.conv1.weight, "data", torch.ones(8, 8, 1, 1)),
+    "weight": replace_weight,
+    "tensor": take_weight_for_a_tensor,
+    "bias": lambda block: setattr(block.denselayer3.conv1, "bias", nn.Parameter(torch.ones(8))),
+    "no gamma": lambda block: setattr(block.denselayer1.norm1, "weight", None),
+    "dilation": lambda block: vars(block.denselayer1.conv2).update(dilation=(2, 2), padding=(2, 2)),
+    "drop rate": lambda block: setattr(block.denselayer1, "drop_rate", 0.5),
+    "frozen": lambda block: block.denselayer1.conv1.weight.requires_grad_(False),
+    "channels last": lambda block: block.to(memory_format=torch.channels_last),
+    "float64": lambda block: block.double(),
+    "memory": lambda block: setattr(block, "memory", "store"),
+    "class": lambda block: setattr(block.denselayer1.norm1, "__class__", nn.InstanceNorm2d),
+    "forward": lambda block: vars(block.denselayer1.relu1).update(forward=torch.tanh),
+    "hook": lambda block: block.denselayer2.conv1.register_forward_hook(lambda *given: None),
+    "activation": lambda block: setattr(block.denselayer1, "relu1", nn.ELU()),
+    "order": swap_layers,
+    "name": rename_layer,
+    "fewer": lambda block: vars(block)["_modules"].popitem(),
+}
+
+
+def step(block: Any) -> list[Any]:
+    """All that a step gives and changes."""
+    torch.manual_seed(1)
+    dtype = next(block.parameters()).dtype
+    x = torch.randn(2, 8, 5, 5, dtype=dtype).requires_grad_()
+    y = block(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *filter(_trained, block.parameters())])
+    return [block.path(x), y, *grads, *block.buffers()]
+
+
+def _trained(parameter: torch.Tensor) -> bool:
+    return parameter.requires_grad
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*original forward")
+def test_a_change_between_two_calls_is_noticed(change: str) -> None:
+    block = block_of()
+    step(block)
+    step(block)
+    CHANGES[change](block)
+    fresh = copy.deepcopy(block)
+    for known, new in zip(step(block), step(fresh), strict=True):
+        if isinstance(known, torch.Tensor):
+            torch.testing.assert_close(known, new, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert known == new
+
+
+def test_a_block_that_is_called_again_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of()
+    step(block)
+    monkeypatch.setattr(EfficientDenseBlock, "_specification", None)
+    step(block)
+
+
+def test_what_is_known_is_not_stored() -> None:
+    block = block_of()
+    step(block)
+    assert pickle.loads(pickle.dumps(block))._efficient.last_call is None
