@@ -66,7 +66,8 @@ def replaced(document: str, title: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}"
 
 
-def _rows(document: str, title: str) -> list[list[str]]:
+def table_rows(document: str, title: str) -> list[list[str]]:
+    """The cells of the table between the marks of this title, without its head."""
     begin, end = _marks(title)
     between = document.split(begin, 1)[1].split(end, 1)[0]
     rows = [line.strip().strip("|").split("|") for line in between.splitlines() if "|" in line]
@@ -76,7 +77,7 @@ def _rows(document: str, title: str) -> list[list[str]]:
 def stored_kernels(document: str) -> dict[str, Kernel]:
     """The kernels of a document's table, by name."""
     kernels = {}
-    for name, *cells in _rows(document, STATIC):
+    for name, *cells in table_rows(document, STATIC):
         counts = [float(cell) if "." in cell else int(cell) for cell in cells]
         kernels[name] = Kernel(name, *counts)  # type: ignore[arg-type]
     return kernels
@@ -85,7 +86,7 @@ def stored_kernels(document: str) -> dict[str, Kernel]:
 def stored_stages(document: str) -> dict[tuple[str, str], StoredStage]:
     """The stages of a document's table, by block and kernel."""
     stages = {}
-    for block, name, *cells in _rows(document, EXECUTED):
+    for block, name, *cells in table_rows(document, EXECUTED):
         tensor, per_tensor, _, per_copy = map(float, cells[-4:])
         stages[block, name] = StoredStage(tensor, per_tensor, per_copy)
     return stages

@@ -1,0 +1,128 @@
+"""The operators' calls of one training step of a network, by shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from densenet_efficient.models.networks import NetworkSpec
+from tools.op_cases import Sizes
+
+# PyTorch's own kernels: small ones (casts, copies, zeros, the head, the optimiser), whose number
+# was read from a profile, and the first convolution of networks for ImageNet, by its images.
+PYTORCH, CONVOLUTION = "pytorch", "pytorch: convolution"
+
+
+@dataclass(frozen=True)
+class Call:
+    """times: how often the step makes it. stride: channels of the buffer that x is a slice of."""
+
+    stage: str
+    op: str
+    sizes: Sizes
+    stride: int | None = None
+    times: int = 1
+    stats: bool = True  # whether the statistics of the result are wanted
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step: the batch's images of so many pixels a side, by memory mode store or
+    recompute."""
+
+    network: NetworkSpec
+    batch: int
+    image_size: int
+    memory: str
+
+    def __post_init__(self) -> None:
+        if self.network.dense or not self.network.options().get("bottleneck", True):
+            raise ValueError(
+                f"network: expected one with bottlenecks and a classifier, got {self.network.title}"
+            )
+        if self.memory not in ("store", "recompute"):
+            raise ValueError(f"memory: expected store or recompute, got {self.memory!r}")
+
+    @property
+    def layers(self) -> int:
+        return sum(self.network.options()["block_config"])
+
+    @property
+    def stem_side(self) -> int:
+        """Of the first convolution's result."""
+        return self.image_size if self.network.small_inputs else (self.image_size + 1) // 2
+
+    def calls(self) -> list[Call]:
+        """In the order of the step, forward and backward."""
+        forward, backward = [], []
+        for part in self._parts():
+            forward += part[0]
+            backward[:0] = part[1]
+        layers = self.layers
+        return [*forward, Call("head", PYTORCH, (), times=30), *backward,
+                Call("optimiser", PYTORCH, (), times=60 + layers // 2)]  # fmt: skip
+
+    def _parts(self) -> Iterator[tuple[list[Call], list[Call]]]:
+        """Forward and backward of the stem, and of each layer and transition."""
+        options = self.network.options()
+        growth, channels = options["growth_rate"], options["num_init_features"]
+        side = self.stem_side
+        stats = Call("stem", "channel_stats", (self.batch * side * side, channels))
+        own = Call("stem", PYTORCH, (), times=12)
+        if self.network.small_inputs:
+            yield [own, stats], [own]
+        else:
+            sizes = (self.batch, side, side, channels)
+            convolution = Call("stem", CONVOLUTION, (self.batch, self.image_size, self.image_size))
+            yield (
+                [own, convolution, stats, Call("stem", "stem_forward", sizes)],
+                [Call("stem", "stem_backward", sizes), convolution, own],
+            )
+            side = (side + 1) // 2
+        blocks = options["block_config"]
+        for index, layers in enumerate(blocks):
+            stage = f"block {index + 1}"
+            rows, total = self.batch * side * side, _row(channels + growth * layers)
+            own = Call(stage, PYTORCH, (), times=4)
+            apply = Call(stage, "norm_correction_apply", (rows, channels), total)
+            yield [own], [apply, own]
+            for layer in range(layers):
+                yield self._layer(stage, side, channels + growth * layer, growth, total)
+            channels += growth * layers
+            if index + 1 < len(blocks):
+                half = int(channels * options.get("compression", 0.5))
+                sizes = (self.batch, side, side, channels, half)
+                fold, own = Call(stage, "norm_fold", (channels,)), Call(stage, PYTORCH, (), times=2)
+                yield (
+                    [own, fold, Call(stage, "transition_forward", sizes)],
+                    [own, fold, Call(stage, "transition_backward", sizes)],
+                )
+                channels, side = half, side // 2
+
+    def _layer(
+        self, stage: str, side: int, inputs: int, growth: int, total: int
+    ) -> tuple[list[Call], list[Call]]:
+        width = 4 * growth
+        flat = (self.batch * side * side, inputs, width)
+        image = (self.batch, side, side, width, growth)
+        folds = [Call(stage, "norm_fold", (channels,)) for channels in (inputs, width)]
+        first = Call(stage, "norm_relu_conv1x1_forward", flat, total)
+        forward = [
+            Call(stage, PYTORCH, (), times=2), folds[0], first, folds[1],
+            Call(stage, "norm_relu_conv3x3_forward", image),
+        ]  # fmt: skip
+        again = [dataclasses.replace(first, stats=False)] if self.memory == "recompute" else []
+        backward = [
+            Call(stage, PYTORCH, (), times=3), *folds, *again,
+            Call(stage, "norm_relu_conv3x3_backward", image),
+            Call(stage, "norm_correction", (width,)),
+            Call(stage, "norm_relu_conv1x1_backward", flat, total),
+            Call(stage, "norm_correction", (inputs,)),
+        ]  # fmt: skip
+        return forward, backward
+
+
+def _row(channels: int) -> int:
+    """Channels of a buffer's row, which begins at a sector of memory."""
+    return -(-channels // 16) * 16

@@ -1,0 +1,37 @@
+"""The step as a queue: the host launches one kernel after the other, the device runs them in order,
+and waits where the host is late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .devices import Gpu
+from .model import Efficiencies, Work, seconds
+
+# PyTorch's own kernels, as measured: most are small; the first convolution of networks for ImageNet
+# (cuDNN's, forward or weight gradient with its padding and casts) takes its images' pixels at a
+# share of the bandwidth, of three channels of 16 bits.
+SMALL = 1.7e-6
+CONVOLUTION_BYTES, CONVOLUTION_SHARE = 6, 0.0105
+
+
+def of_pytorch(work: Work, gpu: Gpu) -> float:
+    """Seconds of one of PyTorch's own launches."""
+    if not work.size:
+        return SMALL
+    return work.size * CONVOLUTION_BYTES / (CONVOLUTION_SHARE * gpu.bandwidth)
+
+
+def duration(work: Work, gpu: Gpu, given: Efficiencies) -> float:
+    return of_pytorch(work, gpu) if work.kernel.startswith("pytorch") else seconds(work, gpu, given)
+
+
+def step_seconds(works: Iterable[Work], gpu: Gpu, given: Efficiencies) -> float:
+    """Of the whole step. given.host = 0 is a step that a graph replays."""
+    host = device = 0.0
+    for work in works:
+        each = duration(work, gpu, given)
+        for _ in range(work.times):
+            host += given.host
+            device = max(device, host) + each
+    return device
