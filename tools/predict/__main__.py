@@ -24,7 +24,7 @@ from tools.machine_code.document import replaced
 from . import counts, document, fit, timeline, waves
 from .calls import Step
 from .devices import GPUS, Gpu
-from .launches import listed
+from .launches import Launch, emulator_for, listed
 from .model import Efficiencies, Work, work_of
 
 STEPS = (("densenet121", 512), ("densenet264", 256), ("densenet_cifar", 64))
@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         network, options.batch, options.image_size or network.default_image_size, options.memory
     )
     gpu = GPUS[options.gpu]
-    launches = list(listed(step.calls(), gpu.device, DTYPES[options.dtype]))
+    with emulator_for(step.calls()) as emulator:
+        launches = list(listed(step.calls(), gpu.device, DTYPES[options.dtype], emulator))
     known = counts.stored()
     if options.count:
         for name, points in counts.count(counts.missing(launches, known)).items():
@@ -145,26 +146,27 @@ def report(options: argparse.Namespace) -> None:
 
 def step_table(given: Efficiencies) -> str:
     """Whole steps with today's kernels, as far as they were counted."""
-    known, rows = counts.stored(), []
-    for gpu in GPUS.values():
-        for name, batch in STEPS:
-            network = NetworkSpec(name)
-            step = Step(network, batch, network.default_image_size, "store")
-            works = [
-                work_of(launch, known)
-                for launch in listed(step.calls(), gpu.device, torch.bfloat16)
-            ]
-            times = [
-                1e3 * timeline.step_seconds(works, gpu, replace(case, host=0.0))
-                for case in cases(given)
-            ]
-            launched = 1e3 * timeline.step_seconds(works, gpu, given)
-            number = sum(work.times for work in works)
-            title = f"{network.title}, batch {batch}"
-            figures = [f"{ms:.1f}" for ms in (*times, launched)]
-            rows.append([gpu.title, title, str(number), *figures])
+    rows = []
+    steps = []
+    for name, batch in STEPS:
+        network = NetworkSpec(name)
+        steps.append(Step(network, batch, network.default_image_size, "store"))
+    with emulator_for(call for step in steps for call in step.calls()) as emulator:
+        for gpu in GPUS.values():
+            for step in steps:
+                launches = listed(step.calls(), gpu.device, torch.bfloat16, emulator)
+                rows.append([gpu.title, *_step_row(step, list(launches), gpu, given)])
     head = ["GPU", "step", "launches", "best, ms", "likely, ms", "worst, ms", "with the host, ms"]
     return document.markdown(head, rows)
+
+
+def _step_row(step: Step, launches: list[Launch], gpu: Gpu, given: Efficiencies) -> list[str]:
+    known = counts.stored()
+    works = [work_of(launch, known) for launch in launches]
+    graphs = [replace(case, host=0.0) for case in cases(given)]
+    times = [timeline.step_seconds(works, gpu, case) for case in (*graphs, given)]
+    title = f"{step.network.title}, batch {step.batch}"
+    return [title, str(sum(work.times for work in works)), *(f"{1e3 * t:.1f}" for t in times)]
 
 
 def cases(given: Efficiencies) -> list[Efficiencies]:

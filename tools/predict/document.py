@@ -38,7 +38,7 @@ def efficiency_table(given: Efficiencies) -> str:
         ["latency", f"{given.latency:.2f} cycles", "of an instruction, alone"],
         ["contention", f"{given.contention:.2f} cycles", "more for each warp of the scheduler"],
         ["memory", f"{given.memory:.2f}", "of the bandwidth, in convolutions at most; a copy's"],
-        ["merge", f"{given.merge:.0f} cycles", "for each partial result of moments in a chain"],
+        ["merge", f"{given.merge:.0f} cycles", "for each load and merge of a second pass"],
         ["sums", f"{given.sums:.2f}", "of the bandwidth, partial sums read by a second pass"],
         ["wave", f"{given.wave * 1e6:.2f} us", "for each wave of a second pass of sums"],
         ["products", f"{given.products:.3f}", "of the tensor cores' rate, a transition's products"],

@@ -21,7 +21,9 @@ from .calls import PYTORCH, Call
 
 # Threads and blocks that a multiprocessor of sm_80, sm_90 and sm_100 holds.
 THREADS, BLOCKS = 2048, 32
-FINISH_GROUPS = 8  # of a reduction's second pass: each combines an eighth of the partial results
+# Of a reduction's second pass (csrc/cuda/reduce/finish.cuh): the groups of threads that share the
+# partial sums of a block.
+SUM_GROUPS = 8
 SYSTEM_BYTES = 1024  # of shared memory, that the system takes for each block
 
 
@@ -87,18 +89,23 @@ class Launch:
         return self.turns * self.waves * self.at_once * self.multiprocessors / self.tiles / beside
 
 
-def listed(calls: Iterable[Call], device: Device, dtype: torch.dtype) -> Iterator[Launch]:
-    """The launches of these calls on a device; needs g++, to build the launchers for the host."""
-    calls = list(calls)
+def emulator_for(calls: Iterable[Call]) -> Emulator:
+    """The launchers of these calls, built for the host; needs g++. A context manager."""
     ours = (call.op for call in calls if not call.op.startswith(PYTORCH))
+    return Emulator(sorted({op_cases.kernel_file(op) for op in ours}), sanitize=False)
+
+
+def listed(
+    calls: Iterable[Call], device: Device, dtype: torch.dtype, emulator: Emulator
+) -> Iterator[Launch]:
+    """The launches of these calls on a device."""
     known: dict[Call, list[Launch]] = {}
-    with Emulator(sorted({op_cases.kernel_file(op) for op in ours}), sanitize=False) as emulator:
-        for call in calls:
-            same = replace(call, stage="")
-            if same not in known:
-                own = call.op.startswith(PYTORCH)
-                known[same] = [_pytorch(call)] if own else _of_call(emulator, call, device, dtype)
-            yield from (replace(launch, stage=call.stage) for launch in known[same])
+    for call in calls:
+        same = replace(call, stage="")
+        if same not in known:
+            own = call.op.startswith(PYTORCH)
+            known[same] = [_pytorch(call)] if own else _of_call(emulator, call, device, dtype)
+        yield from (replace(launch, stage=call.stage) for launch in known[same])
 
 
 def _pytorch(call: Call) -> Launch:
@@ -114,7 +121,7 @@ def _of_call(emulator: Emulator, call: Call, device: Device, dtype: torch.dtype)
         size, partials = _least_bytes(case, one.kernel), 0
         if "_finish" in one.kernel:
             partials = result[-1].ranges or result[-1].blocks
-            size = one.grid[0] * partials * one.shared_bytes // FINISH_GROUPS
+            size = one.grid[0] * partials * one.shared_bytes // SUM_GROUPS
         result.append(
             Launch(
                 "",

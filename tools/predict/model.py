@@ -9,8 +9,8 @@ scheduler, whether they wait for the issue slot, shared memory or the tensor cor
 
 With few warps latency counts, with many contention; 1 / contention is the most instructions a cycle
 that a scheduler would ever issue. A kernel is no faster than its bytes at a share of the memory's
-bandwidth. Each launch costs a fixed time; the second pass of a reduction walks a chain of partial
-results. Operators that only pass over rows take their bytes at a share of the bandwidth.
+bandwidth. Each launch costs a fixed time; the second pass of a reduction is a chain of loads and
+merges. Operators that only pass over rows take their bytes at a share of the bandwidth.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from dataclasses import dataclass, field, replace
 
 from .counts import Points, count_of
 from .devices import Gpu
-from .launches import FINISH_GROUPS, Launch
+from .launches import Launch
 
 SCHEDULERS = 4  # of a multiprocessor
+# A second pass of moments (csrc/cuda/reduce/finish.cuh) asks for so many partial results at once,
+# and then merges lanes, warps and sets one after the other.
+MOMENTS_AT_ONCE, MERGES = 512, 3
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Work:
     """What the model needs to know of a launch, `times` of which are alike.
 
     warps: of a scheduler of the busiest multiprocessor. instructions: of one warp of the busiest
-    block. size: bytes, of partial results for a second pass. chain: partial results that one thread
-    of it walks, where they are moments. waves: of its blocks, where they are sums. flops: of a
-    transition's product.
+    block. size: bytes, of partial results for a second pass. chain: the steps of such a pass that
+    wait for one another, where they are moments. waves: of its blocks, where they are sums. flops:
+    of a transition's product.
     """
 
     stage: str
@@ -49,8 +52,8 @@ class Work:
 @dataclass(frozen=True)
 class Efficiencies:
     """launch: seconds of any launch. latency, contention: cycles of an instruction, see above.
-    memory: share of the bandwidth that the convolutions reach at most. merge: cycles for each
-    partial result of moments in a second pass's chain. sums: share of the bandwidth at which a
+    memory: share of the bandwidth that the convolutions reach at most. merge: cycles for each step
+    of a second pass of moments, a load and a merge. sums: share of the bandwidth at which a
     second pass reads sums, wave: seconds of a wave of its blocks. products: share of the tensor
     cores' rate in a transition's products. rows: share of the bandwidth of operators that only pass
     over rows, by name.
@@ -88,7 +91,7 @@ def work_of(launch: Launch, counts: dict[str, Points]) -> Work:
     """Raises MissingCountError where the launch's instructions were never counted."""
     if launch.partials:
         moments = launch.op.endswith("_forward") or launch.op == "channel_stats"
-        chain = launch.partials / FINISH_GROUPS + FINISH_GROUPS if moments else 0.0
+        chain = -(-launch.partials // MOMENTS_AT_ONCE) + MERGES if moments else 0.0
         waves = 0 if moments else launch.waves
         return Work(
             launch.stage, launch.kernel, launch.times, size=launch.size, chain=chain, waves=waves

@@ -15,7 +15,7 @@ from densenet_efficient.models.networks import NetworkSpec
 from tools.emulation import Device
 
 from .calls import Call, Step
-from .launches import Launch, listed
+from .launches import Launch, emulator_for, listed
 
 WAVE_FACTOR, WARPS = 1.2, 8
 # Of A100, H100 and H200, B200.
@@ -45,14 +45,18 @@ class Idle:
         return self.factor > WAVE_FACTOR or self.warps < WARPS
 
 
-def persistent(network: str, device: Device) -> Iterator[Launch]:
+def persistent(network: str, devices: Iterable[Device]) -> Iterator[Launch]:
     """The convolutions' persistent launches in the first, middle and last layer of each block."""
     spec = NETWORKS[network]
+    chosen: dict[Call, None] = {}
     for batch in BATCHES.get(network, (64, 256)):
         calls = Step(spec, batch, spec.default_image_size, "store").calls()
-        fused = [call for call in calls if call.op.startswith("norm_relu_conv")]
-        chosen = dict.fromkeys(_three(fused))
-        yield from (one for one in listed(chosen, device, torch.bfloat16) if one.ranges)
+        chosen |= dict.fromkeys(_three([c for c in calls if c.op.startswith("norm_relu_conv")]))
+    with emulator_for(chosen) as emulator:
+        for device in devices:
+            for one in listed(chosen, device, torch.bfloat16, emulator):
+                if one.ranges:
+                    yield one
 
 
 def _three(calls: list[Call]) -> Iterator[Call]:
@@ -67,15 +71,9 @@ def _three(calls: list[Call]) -> Iterator[Call]:
 def worst(network: str, devices: Iterable[Device] = DEVICES) -> list[Idle]:
     """Of each block and kernel, whatever its template arguments."""
     found: dict[tuple[str, str], Idle] = {}
-    for device in devices:
-        for one in persistent(network, device):
-            kernel = one.kernel.partition("<")[0]
-            key = one.stage, kernel
-            before = found.get(key, Idle(network, *key, 1.0, one.resident_warps))
-            found[key] = Idle(
-                network,
-                *key,
-                max(before.factor, one.wave_factor),
-                min(before.warps, one.resident_warps),
-            )
+    for one in persistent(network, devices):
+        key = one.stage, one.kernel.partition("<")[0]
+        before = found.get(key, Idle(network, *key, 1.0, one.resident_warps))
+        factor = max(before.factor, one.wave_factor)
+        found[key] = Idle(network, *key, factor, min(before.warps, one.resident_warps))
     return sorted(found.values(), key=lambda one: (one.stage, one.kernel))
