@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import ptxas_report
 from tools.emulation import Device
 from tools.machine_code import compiler, decode, document, launches, sources, stages, warp
 from tools.machine_code.executed import execute, name_of
@@ -71,7 +72,18 @@ def stored_stages() -> dict[tuple[str, str], document.StoredStage]:
 
 @pytest.fixture(scope="module")
 def machine_code() -> list[compiler.Compiled]:
-    return compiled_for(ARCH)
+    try:
+        return compiler.compile_kernels(ARCH)
+    except compiler.MissingToolError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def on_other_architectures() -> list[ptxas_report.Kernel]:
+    try:
+        return compiler.reports_of_families()
+    except compiler.MissingToolError as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +91,7 @@ def compiled(machine_code: list[compiler.Compiled]) -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in map(describe, machine_code) if kernel.tensor}
 
 
+@pytest.mark.slow
 def test_no_instruction_that_ptxas_gets_wrong(machine_code: list[compiler.Compiled]) -> None:
     """max(min(n, 8), 0) == 8 becomes a VIMNMX.RELU whose two predicates share a register, which
     then says n > 0: seen with ptxas 13.0 on a GPU, as stores past the last channel."""
@@ -86,13 +99,6 @@ def test_no_instruction_that_ptxas_gets_wrong(machine_code: list[compiler.Compil
     for kernel in machine_code:
         found = [text for _, text in kernel.listing if wrong.search(text)]
         assert not found, f"{kernel.name}: {found[:3]}"
-
-
-def compiled_for(arch: str) -> list[compiler.Compiled]:
-    try:
-        return compiler.compile_kernels(arch)
-    except compiler.MissingToolError as missing:
-        pytest.skip(str(missing))
 
 
 def test_the_table_names_every_kernel(stored: dict[str, Kernel]) -> None:
@@ -113,10 +119,26 @@ def test_kernels_use_the_hardware(compiled: dict[str, Kernel]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["86", "89", "100", "120"])
-def test_no_kernel_spills_on_other_architectures(arch: str) -> None:
-    """The build compiles sm_80 and sm_90a, and its report is checked as well."""
-    for kernel in map(describe, compiled_for(arch)):
-        assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills on sm_{arch}"
+def test_no_kernel_spills_on_other_architectures(
+    on_other_architectures: list[ptxas_report.Kernel], arch: str
+) -> None:
+    """The build compiles sm_80 and sm_90a, and its report is checked as well. What touches local
+    memory has a stack there."""
+    kernels = [kernel for kernel in on_other_architectures if kernel.arch == f"sm_{arch}"]
+    assert {kernel.file for kernel in kernels} == set(compiler.SOURCES)
+    for kernel in kernels:
+        spills = kernel.spill_stores + kernel.spill_loads
+        assert spills == 0 and kernel.stack == 0, f"{kernel.name} spills on {kernel.arch}"
+
+
+def test_no_source_tells_the_architectures_of_a_family_apart() -> None:
+    """Which share the code that their machine code is made from."""
+    for path in (ROOT / "csrc").rglob("*.cu*"):
+        for condition in re.findall(r"^\s*#.*__CUDA_ARCH.*", path.read_text(), re.MULTILINE):
+            for bound in map(int, re.findall(r"\b\d+\b", condition)):
+                for first, *others in compiler.FAMILIES.values():
+                    apart = any(10 * int(first) < bound <= 10 * int(other) for other in others)
+                    assert not apart, f"{path}: {condition}"
 
 
 @pytest.mark.slow

@@ -17,10 +17,14 @@ from pathlib import Path
 import torch
 
 from densenet_efficient.ops.interface import NAMES
+from tools import ptxas_report
 
 ROOT = Path(__file__).resolve().parents[2]
 # The operators that multiply: what their tensor-core instructions come with is what is counted.
 SOURCES = tuple(name for name in NAMES if name.startswith(("norm_relu_conv", "transition")))
+FAMILIES = {"86": ("86", "89"), "100": ("100", "120")}
+"""Further architectures, by the one whose PTX they share: no condition of the sources tells them
+apart, so the front end, most of a compilation, need run for the first of a family only."""
 Listing = list[tuple[int, str]]
 Place = tuple[str, int]  # file, line
 
@@ -83,14 +87,37 @@ def compile_kernels(arch: str, sources: tuple[str, ...] = SOURCES) -> list[Compi
         return sorted((k for part in parts for k in part), key=lambda kernel: kernel.name)
 
 
-def _compile(source: str, arch: str, folder: Path, tools: Tools) -> list[Compiled]:
+def reports_of_families(sources: tuple[str, ...] = SOURCES) -> list[ptxas_report.Kernel]:
+    """What the compiler allots to every kernel on the architectures of FAMILIES, by "sm_86". Raises
+    as compile_kernels."""
+    tools = find_tools()
+    targets = [
+        f"-gencode=arch=compute_{first},code=[{','.join(f'sm_{arch}' for arch in family)}]"
+        for first, family in FAMILIES.items()
+    ]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def allotted(source: str) -> list[ptxas_report.Kernel]:
+            output = Path(folder, f"{source}.fatbin")
+            report = _nvcc(source, [*targets, "-fatbin"], output, tools)
+            return ptxas_report.parse_report(report, source)
+
+        return [kernel for part in pool.map(allotted, sources) for kernel in part]
+
+
+def _nvcc(source: str, options: list[str], output: Path, tools: Tools) -> str:
+    """Compiles a kernel file; returns the report."""
     include = Path(torch.__file__).parent / "include"
-    cubin = folder / f"{source}.cubin"
     command = [tools.nvcc, "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-lineinfo"]
-    command += ["-cubin", str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin)]
-    resources = dict(read_resources(run(command).stderr))
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}", "-Xptxas", "-v"]
+    command += [*options, str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(output)]
+    return run(command).stderr
+
+
+def _compile(source: str, arch: str, folder: Path, tools: Tools) -> list[Compiled]:
+    cubin = folder / f"{source}.cubin"
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    resources = dict(read_resources(_nvcc(source, [target, "-lineinfo", "-cubin"], cubin, tools)))
     functions = dict(read_functions(run([tools.cuobjdump, "-sass", str(cubin)]).stdout))
     places: dict[str, dict[int, tuple[Place, ...]]] = {}
     if tools.nvdisasm is not None:
