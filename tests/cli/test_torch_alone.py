@@ -17,43 +17,57 @@ EXTRAS += ["PIL"]
 SMALL = ["--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments, extra",
-    [
-        (["plan", *SMALL], None),
-        (["summary", *SMALL], None),
-        (["explain", *SMALL], None),
-        (["info"], None),
-        (["bench", *SMALL, "--batch", "2", "--rounds", "1", "--peers", "recompute"], None),
-        (["bench", "--rounds", "1"], "pip install torchvision"),
-        (["train", "--data", "synthetic"], "pip install 'densenet-efficient[train]'"),
-        (["train"], "pip install 'densenet-efficient[train]'"),
-        (["demo"], "pip install 'densenet-efficient[train]'"),
-    ],
-)
-def test_every_command_works_or_names_the_extra(
-    tmp_path: Path, arguments: list[str], extra: str | None
-) -> None:
-    code = f"""if True:
-        import sys
-        sys.modules.update(dict.fromkeys({EXTRAS}))
-        sys.path.insert(0, {str(ROOT)!r})
-        from densenet_efficient.cli.main import main
-        sys.exit(main({arguments}))
-    """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+COMMANDS: list[tuple[list[str], str | None]] = [
+    (["plan", *SMALL], None),
+    (["summary", *SMALL], None),
+    (["explain", *SMALL], None),
+    (["info"], None),
+    (["bench", *SMALL, "--batch", "2", "--rounds", "1", "--peers", "recompute"], None),
+    (["bench", "--rounds", "1"], "pip install torchvision"),
+    (["train", "--data", "synthetic"], "pip install 'densenet-efficient[train]'"),
+    (["train"], "pip install 'densenet-efficient[train]'"),
+    (["demo"], "pip install 'densenet-efficient[train]'"),
+]
+
+# PyTorch is imported once, and each command runs in a process forked from there.
+ALONE = f"""if True:
+    import os, sys
+    sys.modules.update(dict.fromkeys({EXTRAS}))
+    sys.path.insert(0, {str(ROOT)!r})
+    import densenet_efficient
+    from densenet_efficient.cli.main import main
+    for index, command in enumerate({[command for command, _ in COMMANDS]}):
+        if os.fork() == 0:
+            for stream, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{{index}}.{{name}}", os.O_CREAT | os.O_WRONLY), stream)
+            sys.exit(main(command))
+        status = os.waitstatus_to_exitcode(os.wait()[1])
+        open(f"{{index}}.status", "w").write(str(status))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every command's exit status and what it wrote to standard error, by its
+    index."""
+    folder = tmp_path_factory.mktemp("alone")
     # PyTorch itself warns that NumPy is missing, hence -W.
+    command = [sys.executable, "-W", "ignore", "-c", ALONE]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i][0]))
+def test_every_command_works_or_names_the_extra(answers: Path, index: int) -> None:
+    extra = COMMANDS[index][1]
+    status = int((answers / f"{index}.status").read_text())
+    errors = (answers / f"{index}.err").read_text()
     if extra is None:
-        assert done.returncode == 0, done.stderr
+        assert status == 0, errors
     else:
-        assert done.returncode == 2 and extra in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        assert status == 2 and extra in errors
+        assert len(errors.splitlines()) == 1
 
 
 def test_every_option_has_a_line_of_help() -> None:

@@ -75,7 +75,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("train --data imagefolder nowhere", "nowhere"),
     ("train --data cifar10 --data-root nowhere", "data cifar10: expected its files.*nowhere"),
     (
-        "train --data synthetic --image-size 20000 --limit 1 --device cpu",
+        "train --data synthetic --image-size 224 --limit 1 --batch 100000 --device cpu",
         "batch_size: expected one whose step fits into",
     ),
     ("train --epochs 0", "--epochs: expected a positive integer, got 0"),
