@@ -18,6 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 pytestmark = [
+    pytest.mark.slow,  # exporting takes seconds
     pytest.mark.filterwarnings("ignore:.*runs its original forward"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -79,7 +80,6 @@ def test_a_network_built_here(tmp_path: Path) -> None:
     assert_same_step(plain.double().train(), model.double().train(), x.double())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torchvision", "ours"])
 def test_densenet121(tmp_path: Path, kind: str) -> None:
     if kind == "ours":
