@@ -35,6 +35,7 @@ from .models.fc_densenet import (
 from .models.pretrained import load_weights
 from .nn.dense_block import EfficientDenseBlock
 from .nn.features import EfficientFeatures
+from .nn.graphed_step import GraphedStep
 from .nn.layers import LayerParts
 from .nn.residual_dense_block import EfficientResidualDenseBlock
 from .nn.transition import EfficientTransition
@@ -53,6 +54,7 @@ __all__ = [
     "EfficientFeatures",
     "EfficientResidualDenseBlock",
     "EfficientTransition",
+    "GraphedStep",
     "LayerParts",
     "MissingLibraryError",
     "Plan",

@@ -8,10 +8,12 @@ every replay, and never asks the device for a value.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class _Rehearsal(threading.local):
@@ -37,3 +39,40 @@ def is_captured(device: torch.device) -> bool:
     if _rehearsal.active:
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Recorder:
+    """Records what a function launches on a CUDA device, and launches it again; see
+    `nn.graphed_step`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._stream = device, torch.cuda.Stream(device)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """On the stream that is captured, as what comes before a capture must run: the default
+        stream never is, and what a library sets up it sets up for a stream."""
+        main = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            yield
+        main.wait_stream(self._stream)
+
+    def random_state(self) -> Tensor:
+        """Of the device's generator."""
+        return torch.cuda.get_rng_state(self.device)
+
+    def restore_random_state(self, state: Tensor) -> None:
+        """The inverse."""
+        torch.cuda.set_rng_state(state, self.device)
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Calls run() while its launches are recorded instead of made. Returns what replays them,
+        and what run() returned: tensors that every replay writes."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as those that pin memory, may do what they like meanwhile.
+        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        main = torch.cuda.current_stream(self.device)  # stays it, also where the capture fails
+        with torch.cuda.stream(main), recording:
+            results = run()
+        return graph.replay, results

@@ -130,3 +130,90 @@ def test_replays_train_as_eager_steps_do(momentum: float | None) -> None:
     mine, theirs = (own.state_dict() for own in models)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert int(mine["features.norm0.num_batches_tracked"]) == 8
+
+
+def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "SGD":
+        return torch.optim.SGD(
+            model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
+        )
+    return torch.optim.AdamW(model.parameters(), 1e-3, capturable=True)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_graphed_step_trains_as_eager_steps_do(name: str, momentum: float | None) -> None:
+    """The helper, with a schedule, a short batch in between, clipping and an average."""
+    torch.manual_seed(0)
+    model = de.EfficientDenseNet(16, (2, 3), 32, num_classes=10).cuda()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    batches = [batch(size, 64) for size in (16, 16, 16, 16, 16, 7, 16, 16)]
+    found = []
+    for graphed in (False, True):
+        own = copy.deepcopy(model)
+        optimizer = optimizer_of(name, own)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+
+        def step(
+            images: Tensor,
+            labels: Tensor,
+            own: nn.Module = own,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(own, images, labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+            optimizer.step()
+            return loss
+
+        run = de.GraphedStep(step, own, optimizer, warm_up=3 if graphed else len(batches))
+        losses, kinds = [], []
+        for images, labels in batches:
+            losses.append(run(images, labels).item())
+            kinds.append(run.path.kind)
+            schedule.step()
+        found.append((losses, own.state_dict()))
+    assert kinds == ["eager"] * 3 + ["graph"] * 2 + ["eager"] + ["graph"] * 2
+    assert run.difference == 0.0
+    assert {chosen.kind for _, chosen in run.modules} == {"kernels"}
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][key], found[1][1][key]) for key in found[0][1])
+
+
+def test_a_graphed_step_draws_new_masks() -> None:
+    torch.manual_seed(0)
+    model = de.densenet_cifar(22, 12, drop_rate=0.3, drop_everywhere=True).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = loss_of(model, images, labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    run = de.GraphedStep(step, model, optimizer, warm_up=1)
+    one = batch()
+    losses = [run(*one).item() for _ in range(5)]
+    assert run.path.kind == "graph" and run.difference == 0.0 and len(set(losses)) == 5
+
+
+def test_a_step_that_reads_a_value_is_refused() -> None:
+    model = de.densenet_cifar(22, 12).cuda()
+    optimizer = optimizer_of("SGD", model)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = loss_of(model, images, labels)
+        loss.backward()
+        optimizer.step()
+        if loss.item() > 1e6:
+            raise ArithmeticError
+        return loss
+
+    run = de.GraphedStep(step, model, optimizer, warm_up=1)
+    run(*batch())
+    with pytest.raises(RuntimeError, match="step cannot be captured"):
+        run(*batch())
+    assert torch.ones(3, device="cuda").sum().item() == 3  # the device goes on
