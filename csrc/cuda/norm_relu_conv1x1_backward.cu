@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)),
   own.write(args, args.partial + row_block * (args.outputs + 2) * args.partial_pitch);
 }
 
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     norm_relu_conv1x1_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
   finish_sums<1>(weight, norm);
 }

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kPackThreads)
   pack_weight(args);
 }
 
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     norm_relu_conv3x3_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
   finish_sums<device::kTaps>(weight, norm);
 }

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     stem_backward_finish_kernel(SumPartials<A> none, SumPartials<A> norm) {
   finish_sums<1>(none, norm);
 }

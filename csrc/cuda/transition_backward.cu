@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 
 // ---- Second pass of 2 and 3 ---------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     transition_backward_finish_kernel(SumPartials<float> weight, SumPartials<float> norm) {
   finish_sums<1>(weight, norm);
 }

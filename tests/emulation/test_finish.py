@@ -1,9 +1,10 @@
-"""The second pass of the moments (csrc/cuda/reduce/finish.cuh) on statistics that lose digits, by
-`channel_stats`: its blocks' partial moments are exact here, so that what is lost is lost in this
-pass.
+"""The second pass of reductions over blocks (csrc/cuda/reduce/finish.cuh), of few partial results
+and of many.
 
-At 64 channels that are read one by one a block takes 32 rows, and a thread every fourth of them;
-two rows of a thread that follow each other lie as far above its block's mean as below it.
+Moments of statistics that lose digits, by `channel_stats`: its blocks' partial moments are exact
+here, so that what is lost is lost in this pass. At 64 channels that are read one by one a block
+takes 32 rows, and a thread every fourth of them; two rows of a thread that follow each other lie as
+far above its block's mean as below it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.emulators import SEEDS, emulator_of
-from tools.emulation import Emulator, Mutation
+from tests.support.emulators import SEEDS, check, emulator_of
+from tests.support.kernel_check import compare
+from tools.emulation import Device, Emulator, Mutation
+from tools.op_cases import make
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +62,7 @@ def hard_blocks(blocks: int) -> tuple[Tensor, Tensor]:
     return torch.where(outlier, torch.tensor(1e6), means), deviations
 
 
-def check(stats: Tensor, right: Tensor) -> None:
+def check_moments(stats: Tensor, right: Tensor) -> None:
     constant = torch.arange(CHANNELS) % 4 == 2
     assert torch.equal(stats[:, constant], right[:, constant])
     scale = (right[0] ** 2 + right[1]).sqrt()
@@ -67,10 +70,10 @@ def check(stats: Tensor, right: Tensor) -> None:
     torch.testing.assert_close(stats[1], right[1], rtol=1e-6, atol=0)
 
 
-# One group of threads, several, all of them with one partial and more, more than one batch.
+# Threads without a partial, with one, with several; more than one batch.
 @pytest.mark.parametrize("blocks", [1, 5, 70, 520])
 def test_no_digit_is_lost(blocks: int) -> None:
-    check(*statistics(emulator_of("channel_stats"), *hard_blocks(blocks)))
+    check_moments(*statistics(emulator_of("channel_stats"), *hard_blocks(blocks)))
 
 
 def test_blocks_of_no_rows_count_nothing() -> None:
@@ -80,4 +83,21 @@ def test_blocks_of_no_rows_count_nothing() -> None:
         "parts = 100 + ceil_div(steps, steps_each);",
     )
     with Emulator(["channel_stats"], mutations=[more]) as emulator:
-        check(*statistics(emulator, *hard_blocks(5)))
+        check_moments(*statistics(emulator, *hard_blocks(5)))
+
+
+# One team for each piece, several; as many as a block holds; more than one batch.
+@pytest.mark.parametrize("images", [1, 30, 520])
+def test_sums_of_a_norm(images: int) -> None:
+    emulator = emulator_of("stem_backward")
+    for dtype in (torch.float32, torch.float64):
+        check(emulator, make("stem_backward", (images, 2, 2, 9), dtype))
+
+
+def test_sums_of_a_weight_gradient_over_many_blocks() -> None:
+    case = make("norm_relu_conv1x1_backward", (30 * 256, 20, 8), torch.bfloat16)
+    inputs = case.inputs()
+    emulator = emulator_of("norm_relu_conv1x1_backward")
+    first, _ = emulator.call(case.op, *case.arguments.values(), device=Device(multiprocessors=30))
+    assert first.grid == (30, 1)
+    compare(case.op, inputs, case.outputs)

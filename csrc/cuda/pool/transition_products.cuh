@@ -156,7 +156,7 @@ struct Weight {
   device::RowTensor dx;  // [N * H * W, C], pooled in each window's second pixel
   PoolWindows pool;      // M windows
   float* partial;        // [blocks, K, pitch]
-  int64_t pitch;         // C, made even
+  int64_t pitch;         // C, made a multiple of four
   int channels;          // C
   int outputs;           // K
   int channel_tiles;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_backward_weight_kernel
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const int channel = column0 + 8 * j + 2 * (lane & 3);
-        if (output < args.outputs && channel < args.channels)
+        if (output < args.outputs && channel < args.pitch)
           global_store(out + output * args.pitch + channel,
                        float2{acc[m][j][2 * half], acc[m][j][2 * half + 1]});
       }

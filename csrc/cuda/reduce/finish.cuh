@@ -13,6 +13,7 @@
 #include "../device.cuh"
 #include "../launch.h"
 #include "../tiling/partials.h"
+#include "../vector.cuh"
 
 namespace densenet_efficient {
 
@@ -136,27 +137,10 @@ void launch_finish(const Launcher& launcher, const A* partial, int64_t blocks, i
 
 // ---- Sums ---------------------------------------------------------------------------------------
 
-// A block combines 32 channels: eight groups of threads take one eighth of the partials each, in
-// order; their eight results are then taken in order.
-constexpr int kSumChannels = 32, kSumGroups = 8;
-constexpr int kSumThreads = kSumChannels * kSumGroups;
-
-// Shared memory: [groups][channels][values]; one or nine values, so that neither writing one
-// of them nor reading all meets a bank twice.
-template <typename A>
-constexpr int64_t finish_bytes(int values) {
-  return int64_t(kSumThreads) * values * sizeof(A);
-}
-
-// Calls f(block) for the blocks whose partials this thread's group combines, in order.
-template <int kUnroll, typename F>
-__device__ __forceinline__ void for_own_blocks(int blocks, F f) {
-  const int64_t group = device::thread_index() / kSumChannels;
-  const int begin = static_cast<int>(group * blocks / kSumGroups);
-  const int end = static_cast<int>((group + 1) * blocks / kSumGroups);
-#pragma unroll(kUnroll)
-  for (int block = begin; block < end; ++block) f(block);
-}
+// Some lanes are a team: they sum a piece, neighbouring values, over every groups-th block. As many
+// teams share a piece as leave each of them one batch of partials, so that all are under way at
+// once; the other teams of a block take further pieces.
+constexpr int kSumThreads = 512;
 
 // partial [blocks][rows][taps][pitch], of which `channels` of each row are summed over the blocks,
 // to out [rows, channels, taps] with a stride between its rows. Nothing where there are no rows.
@@ -166,12 +150,22 @@ struct SumPartials {
   int blocks = 0;
   int rows = 0;
   int channels = 0;
-  int64_t pitch = 0;
+  int pitch = 0;
   int64_t block_stride = 0;  // between the partials of two blocks
   Rows<A> out{};
   bool accumulate = false;  // add to what out holds
+  // Of this pass: teams that share a piece; values of a block, each with all taps; blocks; bytes
+  // between the partials of a team.
+  int groups = 1, span = 0, grid = 0, step_bytes = 0;
 
-  int64_t work() const { return rows * ceil_div(channels, kSumChannels); }
+  template <typename Pass>
+  void divide() {
+    constexpr int kTeams = kSumThreads / Pass::kLanes;
+    groups = std::clamp<int>(ceil_div(blocks, Pass::kBatch), 1, kTeams);
+    span = kTeams / groups * Pass::kLanes * Pass::kVector;
+    grid = static_cast<int>(ceil_div(rows * pitch, span));
+    step_bytes = static_cast<int>(groups * block_stride * static_cast<int64_t>(sizeof(A)));
+  }
 };
 
 // The sums of a norm, [blocks][2][pitch], to dnorm [2, channels].
@@ -182,13 +176,13 @@ SumPartials<A> norm_sums(const A* partial, int64_t blocks, int64_t channels, int
           .blocks = static_cast<int>(blocks),
           .rows = kDnormRows,
           .channels = static_cast<int>(channels),
-          .pitch = pitch,
+          .pitch = static_cast<int>(pitch),
           .block_stride = kDnormRows * pitch,
           .out = dnorm};
 }
 
 // The sums of a weight gradient, [blocks][outputs][taps][pitch], to dweight [outputs, channels,
-// taps].
+// taps]. The pitch is a multiple of four.
 template <typename A>
 SumPartials<A> weight_sums(const A* partial, int64_t blocks, int64_t outputs, int64_t channels,
                            int taps, int64_t pitch, A* dweight) {
@@ -196,62 +190,105 @@ SumPartials<A> weight_sums(const A* partial, int64_t blocks, int64_t outputs, in
           .blocks = static_cast<int>(blocks),
           .rows = static_cast<int>(outputs),
           .channels = static_cast<int>(channels),
-          .pitch = pitch,
+          .pitch = static_cast<int>(pitch),
           .block_stride = outputs * taps * pitch,
           .out = {dweight, channels * taps}};
 }
 
-template <int kTaps, typename A>
-__device__ __forceinline__ void finish_rows(const SumPartials<A>& args) {
+// What a thread takes of a block's partials: neighbouring values, with all their taps.
+template <int taps, int vector, int lanes, int batch>
+struct SumPass {
+  static constexpr int kTaps = taps, kVector = vector, kLanes = lanes;
+  static constexpr int kBatch = batch;  // partials that are under way at once
+  static_assert(taps == 1 || vector == 1);
+};
+template <typename A, int kTaps>
+using WeightPass =
+    std::conditional_t<kTaps == 1, SumPass<1, 16 / int(sizeof(A)), 8, 8>, SumPass<kTaps, 1, 16, 3>>;
+// A norm may have any number of channels, but has few.
+using NormPass = SumPass<1, 1, 8, 8>;
+
+// The share of this pass's block `index`. Shared memory: [groups][span][taps].
+template <typename Pass, typename A>
+__device__ __forceinline__ void finish_values(const SumPartials<A>& args, int index) {
   using namespace device;
+  constexpr int kTaps = Pass::kTaps, V = Pass::kVector;
   A* const shared = reinterpret_cast<A*>(shared_memory());
-  const int panels = (args.channels + kSumChannels - 1) / kSumChannels;
-  if (block_x() >= args.rows * panels) return;
-  const int row = block_x() / panels, channel0 = block_x() % panels * kSumChannels;
-  const int c = thread_index() % kSumChannels;
-  A sums[kTaps] = {};
-  if (channel0 + c < args.channels) {
-    const A* const from = args.partial + int64_t(row) * kTaps * args.pitch + channel0 + c;
-    for_own_blocks<kTaps == 1 ? 8 : 2>(args.blocks, [&](int block) {
+  const int values = args.rows * args.pitch, begin = index * args.span;
+  const int own = thread_index() * V;
+  const int group = own / args.span, value = begin + own % args.span;
+  const int row = value / args.pitch, channel = value % args.pitch;
+  const bool any = group < args.groups && value < values && channel < args.channels;
+  const int end = any ? args.blocks : 0;
+  const A* from =
+      args.partial + group * args.block_stride + int64_t(row) * kTaps * args.pitch + channel;
+  A sums[kTaps][V] = {};
+  for (int first = 0; first < args.blocks; first += Pass::kBatch * args.groups) {
+    Vector<A, V> batch[Pass::kBatch][kTaps];
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap)
-        sums[tap] += global_load<A>(from + block * args.block_stride + tap * args.pitch);
-    });
+    for (int i = 0; i < Pass::kBatch; ++i) {
+      const A* const of_block = advance(from, i, args.step_bytes);
+      const bool exists = first + group + i * args.groups < end;
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        batch[i][tap] = Vector<A, V>::zero();
+        if (exists) batch[i][tap] = load_input<A, V>(of_block + tap * args.pitch);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Pass::kBatch; ++i) {
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        A partial[V];
+        unpack(batch[i][tap], partial);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sums[tap][v] += partial[v];
+      }
+    }
+    from = advance(from, Pass::kBatch, args.step_bytes);
   }
+  if (group < args.groups) {
 #pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap)
-    shared_store(shared + thread_index() * kTaps + tap, sums[tap]);
+    for (int tap = 0; tap < kTaps; ++tap)
+      shared_store(shared + own * kTaps + tap, pack<A, V>(sums[tap]).bits);
+  }
   sync_threads();
-  const int channels = min(args.channels - channel0, kSumChannels);
-  for (int i = thread_index(); i < channels * kTaps; i += kSumThreads) {
+  const int most = min(args.span, values - begin) * kTaps;
+#pragma unroll 1
+  for (int i = thread_index(); i < most; i += kSumThreads) {
     A sum = A(0);
-    for (int group = 0; group < kSumGroups; ++group)
-      sum += shared_load<A>(shared + group * kSumChannels * kTaps + i);
-    A* const out = args.out[row] + channel0 * kTaps + i;
+#pragma unroll 8
+    for (int of_group = 0; of_group < args.groups; ++of_group)
+      sum += shared_load<A>(shared + of_group * args.span * kTaps + i);
+    const int at = begin + i / kTaps, to_channel = at % args.pitch;
+    if (to_channel >= args.channels) continue;
+    A* const out = args.out[at / args.pitch] + to_channel * kTaps + i % kTaps;
     global_store(out, args.accumulate ? global_load<A>(out) + sum : sum);
   }
 }
 
-// The sums of a weight gradient with kTaps taps and, by the blocks with block_y() == 1, of a norm.
+// The sums of a weight gradient with kTaps taps, then those of a norm.
 template <int kTaps, typename A>
 __device__ __forceinline__ void finish_sums(const SumPartials<A>& weight,
                                             const SumPartials<A>& norm) {
-  if (device::block_y() == 0)
-    finish_rows<kTaps>(weight);
+  if (device::block_x() < weight.grid)
+    finish_values<WeightPass<A, kTaps>>(weight, device::block_x());
   else
-    finish_rows<1>(norm);
+    finish_values<NormPass>(norm, device::block_x() - weight.grid);
 }
 
 // A weight gradient (none if it has no rows) and the sums of a norm, in one launch of the
 // operator's kernel.
 template <auto kernel, int kTaps, typename A>
-void launch_finish(const Launcher& launcher, const SumPartials<A>& weight,
-                   const SumPartials<A>& norm) {
-  const int64_t most = std::max(weight.work(), norm.work());
-  if (most == 0) return;
+void launch_finish(const Launcher& launcher, SumPartials<A> weight, SumPartials<A> norm) {
+  using Weight = WeightPass<A, kTaps>;
+  weight.template divide<Weight>();
+  norm.template divide<NormPass>();
+  if (weight.grid + norm.grid == 0) return;
+  constexpr int64_t kShared = kSumThreads * kTaps * Weight::kVector * sizeof(A);
   launcher.launch<kernel>(
-      {.grid_x = most, .grid_y = 2, .block = kSumThreads, .shared_bytes = finish_bytes<A>(kTaps)},
-      weight, norm);
+      {.grid_x = weight.grid + norm.grid, .block = kSumThreads, .shared_bytes = kShared}, weight,
+      norm);
 }
 
 }  // namespace densenet_efficient

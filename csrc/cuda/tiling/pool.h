@@ -46,7 +46,7 @@ struct TransitionBackward {
         sums(windows, channels, std::min(vector, kSumsVector), size, kLoads),
         channel_tiles(ceil_div(channels, kTile)),
         tiles(channel_tiles * ceil_div(outputs, kTile)),
-        pitch(round_up(channels, 2)) {
+        pitch(round_up(channels, 4)) {
     // Enough blocks to fill the device, at least eight depths of 32 windows for each.
     const int64_t most = std::max<int64_t>(1, ceil_div(ceil_div(windows, 32), 8));
     weight_blocks =
