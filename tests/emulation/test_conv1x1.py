@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from tests.support.emulators import check, emulator_of, total
+from tests.support.emulators import check, emulator, total
 from tests.support.identifiers import identifier
-from tools.emulation import Emulator, Launch
+from tools.emulation import Launch
 from tools.op_cases import make
 
 pytestmark = pytest.mark.slow
@@ -56,14 +56,14 @@ BACKWARD_SHAPES = [
 
 @pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), FORWARD_SHAPES, ids=identifier)
 def test_forward(sizes: tuple[int, int, int], dtype: torch.dtype, before: int, reason: str) -> None:
-    check(emulator_of(FORWARD), make(FORWARD, sizes, dtype, before=before))
+    check(emulator(), make(FORWARD, sizes, dtype, before=before))
 
 
 @pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), BACKWARD_SHAPES, ids=identifier)
 def test_backward(
     sizes: tuple[int, int, int], dtype: torch.dtype, before: int, reason: str
 ) -> None:
-    check(emulator_of(BACKWARD), make(BACKWARD, sizes, dtype, before=before))
+    check(emulator(), make(BACKWARD, sizes, dtype, before=before))
 
 
 def test_statistics_do_not_cancel() -> None:
@@ -74,7 +74,7 @@ def test_statistics_do_not_cancel() -> None:
     arguments["norm"][1] = 64.0
     arguments["weight"].fill_(0.25)
     arguments["norm"][0, 0] = 1.0
-    emulator_of(FORWARD).call(FORWARD, *arguments.values())
+    emulator().call(FORWARD, *arguments.values())
     y = arguments["y"].double()
     exact = y.var(0, unbiased=False)
     assert y.mean() > 200 and 0 < exact.max() < 4
@@ -85,7 +85,7 @@ def test_statistics_do_not_cancel() -> None:
 def test_not_a_number_spreads_only_within_its_row() -> None:
     case = make(FORWARD, (40, 24, 16), BF16, stats=None)
     case.arguments["x"][7, 5] = math.nan
-    emulator_of(FORWARD).call(FORWARD, *case.arguments.values())
+    emulator().call(FORWARD, *case.arguments.values())
     rows = case.arguments["y"].isnan().any(1).nonzero().flatten().tolist()
     assert rows == [7]
 
@@ -102,8 +102,7 @@ def test_forward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch.
     M, C, K = sizes
     size = dtype.itemsize
     case = make(FORWARD, sizes, dtype)
-    with Emulator([FORWARD], sanitize=False) as emulator:
-        launches = emulator.call(FORWARD, *case.arguments.values())
+    launches = emulator().call(FORWARD, *case.arguments.values())
     kernel = launches[0]
     tiles, blocks = math.ceil(M / kernel.block), kernel.grid[0]  # 32 rows a warp
     loads = size * M * C + tiles * (size * K * C + 2 * 4 * C) + 3 * 4 * K * blocks
@@ -119,8 +118,7 @@ def test_backward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch
     M, C, K = sizes
     size = dtype.itemsize
     case = make(BACKWARD, sizes, dtype)
-    with Emulator([BACKWARD], sanitize=False) as emulator:
-        launches = emulator.call(BACKWARD, *case.arguments.values())
+    launches = emulator().call(BACKWARD, *case.arguments.values())
     kernel = launches[0]
     channel_blocks = math.ceil(C / (kernel.block // 32 * 16))
     row_blocks = kernel.grid[0] // channel_blocks

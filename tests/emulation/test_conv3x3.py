@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from tests.support.emulators import check, emulator_of, total
+from tests.support.emulators import check, emulator, total
 from tests.support.identifiers import identifier
-from tools.emulation import Emulator, Launch
+from tools.emulation import Launch
 from tools.op_cases import make
 
 pytestmark = pytest.mark.slow
@@ -68,18 +68,18 @@ BACKWARD_SHAPES = [
 
 @pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), FORWARD_SHAPES, ids=identifier)
 def test_forward(sizes: tuple[int, ...], dtype: torch.dtype, before: int, reason: str) -> None:
-    check(emulator_of(FORWARD), make(FORWARD, sizes, dtype, before=before))
+    check(emulator(), make(FORWARD, sizes, dtype, before=before))
 
 
 @pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), BACKWARD_SHAPES, ids=identifier)
 def test_backward(sizes: tuple[int, ...], dtype: torch.dtype, before: int, reason: str) -> None:
-    check(emulator_of(BACKWARD), make(BACKWARD, sizes, dtype, before=before))
+    check(emulator(), make(BACKWARD, sizes, dtype, before=before))
 
 
 @pytest.mark.parametrize(("outputs", "dtype"), [(12, BF16), (40, BF16), (24, FP32)], ids=identifier)
 def test_plain_layer_accumulates(outputs: int, dtype: torch.dtype) -> None:
     """A plain layer's data gradient is added to what other layers left, times its own scale."""
-    check(emulator_of(BACKWARD), make(BACKWARD, (2, 5, 6, 40, outputs), dtype, accumulate=True))
+    check(emulator(), make(BACKWARD, (2, 5, 6, 40, outputs), dtype, accumulate=True))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
@@ -91,7 +91,7 @@ def test_weight_layouts_agree(op: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         case = make(op, (1, 5, 6, 24, 12), dtype)
         case.arguments["weight"] = case.arguments["weight"].contiguous(memory_format=layout)
-        launches = emulator_of(op).call(op, *case.arguments.values())
+        launches = emulator().call(op, *case.arguments.values())
         assert ("pack" in launches[0].kernel) == (layout == torch.contiguous_format)
         results.append({name: value.clone() for name, value in case.outputs.items()})
     for name, value in results[0].items():
@@ -119,8 +119,7 @@ def test_forward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtype
     case.arguments["weight"] = case.arguments["weight"].contiguous(
         memory_format=torch.channels_last
     )
-    with Emulator([FORWARD], sanitize=False) as emulator:
-        launches = emulator.call(FORWARD, *case.arguments.values())
+    launches = emulator().call(FORWARD, *case.arguments.values())
     kernel = launches[0]
     height = 2 * kernel.block // W  # 64 pixels a warp
     tiles, blocks = math.ceil(N * H / height), kernel.grid[0]
@@ -139,8 +138,7 @@ def test_backward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtyp
     case.arguments["weight"] = case.arguments["weight"].contiguous(
         memory_format=torch.channels_last
     )
-    with Emulator([BACKWARD], sanitize=False) as emulator:
-        launches = emulator.call(BACKWARD, *case.arguments.values())
+    launches = emulator().call(BACKWARD, *case.arguments.values())
     data, weight, _ = launches
     pixels, rows = N * H * W, N * H
     panel = 64 // size  # channels

@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.emulators import emulator_of
+from tests.support.emulators import emulator
 from tests.support.identifiers import identifier
 from tests.support.kernel_check import compare
 from tools.emulation import Device, EmulationError, Launch
-from tools.op_cases import kernel_file, make
+from tools.op_cases import make
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +38,7 @@ SHAPES = [
 def run(op: str, sizes: tuple[int, ...], dtype: torch.dtype, device: Device) -> list[Launch]:
     case = make(op, sizes, dtype)
     inputs = case.inputs()
-    launches = emulator_of(kernel_file(op)).call(
-        op, *case.arguments.values(), seed=4, device=device
-    )
+    launches = emulator().call(op, *case.arguments.values(), seed=4, device=device)
     compare(op, inputs, case.outputs)
     return launches
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.emulators import SEEDS, check, emulator_of
+from tests.support.emulators import SEEDS, check, emulator
 from tests.support.kernel_check import compare
 from tools.emulation import Device, Emulator, Mutation
 from tools.op_cases import make
@@ -73,7 +73,7 @@ def check_moments(stats: Tensor, right: Tensor) -> None:
 # Threads without a partial, with one, with several; more than one batch.
 @pytest.mark.parametrize("blocks", [1, 5, 70, 520])
 def test_no_digit_is_lost(blocks: int) -> None:
-    check_moments(*statistics(emulator_of("channel_stats"), *hard_blocks(blocks)))
+    check_moments(*statistics(emulator(), *hard_blocks(blocks)))
 
 
 def test_blocks_of_no_rows_count_nothing() -> None:
@@ -82,22 +82,21 @@ def test_blocks_of_no_rows_count_nothing() -> None:
         "parts = ceil_div(steps, steps_each);",
         "parts = 100 + ceil_div(steps, steps_each);",
     )
-    with Emulator(["channel_stats"], mutations=[more]) as emulator:
-        check_moments(*statistics(emulator, *hard_blocks(5)))
+    with Emulator(["channel_stats"], mutations=[more]) as mutated:
+        check_moments(*statistics(mutated, *hard_blocks(5)))
 
 
 # One team for each piece, several; as many as a block holds; more than one batch.
 @pytest.mark.parametrize("images", [1, 30, 520])
 def test_sums_of_a_norm(images: int) -> None:
-    emulator = emulator_of("stem_backward")
     for dtype in (torch.float32, torch.float64):
-        check(emulator, make("stem_backward", (images, 2, 2, 9), dtype))
+        check(emulator(), make("stem_backward", (images, 2, 2, 9), dtype))
 
 
 def test_sums_of_a_weight_gradient_over_many_blocks() -> None:
     case = make("norm_relu_conv1x1_backward", (30 * 256, 20, 8), torch.bfloat16)
     inputs = case.inputs()
-    emulator = emulator_of("norm_relu_conv1x1_backward")
-    first, _ = emulator.call(case.op, *case.arguments.values(), device=Device(multiprocessors=30))
+    device = Device(multiprocessors=30)
+    first, _ = emulator().call(case.op, *case.arguments.values(), device=device)
     assert first.grid == (30, 1)
     compare(case.op, inputs, case.outputs)

@@ -19,10 +19,10 @@ from densenet_efficient import reference
 from densenet_efficient.bench.accuracy import relative_error
 from densenet_efficient.ops import compiled
 from tests.support.bad_calls import BAD_CALLS, assert_refused
-from tests.support.emulators import check, emulator_of, run
+from tests.support.emulators import check, emulator, run
 from tests.support.identifiers import identifier
 from tests.support.operator_shapes import EMPTY
-from tools.op_cases import eager_outputs, kernel_file, make, reference_outputs
+from tools.op_cases import eager_outputs, make, reference_outputs
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +134,7 @@ def test_kernel(
     dtype: torch.dtype,
     before: int,
 ) -> None:
-    check(emulator_of(kernel_file(op)), make(op, sizes, dtype, before=before))
+    check(emulator(), make(op, sizes, dtype, before=before))
 
 
 @pytest.mark.parametrize(("op", "sizes", "dtype", "changes"), VARIANTS, ids=identifier)
@@ -144,13 +144,13 @@ def test_variant(
     dtype: torch.dtype,
     changes: dict[str, Any],
 ) -> None:
-    check(emulator_of(kernel_file(op)), make(op, sizes, dtype, **changes))
+    check(emulator(), make(op, sizes, dtype, **changes))
 
 
 @pytest.mark.parametrize(("op", "sizes"), EMPTY, ids=identifier)
 def test_empty_input_gives_zero_sums(op: str, sizes: tuple[int, ...]) -> None:
     case = make(op, sizes, BF16)
-    emulator_of(kernel_file(op)).call(op, *case.arguments.values())
+    emulator().call(op, *case.arguments.values())
     for name, value in case.outputs.items():
         assert not value.numel() or (value == 0).all(), name
 
@@ -160,7 +160,7 @@ def test_shared_correction_accumulates() -> None:
     shared = torch.randn(4, 32)
     case.arguments["correction"] = shared
     before = shared.clone()
-    emulator_of("norm_correction").call(case.op, *case.arguments.values())
+    emulator().call(case.op, *case.arguments.values())
     added = reference.norm_correction(case.arguments["dnorm"], case.arguments["norm"], 49, True)
     torch.testing.assert_close(shared[:, :20], before[:, :20] + added)
     assert torch.equal(shared[:, 20:], before[:, 20:])
@@ -173,7 +173,7 @@ def test_dithering_is_the_cpus(dtype: torch.dtype) -> None:
     case = make("norm_correction_apply", (300, 40), dtype, before=8)
     expected = {name: value.clone() for name, value in case.inputs().items()}
     compiled.norm_correction_apply(*expected.values())
-    result = run(emulator_of("norm_correction"), case, seed=0)["dx"]
+    result = run(emulator(), case, seed=0)["dx"]
     assert (result == expected["dx"]).double().mean() > 0.999
 
 
@@ -181,7 +181,7 @@ def test_dithering_is_the_cpus(dtype: torch.dtype) -> None:
 def test_bad_input_is_named_and_nothing_is_written(
     name: str, arguments: tuple, message: str
 ) -> None:
-    assert_refused(emulator_of(kernel_file(name)).call, name, arguments, message)
+    assert_refused(emulator().call, name, arguments, message)
 
 
 @pytest.mark.parametrize("op", ["norm_relu_conv3x3", "transition", "stem"])
@@ -192,7 +192,7 @@ def test_images_have_two_dimensions(op: str, way: str) -> None:
     arguments = tuple(case.arguments.values())
     message = "x must have 4 dimensions, got shape"
     with pytest.raises(RuntimeError, match=f"{case.op}: {message}"):
-        emulator_of(kernel_file(case.op)).call(case.op, *arguments)
+        emulator().call(case.op, *arguments)
 
 
 def test_the_convolutions_refuse_float64_before_they_write() -> None:
@@ -206,7 +206,7 @@ def test_the_convolutions_refuse_float64_before_they_write() -> None:
         for value in arguments:
             if isinstance(value, Tensor):
                 value.nan_to_num_(7.0)
-        assert_refused(emulator_of(kernel_file(op)).call, op, arguments, message)
+        assert_refused(emulator().call, op, arguments, message)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(BF16, 0.85), (FP32, 0.95)], ids=identifier)
@@ -214,7 +214,7 @@ def test_a_pooled_operand_keeps_what_its_rounding_leaves(dtype: torch.dtype, bou
     """Rounded once and alone, it would err 1.1 times as much as the mean of four rounded pixels."""
     case = make("transition_forward", (2, 12, 12, 256, 128), dtype)
     inputs = case.inputs()
-    y = run(emulator_of(case.op), case, seed=0)["y"]
+    y = run(emulator(), case, seed=0)["y"]
     truth = reference_outputs(case.op, dict(inputs))["y"]
     framework = relative_error(eager_outputs(case.op, inputs)["y"], truth)
     assert relative_error(y, truth) <= bound * framework
@@ -227,6 +227,6 @@ def test_pooling_what_is_not_finite_gives_what_the_framework_gives(value: float)
     case.arguments["x"][0, :2, :2, 3] = value
     case.arguments["norm"][:2, 3] = 2.0
     expected = eager_outputs(case.op, case.inputs())["y"]
-    y = run(emulator_of(case.op), case, seed=0)["y"]
+    y = run(emulator(), case, seed=0)["y"]
     assert expected.isinf().any() and torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y[~y.isfinite()], expected[~y.isfinite()])

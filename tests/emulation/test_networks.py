@@ -24,17 +24,15 @@ from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.nn.dense_block import EfficientDenseBlock
 from densenet_efficient.ops import compiled
 from tests.support.block_pair import gradients
-from tests.support.emulators import emulator_of
+from tests.support.emulators import emulator
 from tests.support.identifiers import identifier
 from tools.eager_operators import convolution
-from tools.op_cases import kernel_file
 
 pytestmark = pytest.mark.slow
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (12, (3, 2), 24)  # growth rate, layers, first features: no row fills whole sectors
 DRAWS = 9  # with three, chance alone moves the ratio from 0.5 to 1.4
-KERNELS = sorted({kernel_file(name) for name in compiled.NAMES})
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def operator(name: str) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
             called.append(name)
-            emulator_of(*KERNELS).call(name, *arguments, seed=len(called))
+            emulator().call(name, *arguments, seed=len(called))
 
         return call
 

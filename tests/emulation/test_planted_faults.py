@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from densenet_efficient import reference
+from tests.support.emulators import emulator
 from tools.emulation import EmulationError, Emulator, Mutation
 from tools.op_cases import make
 
@@ -127,11 +128,11 @@ def test_fault_is_named(fault: Fault) -> None:
     torch.manual_seed(0)
     case = make(fault.operator, fault.sizes, fault.dtype, before=fault.before)
     with (
-        Emulator([fault.operator], mutations=[fault.mutation]) as emulator,
+        Emulator([fault.operator], mutations=[fault.mutation]) as mutated,
         pytest.raises(EmulationError, match=fault.message),
     ):
         for seed in SEEDS:
-            emulator.call(case.op, *case.arguments.values(), seed=seed)
+            mutated.call(case.op, *case.arguments.values(), seed=seed)
 
 
 def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
@@ -142,8 +143,8 @@ def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
         "exists ? valid + (valid == 4) : 0, args.x.vector);",
     )
     case = make("transition_forward", (1, 4, 4, 36, 16), torch.bfloat16)
-    with Emulator(["transition_forward"], mutations=[fault]) as emulator:
-        emulator.call(case.op, *case.arguments.values())
+    with Emulator(["transition_forward"], mutations=[fault]) as mutated:
+        mutated.call(case.op, *case.arguments.values())
     assert case.outputs["y"].isnan().any()
 
 
@@ -158,9 +159,9 @@ def test_result_that_depends_on_the_order_of_blocks_shows_in_the_bits() -> None:
     )
     case = make("channel_stats", (3000, 64), torch.float32)
     results = []
-    with Emulator(["channel_stats"], mutations=[fault]) as emulator:
+    with Emulator(["channel_stats"], mutations=[fault]) as mutated:
         for seed in (0, 1):
-            emulator.call(case.op, *case.arguments.values(), seed=seed)
+            mutated.call(case.op, *case.arguments.values(), seed=seed)
             results.append(case.outputs["stats"].clone())
     assert not torch.equal(*results)
 
@@ -169,9 +170,8 @@ def test_sources_without_a_fault_pass() -> None:
     """The same calls, with nothing planted, are right: the messages above are the faults' own."""
     for operator, sizes, dtype in {(fault.operator, fault.sizes, fault.dtype) for fault in FAULTS}:
         case = make(operator, sizes, dtype)
-        with Emulator([operator]) as emulator:
-            for seed in SEEDS:
-                emulator.call(case.op, *case.arguments.values(), seed=seed)
+        for seed in SEEDS:
+            emulator().call(case.op, *case.arguments.values(), seed=seed)
         stats = case.outputs["stats"]
         rows = case.arguments["y" if "y" in case.arguments else "x"].flatten(0, -2)
         torch.testing.assert_close(stats, reference.channel_stats(rows), rtol=1e-5, atol=1e-6)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tests.support.emulators import emulator_of
+from tests.support.emulators import emulator
 from tools.emulation import tensor_traffic
 from tools.emulation.report import SECTOR
-from tools.op_cases import kernel_file, make
+from tools.op_cases import make
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +128,7 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_traffic_follows_the_byte_model(model: Model) -> None:
     case = make(model.op, model.sizes, model.dtype, before=model.before)
-    launches = emulator_of(kernel_file(model.op)).call(case.op, *case.arguments.values())
+    launches = emulator().call(case.op, *case.arguments.values())
     traffic = tensor_traffic(launches)
     for name, (loaded, stored) in model.requested.items():
         load, store, size = traffic[name].load, traffic[name].store, case.sizes[name]
@@ -146,11 +146,10 @@ def test_traffic_follows_the_byte_model(model: Model) -> None:
         assert sum(launch.mma_flops for launch in launches) == model.flops
 
 
-@pytest.mark.quick
 def test_counters_of_a_small_call() -> None:
     """By hand: 64 rows of 64 channels in bfloat16 are one block; every thread loads two vectors."""
     case = make("channel_stats", (64, 64), torch.bfloat16)
-    stats, finish = emulator_of("channel_stats").call(case.op, *case.arguments.values())
+    stats, finish = emulator().call(case.op, *case.arguments.values())
     assert (stats.grid, stats.block, stats.op) == ((1, 1), 256, "channel_stats")
     assert stats.kernel == "channel_stats_kernel<BFloat16, 8>"
     x = stats.tensors["x"].load

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from densenet_efficient import _module
-from tests.support.emulators import emulator_of
+from tests.support.emulators import emulator
 from tests.support.identifiers import identifier
 from tools.emulation import Device
-from tools.op_cases import OPERATORS, Case, kernel_file, make
+from tools.op_cases import OPERATORS, Case, make
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -103,9 +103,8 @@ def planned(case: Case, device: Device, before: int) -> int:
 
 
 def allocated(case: Case, device: Device) -> int:
-    emulator = emulator_of(kernel_file(case.op))
-    emulator.call(case.op, *case.arguments.values(), device=device)
-    return emulator.workspace_bytes
+    emulator().call(case.op, *case.arguments.values(), device=device)
+    return emulator().workspace_bytes
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: str(device.multiprocessors))
@@ -116,7 +115,7 @@ def test_the_plan_is_what_is_allocated(
     for dtype in dtypes(op):
         case = make(op, sizes, dtype, before=before)
         assert allocated(case, device) == planned(case, device, before), dtype
-        assert emulator_of(kernel_file(op)).unused_workspace_bytes == 0, dtype
+        assert emulator().unused_workspace_bytes == 0, dtype
 
 
 @pytest.mark.parametrize(("op", "sizes", "changes"), VARIANTS, ids=identifier)

@@ -1,10 +1,9 @@
-"""Emulators for tests: one worker process for each kernel file, and the check that every kernel
-passes on them."""
+"""The emulator for tests: one worker process for each of pytest's, and the check that every kernel
+passes on it."""
 
 from __future__ import annotations
 
 import atexit
-from collections import OrderedDict
 
 import torch
 from torch import Tensor
@@ -18,26 +17,16 @@ from tools.op_cases import Case
 # asynchronous copies arrive as late as they may.
 SEEDS = (0, 1, 2, 5)
 
-MOST_RUNNING = 3  # for each of pytest's processes
-
-_running: OrderedDict[tuple[str, ...], Emulator] = OrderedDict()
+_running: list[Emulator] = []
 
 
-def emulator_of(*kernels: str) -> Emulator:
-    """The emulator of a kernel file, or of several, built and started with its first use. Of the
-    last few only: a process under the address sanitizer takes two thirds of a gigabyte."""
-    if kernels not in _running:
-        while len(_running) >= MOST_RUNNING:
-            _running.popitem(last=False)[1].close()
-        _running[kernels] = Emulator(list(kernels))
-    _running.move_to_end(kernels)
-    return _running[kernels]
-
-
-@atexit.register
-def _close() -> None:
-    for emulator in _running.values():
-        emulator.close()
+def emulator() -> Emulator:
+    """Of every kernel file, built and started with its first use: each start imports torch under
+    the address sanitizer, which takes seconds and two thirds of a gigabyte."""
+    if not _running:
+        _running.append(Emulator())
+        atexit.register(_running[0].close)
+    return _running[0]
 
 
 def run(emulator: Emulator, case: Case, seed: int) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Builds the kernels' sources for the host, one library for each set of operators.
 
 Objects are kept under build/emulation by a hash of everything they are made of, so a build after a
-small change compiles one file.
+small change compiles one file, and of several processes one compiles it while the others wait.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -76,12 +77,13 @@ def build(
             _run([compiler, *used, "-x", "c++", "-c", str(path)], target)
         return target
 
-    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, len(files)))) as pool:
+    with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         objects = list(pool.map(compile_one, files))
-    library = BUILD / f"libemulation-{_digest(text=' '.join(map(str, objects)))}.so"
-    if not library.is_file():
-        libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        _run([compiler, *flags, "-shared", *map(str, objects), *libraries], library)
+        library = BUILD / f"libemulation-{_digest(text=' '.join(map(str, objects)))}.so"
+        if not library.is_file():
+            libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+            _run([compiler, *flags, "-shared", *map(str, objects), *libraries], library)
     return library
 
 
