@@ -27,7 +27,7 @@ import torch
 from operator_work import LAYER, SHAPES, STEM, STEM_SHAPE, TRANSITION, Shape, Work, work
 
 from densenet_efficient.bench.accuracy import relative_error
-from densenet_efficient.bench.steps import MeasurementError, quantiles, time_in_turns
+from densenet_efficient.bench.steps import MeasurementError, check_kernels, quantiles, time_in_turns
 from densenet_efficient.bench.tables import markdown_table, write_results
 from tools.op_cases import eager_outputs, reference_outputs
 
@@ -95,6 +95,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions may, and our kernels with them
     dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
     batch = options.batch or (256 if on_gpu else 8)
+    check_kernels(device, dtype)
     bandwidth, rate = ceilings(dtype, device)
     rows: list[list[Any]] = []
     figures = []
@@ -109,7 +110,9 @@ def main() -> int:
         found = measure(timed, options.rounds, device)
         seconds = found["ours"] * 1e-3
         moved, done = timed.size / seconds, timed.flops / seconds
+        sizes, widths = shape.sizes(name, batch)
         figures.append({"operator": name, "shape": shape.name, **found, "bytes": timed.size})
+        figures[-1].update(sizes=sizes, stride=widths.get("x"))
         figures[-1].update(flops=timed.flops, bandwidth=moved, rate=done)
         rows.append(
             [

@@ -4,16 +4,18 @@
     python tools/gpu_check.py --minutes 8 [--rebuild] [--no-benchmarks]
 
 Builds the kernels for the GPU at hand, or takes the library that is there when it covers this GPU;
-runs the tests marked `gpu`; runs those marked `sanitize` under compute-sanitizer's memcheck,
-racecheck and initcheck; runs the benchmarks, which write their own tables. Steps have shares of the
-time; what no longer fits is reported as not run, and the exit status is 1 unless all steps passed
-(a missing compute-sanitizer is reported and does not fail the check). Writes gpu-check.md, .json
-and .log to benchmarks/results.
+runs the tests of tests/gpu, in parallel where pytest-xdist is there; runs those marked `sanitize`
+under compute-sanitizer's memcheck, racecheck and initcheck; runs the benchmarks, which write their
+own tables, and sets the operators next to their prediction (tools/predict) and their occupancy next
+to what the tilings assume. Steps have shares of the time; what no longer fits is reported as not
+run, and the exit status is 1 unless all steps passed (a missing compute-sanitizer is reported and
+does not fail the check). Writes gpu-check.md, .json and .log to benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 
+# The other folders' tests import packages that a machine with a GPU may not have.
+TESTS = "tests/gpu"
+PROCESSES = 8  # each with a CUDA context of its own
 PASSED, FAILED, NOT_RUN, SKIPPED = "passed", "failed", "not run", "skipped"
 
 
@@ -48,6 +53,7 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log.open("w")
         self.outcomes: list[Outcome] = []
+        self.output = ""  # of the last command
 
     def run(self, step: str, command: list[str], limit: float, **environment: str) -> bool:
         """Runs a command for at most `limit` seconds; whether it passed."""
@@ -72,6 +78,7 @@ class Runner:
             output = (expired.stdout or b"").decode(errors="replace")
             output += f"\nstopped after {min(limit, left):.0f} s"
             status = FAILED
+        self.output = output
         lines = output.strip().splitlines()
         self.log.write(f"\n== {step}: {text}\n{output}\n")
         self.record(
@@ -143,13 +150,20 @@ def find_tool(name: str, *folders: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=places)
 
 
+def in_parallel() -> list[str]:
+    """pytest's options for several processes, where pytest-xdist is installed."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
+
+
 def sanitize(runner: Runner) -> None:
     sanitizer = find_tool("compute-sanitizer", "bin", "compute-sanitizer")
     for tool in ("memcheck", "racecheck", "initcheck"):
         if sanitizer is None:
             runner.skip(tool, "compute-sanitizer was not found on PATH or in CUDA_HOME")
             continue
-        pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and sanitize"]
+        pytest = [sys.executable, "-m", "pytest", "-q", TESTS, "-m", "gpu and sanitize"]
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest]
         # The caching allocator would hide reads past the end of a tensor.
         runner.run(tool, command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -159,7 +173,13 @@ def benchmarks(runner: Runner) -> None:
     python = [sys.executable]
     error = ["benchmarks/bench_error.py", "--device", "cuda", "--draws", "4"]
     runner.run("error", [*python, *error], 60)
-    runner.run("operators", [*python, "benchmarks/bench_operators.py"], 90)
+    occupancy = RESULTS / "occupancy-cuda.txt"
+    occupancy.unlink(missing_ok=True)
+    operators = [*python, "benchmarks/bench_operators.py"]
+    if runner.run("operators", operators, 90, DENSENET_EFFICIENT_OCCUPANCY=str(occupancy)):
+        predict = ["-m", "tools.predict", "--operators", str(RESULTS / "operators-cuda.json")]
+        runner.run("prediction", [*python, *predict, "--occupancy", str(occupancy)], 120)
+        print(runner.output)
     options = ["--device", "cuda", "--quick"]
     runner.run("training", [*python, "benchmarks/bench_training.py", *options], 260)
     runner.run("memory", [*python, "benchmarks/bench_memory.py", *options], 60)
@@ -187,7 +207,8 @@ def main() -> int:
     runner = Runner(options.minutes, RESULTS / "gpu-check.log")
     if build(runner, f"{major}.{minor}", options.rebuild):
         runner.run("info", [sys.executable, "-m", "densenet_efficient", "info"], 60)
-        runner.run("tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu"], 180)
+        tests = [sys.executable, "-m", "pytest", "-q", TESTS, "-m", "gpu", *in_parallel()]
+        runner.run("tests", tests, 180)
         sanitize(runner)
         if not options.no_benchmarks:
             benchmarks(runner)

@@ -19,7 +19,11 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <fstream>
 #include <mutex>
+#include <set>
+#include <tuple>
 #endif
 
 // Registers a file's launchers: DE_REGISTER(m) { m.impl("operator", TORCH_BOX(&operator_function));
@@ -120,6 +124,25 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Where DENSENET_EFFICIENT_OCCUPANCY names a file: a line for each kernel and launch configuration,
+// with the blocks that a multiprocessor holds of it according to the runtime.
+// tools/predict/occupancy.py compares them with what the tilings assume.
+inline void report_occupancy(const char* name, const void* kernel, const LaunchShape& shape) {
+  static const char* const path = std::getenv("DENSENET_EFFICIENT_OCCUPANCY");
+  if (!path) return;
+  using Configuration = std::tuple<const void*, int, int64_t>;
+  static std::mutex mutex;
+  static std::set<Configuration> reported;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!reported.emplace(kernel, shape.block, shape.shared_bytes).second) return;
+  int blocks = 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.block,
+                                                           static_cast<size_t>(shape.shared_bytes)),
+             name, "asking for the occupancy");
+  std::ofstream(path, std::ios::app)
+      << blocks << ' ' << shape.block << ' ' << shape.shared_bytes << ' ' << name << '\n';
+}
+
 // Makes the tensor's device current for its lifetime and launches kernels on torch's stream there.
 class Launcher {
  public:
@@ -136,6 +159,7 @@ class Launcher {
   void launch(const LaunchShape& shape, const Args&... args) const {
     constexpr int64_t kDefaultShared = 48 * 1024;
     if (shape.shared_bytes > kDefaultShared) allow_shared<kernel>();
+    report_occupancy(__PRETTY_FUNCTION__, reinterpret_cast<const void*>(kernel), shape);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
     config.blockDim = dim3(static_cast<unsigned>(shape.block));

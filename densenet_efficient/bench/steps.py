@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..core import arena
 from ..memory.process import ALLOCATOR_SETTINGS, allocator_peak_bytes, measure_step
 from ..models.networks import NetworkSpec
+from ..ops.dispatch import choose
 from ..ops.dtypes import AUTOCAST
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Case",
     "MeasurementError",
     "TrainingStep",
+    "check_kernels",
     "forward_loss",
     "measure_memory",
     "quantiles",
@@ -139,14 +141,30 @@ def forward_loss(
     return logits, nn.functional.cross_entropy(logits.to(images.dtype), labels)
 
 
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """MeasurementError where activations of this dtype would not be computed by the kernels there:
+    what the fallback takes is nobody's question."""
+    chosen = choose(device, dtype)
+    if chosen.kind != "kernels":
+        raise MeasurementError(
+            f"expected the kernels to run on {device} in {str(dtype).removeprefix('torch.')}, got "
+            f"{chosen.kind}: {chosen.reason}; nothing was timed"
+        )
+
+
 class TrainingStep:
     """One peer's training step, warmed up and ready to be called.
 
     graph: capture the whole step in a CUDA graph and replay that (CUDA only).
+
+    Raises:
+        MeasurementError: the peer is ours, and the kernels would not run it.
     """
 
     def __init__(self, case: Case, peer: str, *, warm_up: int = 1, graph: bool = False) -> None:
         self.case, self.device = case, torch.device(case.device)
+        if peer in OURS:
+            check_kernels(self.device, DTYPES[case.dtype] or torch.float32)
         self.model = case.build(peer)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.images, self.labels = case.batch_of(case.batch)

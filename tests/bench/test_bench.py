@@ -19,6 +19,8 @@ from densenet_efficient.bench.comparison import compare, comparison_table
 from densenet_efficient.bench.steps import (
     Case,
     MeasurementError,
+    TrainingStep,
+    check_kernels,
     measure_memory,
     quantiles,
     time_in_turns,
@@ -26,6 +28,7 @@ from densenet_efficient.bench.steps import (
 from densenet_efficient.bench.tables import environment, markdown_table, write_results
 from densenet_efficient.memory.process import allocator_peak_bytes
 from densenet_efficient.models.networks import NetworkSpec
+from densenet_efficient.ops.dispatch import Dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = NetworkSpec("densenet_cifar", depth=16, growth_rate=8, num_classes=10)
@@ -88,6 +91,16 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own() -> None:
         assert found["allocator_peak"] < found["peak"] + 2e6
         assert found["peak"] < 1.1 * found["allocator_peak"] + 16e6
     assert ours["peak"] < eager["peak"] / 3
+
+
+def test_a_path_that_is_not_the_kernels_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MeasurementError, match=r"run on meta in float32, got fallback: no kernels"):
+        check_kernels(torch.device("meta"), torch.float32)
+    nothing = Dispatch("fallback", "a reason")
+    monkeypatch.setattr("densenet_efficient.bench.steps.choose", lambda *_: nothing)
+    TrainingStep(CASE, "eager", warm_up=0)
+    with pytest.raises(MeasurementError, match="got fallback: a reason; nothing was timed"):
+        TrainingStep(CASE, "store")
 
 
 @pytest.mark.slow

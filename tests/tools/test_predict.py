@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from densenet_efficient.models.networks import NetworkSpec
 from tools.machine_code.document import table_rows
-from tools.predict import counts, document, fit, waves
+from tools.predict import counts, document, fit, operators, waves
 from tools.predict.__main__ import main
 from tools.predict.calls import PYTORCH, Step
 from tools.predict.devices import GPUS
@@ -102,6 +104,39 @@ def test_a_step_has_every_launch_of_its_operators() -> None:
     assert 400 < sum(call.times for call in calls if call.op == PYTORCH) < 500
     with pytest.raises(ValueError, match="memory: expected store or recompute, got 'auto'"):
         Step(NetworkSpec("densenet121"), 2, 64, "auto")
+
+
+def test_occupancy_is_compared_with_the_tilings() -> None:
+    launch = replace(a_launch(264, 264), shared_bytes=1000)
+    signature = (
+        "void Launcher::launch(const LaunchShape&, const Args& ...) const [with auto kernel = "
+        "space::norm_relu_conv3x3_forward_kernel<c10::BFloat16, 32>; Args = {Forward}]"
+    )
+    for blocks, verdict in ((2, "1 kernels: as assumed"), (1, "fewer blocks than assumed: `norm")):
+        held = dict(operators.runtime(f"{blocks} 128 1000 {signature}\n3 64 0 another\n"))
+        assert held[launch.kernel, 128, 1000] == blocks
+        assert verdict in operators.occupancy_table([launch], held)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_benchmark_next_to_its_prediction(tmp_path: Path) -> None:
+    rows = [
+        {"operator": op, "shape": "121 block 3", "ours": ours, "sizes": sizes, "stride": None}
+        for op, ours, sizes in (
+            ("norm_relu_conv1x1_forward", 0.085, [50176, 640, 128]),
+            ("norm_relu_conv3x3_backward", 0.135, [256, 14, 14, 128, 32]),
+            ("transition_forward", 0.241, [256, 14, 14, 1024, 512]),
+        )
+    ]
+    data = {"environment": {"device": "NVIDIA H200"}, "dtype": "torch.bfloat16", "rows": rows}
+    path = tmp_path / "operators-cuda.json"
+    path.write_text(json.dumps(data))
+    text = operators.report(path, None)
+    assert text.count("121 block 3") == 3 and "| contention |" in text
+    data["environment"] = {"device": "NVIDIA T4"}
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="expected one of a100, h100, h200, got 'NVIDIA T4'"):
+        operators.report(path, None)
 
 
 @pytest.mark.slow

@@ -131,7 +131,8 @@ def test_gpu_check_runs_every_step_and_fails_with_any(
     steps = list(environments)
     assert steps[:3] == ["build for 9.0", "info", "tests"]
     assert steps[3:6] == ["memcheck", "racecheck", "initcheck"]
-    assert steps[6:] == ["error", "operators", "training", "memory"]
+    assert steps[6:] == ["error", "operators", "prediction", "training", "memory"]
+    assert environments["operators"]["DENSENET_EFFICIENT_OCCUPANCY"].startswith(str(tmp_path))
     assert environments["build for 9.0"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
     text = (tmp_path / "gpu-check.md").read_text()
     assert "NVIDIA H200" in text and "| racecheck" in text

@@ -99,7 +99,7 @@ class Launch:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Launch:
         row = dict(row)
-        row["kernel"] = _kernel_name(row["kernel"])
+        row["kernel"] = kernel_name(row["kernel"])
         row["parameters"] = bytes.fromhex(row["parameters"])
         row["grid"] = (row.pop("grid_x"), row.pop("grid_y"))
         row["sites"] = tuple(Site(**site) for site in row["sites"])
@@ -169,7 +169,7 @@ def tensor_table(launches: Iterable[Launch], sizes: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _kernel_name(signature: str) -> str:
+def kernel_name(signature: str) -> str:
     """The kernel and its template arguments, without namespaces, from the compiler's name of the
     launching function."""
     found = re.search(r"auto kernel = (.*?)(?:; Args|\])", signature)

@@ -15,13 +15,14 @@ import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from densenet_efficient.models.networks import NETWORKS, NetworkSpec
 from tools.machine_code.document import replaced
 
-from . import counts, document, fit, timeline, waves
+from . import counts, document, fit, operators, timeline, waves
 from .calls import Step
 from .devices import GPUS, Gpu
 from .launches import Launch, emulator_for, listed
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in fit.FITTED and name not in ("memory", "host"):
             return error(f"--set: expected one of the efficiencies, got {name!r}")
         given = replace(given, **{name: value})
+    if options.operators:
+        print(operators.report(options.operators, options.occupancy))
+        return 0
     if options.fit or options.waves:
         report(options)
         return 0
@@ -82,6 +86,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", action="store_true", help="count what was never counted")
     parser.add_argument(
         "--fit", action="store_true", help="to benchmarks/results/kernels-h200.json"
+    )
+    parser.add_argument(
+        "--operators", type=Path, help="operators-cuda.json, to be set next to its prediction"
+    )
+    parser.add_argument(
+        "--occupancy",
+        type=Path,
+        help="what that run wrote to the file that DENSENET_EFFICIENT_OCCUPANCY names",
     )
     parser.add_argument("--waves", action="store_true", help="list idle waves and lone warps")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/predict.md")

@@ -24,6 +24,7 @@ class Call:
     stride: int | None = None
     times: int = 1
     stats: bool = True  # whether the statistics of the result are wanted
+    packed: bool = True  # a 3x3 weight is channels last, as in a network that trains so
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,11 @@ def _transition_flops(call: Call, kernel: str) -> int:
 
 
 def arguments_of(call: Call, dtype: torch.dtype) -> op_cases.Case:
-    """The call's arguments, without memory. Weights of 3x3 convolutions are channels last, as those
-    of a network that trains in that layout."""
+    """The call's arguments, without memory."""
     widths = {} if call.stride is None else dict.fromkeys(("x", "dx"), call.stride)
     case = op_cases.make(call.op, call.sizes, dtype, widths=widths, device="meta")
     weight = case.arguments.get("weight")
-    if weight is not None and weight.dim() == 4:
+    if call.packed and weight is not None and weight.dim() == 4:
         case.arguments["weight"] = weight.contiguous(memory_format=torch.channels_last)
     if not call.stats:
         case.arguments["stats"] = None
