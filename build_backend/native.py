@@ -185,7 +185,11 @@ class Build:
     def write_ninja(self) -> Built:
         ninja = NinjaFile()
         self.host_rules(ninja)
-        schemas = self.host_object(ninja, self.root / "csrc/ops.cpp", "host", ())
+        common = [
+            self.host_object(ninja, source, "host", ())
+            for source in sorted((self.root / "csrc").glob("*.cpp"))
+            if source.name != "module.cpp"
+        ]
         kernels = {
             variant.name: [
                 self.host_object(ninja, source, f"cpu/{variant.name}", variant.flags)
@@ -198,7 +202,7 @@ class Build:
             ninja.build(
                 self.folder / "libdensenet_efficient.so",
                 "link_cuda" if self.nvcc else "link",
-                [schemas, *cuda_objects],
+                [*common, *cuda_objects],
             ),
             tuple(
                 ninja.build(self.folder / f"libdensenet_efficient_{name}.so", "link", objects)
@@ -206,7 +210,7 @@ class Build:
             ),
             self.module_rules(ninja),
         )
-        ninja.phony("host", [schemas, *itertools.chain(*kernels.values())])
+        ninja.phony("host", [*common, *itertools.chain(*kernels.values())])
         ninja.phony("cuda", cuda_objects)
         ninja.phony("library", [built.library, *built.kernels])
         ninja.phony("modules", list(built.modules))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dtypes import accumulation_dtype
-from . import arena
+from . import arena, replay
 from .dense_layer import Incoming
 from .dropout import drop
 from .exchange import correction_of
@@ -68,6 +68,24 @@ def block_forward(
     ``[N, C_total, *spatial]``, channels last in memory, is written whole: F.
     """
     features = y.movedim(1, -1)
+    rows = scratch_table(spec, features.shape[:-1], x.dtype, backward=False)
+    with arena.lease(rows, x.device) as scratch:
+        table, *bottlenecks = replay.run(
+            spec, _forward, (), x, known_stats, features, scratch, parameters
+        )
+    assert table is not None
+    return Kept(spec, features, table, bottlenecks)  # type: ignore[arg-type]
+
+
+def _forward(
+    spec: BlockSpec,
+    x: Tensor,
+    known_stats: Tensor | None,
+    features: Tensor,
+    scratch: dict[str, Tensor],
+    parameters: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Fills F and returns the statistics' table, then every b (``store``)."""
     image = features.shape[:-1]
     columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
     acc = accumulation_dtype(x.dtype)
@@ -85,44 +103,43 @@ def block_forward(
         if exchange is not None and not (known_stats is not None and spec.known_shared):
             exchange.moments(first_stats)
 
-    with arena.lease(scratch_table(spec, image, x.dtype, backward=False), x.device) as scratch:
-        for index, layer_spec in enumerate(spec.layers):
-            layer = layer_call(spec, index, parameters, x.dtype)
-            inputs, slot = features[..., spec.inputs(index)], spec.slot(index)
-            new = features[..., slot]
-            new_stats = stats[:, slot] if spec.batch_stats else None
-            dropped = layer_spec.drop_rate > 0
-            fused_stats = None if dropped else new_stats
-            norm1 = layer.fold1(stats[:, spec.inputs(index)])
-            if layer_spec.bottleneck:
-                if spec.memory == "store":
-                    shape = (*image, layer_spec.bottleneck)
-                    b = torch.empty(shape, dtype=x.dtype, device=x.device)
-                    kept.bottlenecks.append(b)
-                else:
-                    b = _front(scratch["bottleneck"], layer_spec.bottleneck)
-                assert layer_spec.norm2 is not None
-                b_stats = kept.bottleneck_stats[index]
-                wanted = b_stats if layer_spec.norm2.running is None else None
-                if layer_spec.bottleneck_drop_rate > 0:
-                    layer.conv1_forward(inputs, norm1, b, None)
-                    drop(spec, index, b, scratch, bottleneck=True)
-                    if wanted is not None:
-                        spec.operators.channel_stats(flat(b), wanted)
-                else:
-                    layer.conv1_forward(inputs, norm1, b, wanted)
-                if exchange is not None and wanted is not None:
-                    exchange.moments(wanted)
-                layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
+    for index, layer_spec in enumerate(spec.layers):
+        layer = layer_call(spec, index, parameters, x.dtype)
+        inputs, slot = features[..., spec.inputs(index)], spec.slot(index)
+        new = features[..., slot]
+        new_stats = stats[:, slot] if spec.batch_stats else None
+        dropped = layer_spec.drop_rate > 0
+        fused_stats = None if dropped else new_stats
+        norm1 = layer.fold1(stats[:, spec.inputs(index)])
+        if layer_spec.bottleneck:
+            if spec.memory == "store":
+                shape = (*image, layer_spec.bottleneck)
+                b = torch.empty(shape, dtype=x.dtype, device=x.device)
+                kept.bottlenecks.append(b)
             else:
-                layer.conv1_forward(inputs, norm1, new, fused_stats)
-            if dropped:
-                drop(spec, index, new, scratch)
-                if new_stats is not None:
-                    spec.operators.channel_stats(flat(new), new_stats)
-            if exchange is not None and new_stats is not None:
-                exchange.moments(new_stats)
-    return kept
+                b = _front(scratch["bottleneck"], layer_spec.bottleneck)
+            assert layer_spec.norm2 is not None
+            b_stats = kept.bottleneck_stats[index]
+            wanted = b_stats if layer_spec.norm2.running is None else None
+            if layer_spec.bottleneck_drop_rate > 0:
+                layer.conv1_forward(inputs, norm1, b, None)
+                drop(spec, index, b, scratch, bottleneck=True)
+                if wanted is not None:
+                    spec.operators.channel_stats(flat(b), wanted)
+            else:
+                layer.conv1_forward(inputs, norm1, b, wanted)
+            if exchange is not None and wanted is not None:
+                exchange.moments(wanted)
+            layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
+        else:
+            layer.conv1_forward(inputs, norm1, new, fused_stats)
+        if dropped:
+            drop(spec, index, new, scratch)
+            if new_stats is not None:
+                spec.operators.channel_stats(flat(new), new_stats)
+        if exchange is not None and new_stats is not None:
+            exchange.moments(new_stats)
+    return [kept.table, *kept.bottlenecks]
 
 
 def block_backward(
@@ -140,7 +157,29 @@ def block_backward(
     statistics from a norm outside. Returns the gradient of the block's input, a channel slice of E,
     and the parameters' gradients in their own dtypes.
     """
-    operators, features, stats = spec.operators, kept.features, kept.stats
+    rows = scratch_table(spec, kept.features.shape[:-1], gradient.dtype, backward=True)
+    with arena.lease(rows, gradient.device) as scratch:
+        gradients = replay.run(
+            spec, _backward, (tuple(wanted),), gradient, kept.features, kept.table,
+            kept.bottlenecks, stats_gradient, scratch, parameters,
+        )  # fmt: skip
+    return gradient[..., spec.inputs(0)], gradients
+
+
+def _backward(
+    spec: BlockSpec,
+    wanted: Sequence[bool],
+    gradient: Tensor,
+    features: Tensor,
+    table: Tensor,
+    bottlenecks: list[Tensor],
+    stats_gradient: Tensor | None,
+    scratch: dict[str, Tensor],
+    parameters: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Overwrites the gradient and returns those of the parameters."""
+    kept = Kept(spec, features, table, bottlenecks)
+    operators, stats = spec.operators, kept.stats
     image, exchange = features.shape[:-1], spec.exchange
     count = image.numel() if exchange is None else exchange.total
     correction = torch.zeros((4, spec.out_channels), dtype=stats.dtype, device=stats.device)
@@ -150,54 +189,50 @@ def block_backward(
         correction[1:3].copy_(correction_of(stats_gradient, count))
     gradients: list[Tensor | None] = [None] * len(parameters)
 
-    table = scratch_table(spec, image, features.dtype, backward=True)
-    with arena.lease(table, features.device) as scratch:
-        for index in reversed(range(len(spec.layers))):
-            layer_spec = spec.layers[index]
-            start = index * PARAMETERS_PER_LAYER
-            layer = layer_call(spec, index, parameters, features.dtype, wanted)
-            before, slot = spec.inputs(index), spec.slot(index)
-            outer = Incoming(gradient[..., slot])
-            if spec.batch_stats:
-                if exchange is not None:
-                    exchange.sums(correction[1:3, slot])
-                outer = Incoming(gradient[..., slot], features[..., slot], correction[:, slot])
-            if layer_spec.drop_rate > 0:
-                outer = outer.apply_correction(operators)
-                drop(spec, index, outer.dy, scratch)
+    for index in reversed(range(len(spec.layers))):
+        layer_spec = spec.layers[index]
+        start = index * PARAMETERS_PER_LAYER
+        layer = layer_call(spec, index, parameters, features.dtype, wanted)
+        before, slot = spec.inputs(index), spec.slot(index)
+        outer = Incoming(gradient[..., slot])
+        if spec.batch_stats:
+            if exchange is not None:
+                exchange.sums(correction[1:3, slot])
+            outer = Incoming(gradient[..., slot], features[..., slot], correction[:, slot])
+        if layer_spec.drop_rate > 0:
+            outer = outer.apply_correction(operators)
+            drop(spec, index, outer.dy, scratch)
 
-            inputs, d_inputs = features[..., before], gradient[..., before]
-            norm1 = layer.fold1(stats[:, before])
-            if layer_spec.bottleneck:
-                width = layer_spec.bottleneck
-                norm2 = layer.fold2(kept.bottleneck_stats[index])
-                if spec.memory == "store":
-                    b = kept.bottlenecks[index]
-                else:
-                    b = _front(scratch["bottleneck"], width)
-                    layer.conv1_forward(inputs, norm1, b, None)
-                    if layer_spec.bottleneck_drop_rate > 0:
-                        drop(spec, index, b, scratch, bottleneck=True)
-                dz2 = _front(scratch["bottleneck gradient"], width)
-                dnorm2 = layer.conv2_backward(outer, b, norm2, dz2)
-                correction2 = torch.empty_like(norm2)
-                assert layer_spec.norm2 is not None
-                constant = layer_spec.norm2.running is not None
-                operators.norm_correction(
-                    dnorm2, norm2, 0 if constant else count, False, correction2
-                )
-                if exchange is not None and not constant:
-                    exchange.sums(correction2[1:3])
-                outer = Incoming(dz2, b, correction2)
+        inputs, d_inputs = features[..., before], gradient[..., before]
+        norm1 = layer.fold1(stats[:, before])
+        if layer_spec.bottleneck:
+            width = layer_spec.bottleneck
+            norm2 = layer.fold2(kept.bottleneck_stats[index])
+            if spec.memory == "store":
+                b = kept.bottlenecks[index]
+            else:
+                b = _front(scratch["bottleneck"], width)
+                layer.conv1_forward(inputs, norm1, b, None)
                 if layer_spec.bottleneck_drop_rate > 0:
-                    outer.apply_correction(operators)
-                    drop(spec, index, dz2, scratch, bottleneck=True)
-                    correction2.zero_()[0].fill_(1)
-            dnorm1 = layer.conv1_backward(outer, inputs, norm1, d_inputs)
-            if layer_spec.norm1.running is None:
-                operators.norm_correction(dnorm1, norm1, count, True, correction[:, before])
-            gradients[start : start + PARAMETERS_PER_LAYER] = layer.parameter_gradients()
-            gradients[spec.tail_parameters(index)] = layer.tail_gradients
+                    drop(spec, index, b, scratch, bottleneck=True)
+            dz2 = _front(scratch["bottleneck gradient"], width)
+            dnorm2 = layer.conv2_backward(outer, b, norm2, dz2)
+            correction2 = torch.empty_like(norm2)
+            assert layer_spec.norm2 is not None
+            constant = layer_spec.norm2.running is not None
+            operators.norm_correction(dnorm2, norm2, 0 if constant else count, False, correction2)
+            if exchange is not None and not constant:
+                exchange.sums(correction2[1:3])
+            outer = Incoming(dz2, b, correction2)
+            if layer_spec.bottleneck_drop_rate > 0:
+                outer.apply_correction(operators)
+                drop(spec, index, dz2, scratch, bottleneck=True)
+                correction2.zero_()[0].fill_(1)
+        dnorm1 = layer.conv1_backward(outer, inputs, norm1, d_inputs)
+        if layer_spec.norm1.running is None:
+            operators.norm_correction(dnorm1, norm1, count, True, correction[:, before])
+        gradients[start : start + PARAMETERS_PER_LAYER] = layer.parameter_gradients()
+        gradients[spec.tail_parameters(index)] = layer.tail_gradients
 
     first = spec.inputs(0)
     d_first = gradient[..., first]
@@ -207,7 +242,7 @@ def block_backward(
         operators.norm_correction_apply(
             flat(d_first), flat(features[..., first]), correction[:, first]
         )
-    return d_first, gradients
+    return gradients
 
 
 def _front(buffer: Tensor, channels: int) -> Tensor:

@@ -33,7 +33,7 @@ def _plain(value: Any) -> Any:
         fields = {
             field.name: _plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
-            if field.name != "operators"
+            if field.name not in ("operators", "programs")
         }
         defaults = {field.name: field.default for field in dataclasses.fields(value)}
         return {type(value).__name__: {k: v for k, v in fields.items() if v != defaults[k]}}

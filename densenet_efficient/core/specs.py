@@ -94,6 +94,7 @@ class BlockSpec:
     its bottleneck; see `dropout`. newest_first: a layer's new channels stand in front of all
     earlier ones instead of after them. exchange: with the processes that share the statistics, if
     any. known_shared: whether the statistics known of the input are already those of all processes.
+    programs: see `replay`; of all calls of these layers, None where a call is not to be recorded.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -104,6 +105,7 @@ class BlockSpec:
     exchange: Exchange | None = None
     known_shared: bool = False
     masks: dict[tuple[int, bool], Tensor] | None = field(default=None, compare=False)
+    programs: Any = field(default=None, compare=False)
 
     def inputs(self, index: int) -> slice:
         """The channels of F that a layer reads; `inputs(0)` is the block's input."""

@@ -11,6 +11,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
+from ..core.replay import Programs
 from ..core.running import Running
 from ..core.specs import LayerSpec
 from .layers import LayerParts, parameter_places, tail_parameters
@@ -26,7 +27,7 @@ class BlockCall:
 
     parts, specs: of each. parameters: in the order of `core.dense_block`. norms: those whose
     running statistics the call updates. running: what these keep. columns: where the batch's are in
-    `core.dense_block.Kept.table`.
+    `core.dense_block.Kept.table`. programs: of all calls like this one, see `core.replay`.
     """
 
     parts: Sequence[LayerParts]
@@ -35,6 +36,7 @@ class BlockCall:
     norms: Sequence[BatchNorm]
     running: Sequence[Running]
     columns: Sequence[slice]
+    programs: Programs | None = None
 
 
 def look(
@@ -65,7 +67,7 @@ class LastCall:
         self, block: nn.Module, dtype: torch.dtype, call: BlockCall, snapshot: Snapshot
     ) -> None:
         self._block, self._dtype = weakref.ref(block), dtype  # a replica shares this with its model
-        self._call, self._snapshot = call, snapshot
+        self._call, self._snapshot = replace(call, programs=Programs()), snapshot
         places = [place for part in call.parts for place in parameter_places(part)]
         self._parameters = itemgetter(
             *(-1 if module is None else snapshot.place(module, name) for module, name in places)

@@ -236,6 +236,7 @@ class DenseBlockExecution(Efficient):
             newest_first=self._efficient.newest_first,
             exchange=exchange,
             known_shared=known is not None,
+            programs=call.programs,
             **dropout.origin(specs, x.device),
         )
         result = Result()

@@ -1,0 +1,220 @@
+// A recorded run of operators, made again without Python. densenet_efficient/core/replay.py records
+// it and encodes it as whole numbers:
+//
+//   program      number of given tensors, for each: layout
+//                number of other tensors; number of instructions, these; number of results, these as
+//                references
+//   layout       dtype (0 to 3: float64, float32, bfloat16, float16), number of dimensions, sizes,
+//                strides
+//   reference    number of a tensor (the given first); -1, for all of it, or number of dimensions,
+//                elements from its first to that of the view, sizes, strides
+//   instruction  0, tensor, layout                     a new tensor, uninitialised
+//                1, reference, reference               the second is copied into the first
+//                2, reference, bits of a double        all elements become a value
+//                3, operator, number of arguments,     a call; an argument is 0 (none), 1 or 2
+//                   arguments                          (reference; of an optional one), or 3, value
+//                4, tensor                             it is not used any more
+//
+// Every tensor that is given must have the layout that it had when the program was recorded;
+// operators check their arguments as in any other call.
+#include <dlfcn.h>
+
+#include <bit>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "stable.h"
+
+namespace densenet_efficient {
+namespace {
+
+enum class Status : int64_t { kDone, kOtherLayout, kNoMemory };
+using Result = std::tuple<int64_t, std::vector<Tensor>>;
+
+// In the order of densenet_efficient/ops/interface.py.
+constexpr const char* kOperators[] = {
+    "densenet_efficient::channel_stats",
+    "densenet_efficient::norm_fold",
+    "densenet_efficient::norm_correction",
+    "densenet_efficient::norm_correction_apply",
+    "densenet_efficient::norm_relu_conv1x1_forward",
+    "densenet_efficient::norm_relu_conv1x1_backward",
+    "densenet_efficient::norm_relu_conv3x3_forward",
+    "densenet_efficient::norm_relu_conv3x3_backward",
+    "densenet_efficient::transition_forward",
+    "densenet_efficient::transition_backward",
+    "densenet_efficient::stem_forward",
+    "densenet_efficient::stem_backward",
+};
+constexpr int64_t kMostArguments = 16;
+
+// What an operator had to say, in versions of torch that keep it.
+[[noreturn]] void fail(const char* what) {
+  using Text = const char* (*)();
+  const auto text =
+      reinterpret_cast<Text>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  throw std::runtime_error(text ? text() : std::string(what) + " failed");
+}
+
+void check(AOTITorchError code, const char* what) {
+  if (code != AOTI_TORCH_SUCCESS) fail(what);
+}
+
+// An owned reference to a tensor, or none.
+class Handle {
+ public:
+  Handle() = default;
+  Handle(Handle&& other) noexcept : handle_(other.release()) {}
+  Handle& operator=(Handle&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Handle() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+  AtenTensorHandle get() const { return handle_; }
+  AtenTensorHandle* out() { return &handle_; }
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+int32_t dtype_of(int64_t code) {
+  switch (code) {
+    case 0: return aoti_torch_dtype_float64();
+    case 1: return aoti_torch_dtype_float32();
+    case 2: return aoti_torch_dtype_bfloat16();
+    default: return aoti_torch_dtype_float16();
+  }
+}
+
+class Run {
+ public:
+  Run(const int64_t* program, const std::vector<Tensor>& given) : at_(program), given_(given) {}
+
+  Result operator()() {
+    if (!as_recorded()) return {static_cast<int64_t>(Status::kOtherLayout), {}};
+    made_.resize(next());
+    for (int64_t left = next(); left > 0; --left)
+      if (!instruction()) return {static_cast<int64_t>(Status::kNoMemory), {}};
+    std::vector<Tensor> results;
+    const int64_t count = next();
+    results.reserve(count);
+    for (int64_t i = 0; i < count; ++i) results.emplace_back(reference().release());
+    return {static_cast<int64_t>(Status::kDone), std::move(results)};
+  }
+
+ private:
+  const int64_t* at_;
+  const std::vector<Tensor>& given_;
+  std::vector<Handle> made_;
+
+  int64_t next() { return *at_++; }
+  const int64_t* next(int64_t count) { return std::exchange(at_, at_ + count); }
+
+  bool as_recorded() {
+    if (next() != static_cast<int64_t>(given_.size())) return false;
+    bool same = true;
+    for (const Tensor& tensor : given_) {
+      int32_t dtype = 0;
+      check(aoti_torch_get_dtype(tensor.get(), &dtype), "dtype");
+      const int32_t expected = dtype_of(next());
+      const int64_t dims = next();
+      const int64_t *sizes = next(dims), *strides = next(dims);
+      same = same && dtype == expected && tensor.dim() == dims;
+      if (!same) return false;
+      const auto own_sizes = tensor.sizes(), own_strides = tensor.strides();
+      for (int64_t d = 0; d < dims; ++d)
+        same = same && own_sizes[d] == sizes[d] && own_strides[d] == strides[d];
+    }
+    return same;
+  }
+
+  AtenTensorHandle tensor(int64_t index) const {
+    const int64_t given = static_cast<int64_t>(given_.size());
+    return index < given ? given_[index].get() : made_[index - given].get();
+  }
+
+  // A reference of its own, for whoever takes it.
+  Handle reference() {
+    const AtenTensorHandle whole = tensor(next());
+    const int64_t dims = next();
+    Handle found;
+    if (dims < 0) {
+      check(aoti_torch_new_tensor_handle(whole, found.out()), "a reference");
+      return found;
+    }
+    const int64_t offset = next();  // from whole's own
+    const int64_t *sizes = next(dims), *strides = next(dims);
+    check(aoti_torch__reinterpret_tensor(whole, dims, sizes, strides, offset, found.out()),
+          "a view");
+    return found;
+  }
+
+  // False where there is no memory.
+  bool instruction() {
+    switch (next()) {
+      case 0: return make();
+      case 1: {
+        const Handle to = reference(), from = reference();
+        check(aoti_torch_copy_(to.get(), from.get(), 0), "a copy");
+        return true;
+      }
+      case 2: {
+        const Handle to = reference();
+        check(aoti_torch_aten_fill__Scalar(to.get(), std::bit_cast<double>(next())), "a filling");
+        return true;
+      }
+      case 3: call(); return true;
+      default: made_[next() - static_cast<int64_t>(given_.size())] = Handle(); return true;
+    }
+  }
+
+  bool make() {
+    const int64_t index = next() - static_cast<int64_t>(given_.size());
+    const int32_t dtype = dtype_of(next());
+    const int64_t dims = next();
+    const int64_t *sizes = next(dims), *strides = next(dims);
+    int32_t type = 0, number = 0;
+    check(aoti_torch_get_device_type(given_[0].get(), &type), "a device");
+    check(aoti_torch_get_device_index(given_[0].get(), &number), "a device");
+    return aoti_torch_empty_strided(dims, sizes, strides, dtype, type, number,
+                                    made_[index].out()) == AOTI_TORCH_SUCCESS;
+  }
+
+  void call() {
+    const char* name = kOperators[next()];
+    StableIValue stack[kMostArguments];
+    const int64_t count = next();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t kind = next();
+      if (kind == 0) stack[i] = torch::stable::detail::from(std::nullopt);
+      if (kind == 1) stack[i] = torch::stable::detail::from(reference().release());
+      if (kind == 2)
+        stack[i] = torch::stable::detail::from(OptionalTensor(Tensor(reference().release())));
+      if (kind == 3) stack[i] = static_cast<StableIValue>(next());
+    }
+    check(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION), name);
+  }
+};
+
+Result replay(Tensor program, std::vector<Tensor> given) {
+  return Run(static_cast<const int64_t*>(program.const_data_ptr()), given)();
+}
+
+}  // namespace
+}  // namespace densenet_efficient
+
+STABLE_TORCH_LIBRARY(densenet_efficient_calls, library) {
+  // A program, and the tensors that it begins with. 0 and the results; 1 where a tensor has another
+  // layout, and 2, after a part of it has run, where there was no memory for a new one.
+  library.def("replay(Tensor program, Tensor(a!)[] given) -> (int, Tensor[])");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_efficient_calls, CompositeExplicitAutograd, library) {
+  library.impl("replay", TORCH_BOX(&densenet_efficient::replay));
+}

@@ -1,0 +1,282 @@
+"""A block's operators, called without Python: recorded when a call comes for the first time, and
+made again in one go by ``csrc/replay.cpp`` whenever one like it comes.
+
+What a block does depends on its specification and on the layouts of the tensors it is given, and
+never on their values. So its algorithm runs once on tensors without memory; what it calls, on which
+part of which tensor, becomes a program. Anything that no program can hold (an operator of PyTorch's
+other than a copy, a filling or a new tensor) leaves the algorithm to run as it is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from array import array
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..ops import compiled
+from ..ops.dtypes import FLOATING
+from ..ops.interface import NAMES
+from .specs import BlockSpec
+
+aten = torch.ops.aten
+
+Tensors = Tensor | Sequence[Tensor | None] | dict[str, Tensor] | None
+Given = Sequence[Tensors]
+Results = list[Tensor | None]
+
+MOST_PROGRAMS = 16
+"""Kept for one block: shapes that alternate, training and evaluation."""
+
+_DTYPES = {dtype: code for code, dtype in enumerate(FLOATING)}
+_NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default}
+_NEW |= {aten.new_empty.default, aten.new_empty_strided.default}
+_ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
+_COPIES = {aten._to_copy.default, aten.clone.default}
+_MAKE, _COPY, _FILL, _CALL, _DROP = range(5)
+_DONE, _OTHER_LAYOUT, _NO_MEMORY = range(3)
+
+
+class NoProgram(Exception):
+    """What no program can hold was called."""
+
+
+class Programs:
+    """The programs of one block, by what they depend on besides its layers and the layouts of
+    tensors."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Program | None] = {}
+
+    def run(self, function: Callable[..., Results], key: Hashable, given: Given) -> Results:
+        """``function(*given)`` by its program, if it has one."""
+        tensors = _flat(given)
+        program = self._kept.get(key)
+        if program is None and key in self._kept:
+            return function(*given)
+        results = None if program is None else program.run(tensors)
+        if results is None:
+            if len(self._kept) == MOST_PROGRAMS:
+                self._kept.clear()
+            program = self._kept[key] = record(function, given)
+            results = None if program is None else program.run(tensors)
+        return function(*given) if results is None else results
+
+
+def run(
+    spec: BlockSpec, function: Callable[..., Results], options: tuple[Any, ...], *given: Tensors
+) -> Results:
+    """``function(spec, *options, *given)``: tensors that are new, or views of new ones.
+
+    given: tensors, and lists and dictionaries of them; the first is one. Nothing is recorded where
+    the specification holds what may differ from call to call.
+    """
+    call = functools.partial(function, spec, *options)
+    usual = spec.operators is compiled and spec.exchange is None
+    if spec.programs is None or not usual or any(layer.drops() for layer in spec.layers):
+        return call(*given)
+    first = given[0]
+    assert isinstance(first, Tensor)
+    absent = tuple(value is None for value in given)
+    key = (function.__name__, spec.memory, options, absent, first.dtype, first.shape)
+    return spec.programs.run(call, key, given)
+
+
+def _flat(given: Given) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in given:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif value is not None:
+            values = value.values() if isinstance(value, dict) else value
+            found += [tensor for tensor in values if tensor is not None]
+    return found
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Tensors) -> Tensors:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: function(tensor) for name, tensor in value.items()}
+    return [None if tensor is None else function(tensor) for tensor in value]
+
+
+class Program:
+    """A recorded run: whole numbers in the format of ``csrc/replay.cpp``, and for each result its
+    position among the tensors that come out, None for None."""
+
+    def __init__(self, numbers: Sequence[int], results: Sequence[int | None]) -> None:
+        self._numbers = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+        self._results = results
+
+    def run(self, given: list[Tensor]) -> list[Tensor | None] | None:
+        """The results; None where a tensor has another layout than when this was recorded."""
+        status, found = torch.ops.densenet_efficient_calls.replay.default(self._numbers, given)
+        if status == _OTHER_LAYOUT:
+            return None
+        if status == _NO_MEMORY:
+            raise torch.OutOfMemoryError(f"no memory on {given[0].device} for a dense block")
+        return [None if place is None else found[place] for place in self._results]
+
+
+def record(function: Callable[..., Results], given: Given) -> Program | None:
+    """The program of a function of tensors, which runs on tensors without memory; None where there
+    is none."""
+    with _Recorder() as recorder:
+        hollow = [_mapped(_hollow, value) for value in given]
+        try:
+            recorder.begin(_flat(hollow))
+            return recorder.end(function(*hollow))
+        except NoProgram:
+            return None
+
+
+def _hollow(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._recording = False
+        self._tensors: list[Tensor] = []  # alive, so that no other gets the identity of one
+        self._number: dict[int, int] = {}  # of a tensor, by its storage
+        self._steps: list[tuple[list[int], list[int]]] = []  # numbers, tensors that are used
+
+    def begin(self, given: list[Tensor]) -> None:
+        for tensor in given:
+            self._know(tensor)
+        self._given, self._recording = len(given), True
+
+    def end(self, results: Sequence[Tensor | None]) -> Program:
+        self._recording = False
+        places: list[int | None] = []
+        used: list[int] = []
+        returned: list[list[int]] = []
+        for result in results:
+            places.append(None if result is None else len(returned))
+            if result is not None:
+                returned.append(self._reference(result, used))
+        last = set(used)
+        steps: list[list[int]] = []
+        for numbers, tensors in reversed(self._steps):
+            for number in tensors:
+                if number >= self._given and number not in last:
+                    last.add(number)
+                    steps.append([_DROP, number])
+            steps.append(numbers)
+        program = [self._given]
+        for tensor in self._tensors[: self._given]:
+            program += _layout(tensor)
+        program += [len(self._tensors) - self._given, len(steps)]
+        for numbers in reversed(steps):
+            program += numbers
+        program.append(len(returned))
+        for numbers in returned:
+            program += numbers
+        return Program(program, places)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._recording:
+            return func(*args, **kwargs)
+        if func.namespace == "densenet_efficient":
+            self._call(func, args)
+            return None
+        if func == aten.copy_.default:
+            self._step(_COPY, args[0], args[1])
+            return args[0]
+        if func == aten.fill_.Scalar:
+            self._step(_FILL, args[0], float(args[1]))
+            return args[0]
+        if func == aten.zero_.default:
+            self._step(_FILL, args[0], 0.0)
+            return args[0]
+        found = func(*args, **kwargs)
+        if func in _NEW or func in _ZEROS or func in _COPIES:
+            self._steps.append(([_MAKE, self._know(found), *_layout(found)], []))
+            if func in _ZEROS:
+                self._step(_FILL, found, 0.0)
+            if func in _COPIES:
+                self._step(_COPY, found, args[0])
+        elif not _is_view(func):
+            raise NoProgram(func)
+        return found
+
+    def _know(self, tensor: Tensor) -> int:
+        number = self._number[tensor.untyped_storage()._cdata] = len(self._tensors)
+        self._tensors.append(tensor)
+        return number
+
+    def _step(self, *parts: Any) -> None:
+        used: list[int] = []
+        numbers: list[int] = []
+        for part in parts:
+            if isinstance(part, Tensor):
+                numbers += self._reference(part, used)
+            else:
+                numbers.append(_bits(part))
+        self._steps.append((numbers, used))
+
+    def _call(self, operator: Any, arguments: tuple[Any, ...]) -> None:
+        name = operator._schema.name.partition("::")[2]
+        used: list[int] = []
+        numbers = [_CALL, NAMES.index(name), len(arguments)]
+        for argument, value in zip(operator._schema.arguments, arguments, strict=True):
+            if value is None:
+                numbers.append(0)
+            elif isinstance(value, Tensor):
+                optional = isinstance(argument.type, torch.OptionalType)
+                numbers += [1 + optional, *self._reference(value, used)]
+            else:
+                numbers += [
+                    3,
+                    _bits(float(value) if argument.type.kind() == "FloatType" else value),
+                ]
+        self._steps.append((numbers, used))
+
+    def _reference(self, tensor: Tensor, used: list[int]) -> list[int]:
+        number = self._number.get(tensor.untyped_storage()._cdata)
+        if number is None or tensor.dtype != self._tensors[number].dtype or tensor.is_neg():
+            raise NoProgram(tensor)
+        used.append(number)
+        whole, own = self._tensors[number], (tensor.shape, tensor.stride(), tensor.storage_offset())
+        if own == (whole.shape, whole.stride(), whole.storage_offset()):
+            return [number, -1]
+        offset = tensor.storage_offset() - whole.storage_offset()
+        return [number, tensor.dim(), offset, *tensor.shape, *tensor.stride()]
+
+
+def _layout(tensor: Tensor) -> list[int]:
+    code = _DTYPES.get(tensor.dtype)
+    if code is None:
+        raise NoProgram(tensor.dtype)
+    return [code, tensor.dim(), *tensor.shape, *tensor.stride()]
+
+
+def _bits(value: float) -> int:
+    """A number as the 64 bits that an operator's argument takes."""
+    if isinstance(value, float):
+        return struct.unpack("<q", struct.pack("<d", value))[0]
+    return int(value)
+
+
+def _is_view(operator: Any) -> bool:
+    """Whether the operator's result is its first argument's memory, and nothing is written."""
+    returned = operator._schema.returns
+    return bool(returned) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returned
+    )
