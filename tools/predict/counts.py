@@ -140,7 +140,7 @@ def count(launches: Iterable[Launch], arch: str = "90a") -> dict[str, Points]:
     ops = sorted({launch.op for launch in launches})
     by_name = {kernel.name: kernel for kernel in compile_kernels(arch, tuple(ops))}
     result: dict[str, Points] = {}
-    with Emulator([kernel_file(op) for op in ops]) as emulator:
+    with Emulator([kernel_file(op) for op in ops], sanitize=False) as emulator:
         for launch in launches:
             device = Device(launch.multiprocessors, launch.device_shared)
             call = Call("", launch.op, launch.shape, launch.stride, stats=launch.stats)

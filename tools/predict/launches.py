@@ -92,7 +92,7 @@ class Launch:
 def emulator_for(calls: Iterable[Call]) -> Emulator:
     """The launchers of these calls, built for the host; needs g++. A context manager."""
     ours = (call.op for call in calls if not call.op.startswith(PYTORCH))
-    return Emulator(sorted({op_cases.kernel_file(op) for op in ours}))
+    return Emulator(sorted({op_cases.kernel_file(op) for op in ours}), sanitize=False)
 
 
 def listed(
