@@ -82,6 +82,7 @@ def _run_joined(options: argparse.Namespace, recipe: Recipe | None, words: list[
             weights=options.weights,
             freeze=tuple(options.freeze),
             sync_batch_norm=options.sync_batch_norm,
+            cuda_graph=options.cuda_graph,
             seed=options.seed,
             deterministic=options.deterministic,
             resume=None if options.resume is None else Path(options.resume),

@@ -97,6 +97,10 @@ def _execution_options(group: Any) -> None:
         help="under torchrun: batch statistics over all processes",
     )  # fmt: skip
     group.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, default=False,
+        help="on a GPU: capture a step once and replay it, for small and deep networks",
+    )  # fmt: skip
+    group.add_argument(
         "--deterministic", action="store_true",
         help="PyTorch's deterministic algorithms, or an error where there is none",
     )  # fmt: skip

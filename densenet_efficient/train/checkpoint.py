@@ -193,7 +193,10 @@ def restore_checkpoint(
     except ValueError as error:
         raise CheckpointError(f"checkpoint's {error}") from error
     model.load_state_dict(state["model"])
+    fused = [group["fused"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = own
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
@@ -299,7 +302,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, got: Mapping[str, Any]) -
         [group["params"] for group in expected],
         [group.get("params") for group in groups],
     )
-    for ours, theirs in zip(expected, groups, strict=True):
+    for pair in zip(expected, groups, strict=True):
+        # Whether steps are fused is this run's own affair.
+        ours, theirs = ({k: v for k, v in group.items() if k != "fused"} for group in pair)
         _check_like("optimizer", ours, theirs)
         fixed = {name: value for name, value in ours.items() if name != "lr"}
         _check_equal("optimizer", fixed, {name: theirs[name] for name in fixed})

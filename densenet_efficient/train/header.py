@@ -30,6 +30,7 @@ def describe_run(
     memory = "no plan for plain PyTorch"
     if planned is not None:
         memory = f"planned peak of a step {planned / 1e6:,.1f} MB"
+    graph = ", steps in a CUDA graph" if options.cuda_graph else ""
     processes = distributed.process_count()
     averaged = " average," if options.recipe.ema_decay else ""
     several = f" in each of {processes} processes" if processes > 1 else ""
@@ -39,7 +40,7 @@ def describe_run(
     return "\n".join(
         [
             f"model   {options.network.title}, {parameters:,} parameters; {options.execution}, "
-            f"{options.amp or 'fp32'}, {layout}, {options.device}",
+            f"{options.amp or 'fp32'}, {layout}, {options.device}{graph}",
             f"data    {data.name}, {train:,} training and {held_out:,} held-out images, "
             f"{data.num_classes} classes, {data.channels} x {data.image_size} x {data.image_size}",
             f"recipe  {_recipe_line(options.recipe)}",

@@ -209,14 +209,16 @@ def recipe_for(data: str, **overrides: Any) -> Recipe:
     return recipe.replaced(**overrides)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD over the parameters that require gradients."""
+def build_optimizer(model: nn.Module, recipe: Recipe, fused: bool | None = None) -> torch.optim.SGD:
+    """SGD over the parameters that require gradients. fused: as a CUDA graph needs it; None for
+    PyTorch's choice."""
     return torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
         weight_decay=recipe.weight_decay,
+        fused=fused,
     )
 
 

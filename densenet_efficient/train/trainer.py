@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from ..memory.process import peak_bytes
 from ..models.networks import check_image_size
 from . import distributed
+from .averaging import MovingAverage
 from .batches import on_device, training_batches
 from .capacity import plan_run
 from .checkpoint import CheckpointError, read_checkpoint, restore_checkpoint, save_checkpoint
@@ -83,14 +83,12 @@ class Trainer:
         freeze(model, options.freeze)
         self.model = model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.planned, self.standing = plan_run(self.model, data, recipe, options.amp, self.device)
-        self.optimizer = build_optimizer(self.model, recipe)
+        self.optimizer = build_optimizer(self.model, recipe, options.cuda_graph or None)
         self.steps_per_epoch = max(len(self._train_batches(0)), 1)
         self.schedule = build_schedule(self.optimizer, recipe, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
-        self.average = None
-        if recipe.ema_decay:
-            averaging = get_ema_multi_avg_fn(recipe.ema_decay)
-            self.average = AveragedModel(self.model, multi_avg_fn=averaging, use_buffers=True)
+        decay = recipe.ema_decay
+        self.average = MovingAverage(self.model, decay) if decay else None
         wanted = {"profile": options.profile, "memory_snapshot": options.memory_snapshot}
         check_profiling(self.device, self.steps_per_epoch, **wanted)
         self.epoch = 0
@@ -102,7 +100,12 @@ class Trainer:
                 raise CheckpointError(f"{options.resume}: {error}") from error
         trained = distributed.parallel(self.model, self.device, options.sync_batch_norm)
         parts = {**self._state(), "model": trained}
-        self.steps = Steps(**parts, recipe=recipe, num_classes=data.num_classes, amp=options.amp)
+        known: dict[str, Any] = {
+            "recipe": recipe,
+            "num_classes": data.num_classes,
+            "amp": options.amp,
+        }
+        self.steps = Steps(**parts, **known, cuda_graph=options.cuda_graph)
         copies = 3 if self.average is None else 4  # with the momentum, and the best weights
         distributed.on_first(lambda: prepare_folder(options.out, self.model, copies))
 
