@@ -21,9 +21,6 @@ from .calls import PYTORCH, Call
 
 # Threads and blocks that a multiprocessor of sm_80, sm_90 and sm_100 holds.
 THREADS, BLOCKS = 2048, 32
-# Of a reduction's second pass (csrc/cuda/reduce/finish.cuh): the groups of threads that share the
-# partial sums of a block.
-SUM_GROUPS = 8
 SYSTEM_BYTES = 1024  # of shared memory, that the system takes for each block
 
 
@@ -121,7 +118,7 @@ def _of_call(emulator: Emulator, call: Call, device: Device, dtype: torch.dtype)
         size, partials = _least_bytes(case, one.kernel), 0
         if "_finish" in one.kernel:
             partials = result[-1].ranges or result[-1].blocks
-            size = one.grid[0] * partials * one.shared_bytes // SUM_GROUPS
+            size = _partial_bytes(call, partials)
         result.append(
             Launch(
                 "",
@@ -145,6 +142,18 @@ def _of_call(emulator: Emulator, call: Call, device: Device, dtype: torch.dtype)
             )
         )
     return result
+
+
+def _partial_bytes(call: Call, partials: int) -> int:
+    """Of a reduction's partial results: moments, or the sums of a weight gradient if there is one,
+    and those of a norm."""
+    rows, channels = 3, call.sizes[-1]
+    if call.op.endswith("_backward"):
+        rows = 2
+        if not call.op.startswith("stem"):
+            channels, outputs = call.sizes[-2:]
+            rows += outputs * (9 if "3x3" in call.op else 1)
+    return partials * rows * channels * 4
 
 
 def _transition_flops(call: Call, kernel: str) -> int:
