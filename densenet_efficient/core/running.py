@@ -81,7 +81,7 @@ def _mixed(group: Sequence[tuple[Running, Tensor]], count: int) -> Replacement:
         new.mul_(1.0 - momentum)
         new[0].add_(batch[0], alpha=momentum)
         new[1].add_(batch[1], alpha=momentum * unbiased)
-    return old, new.view(-1).split([len(moment) for moment in old])
+    return old, new.view(-1).split_with_sizes([moment.numel() for moment in old])
 
 
 def _replace(replaced: Sequence[Replacement]) -> None:

@@ -248,7 +248,7 @@ class DenseBlockExecution(Efficient):
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
         if call.running:
             assert result.table is not None
-            values = [result.table[:, columns] for columns in call.columns]
+            values = [result.table.narrow(1, at.start, at.stop - at.start) for at in call.columns]
             running.update(call.running, values, count)
         stats = result.stats
         with_input = self._efficient.with_input

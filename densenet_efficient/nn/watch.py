@@ -8,8 +8,9 @@ on its class or in `torch.nn.functional`), must be seen before a call, and the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +31,25 @@ _FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
     for name in names.split()
 )
 _UNPATCHED = tuple(getattr(home, name) for home, name in _FUNCTIONS)
-_methods: dict[type, dict[str, Callable[..., Any] | None]] = {}
 
 
-def _methods_of(cls: type) -> dict[str, Callable[..., Any] | None]:
-    """The methods that PyTorch calls, and those that a class of another library defines, which its
-    forward may call."""
+class _Methods(NamedTuple):
+    """The methods of a class that PyTorch calls, and those that a class of another library defines,
+    which its forward may call: all at once, as they were, and the names that it had none of."""
+
+    look_up: Callable[[type], Any]
+    found: Any
+    absent: tuple[str, ...]
+
+
+_methods: dict[type, _Methods] = {}
+
+
+def _methods_of(cls: type) -> _Methods:
     own = [] if cls.__module__.startswith("torch.") else vars(cls).items()
     names = (*_METHODS, *(name for name, value in own if isinstance(value, FunctionType)))
-    return {name: getattr(cls, name, None) for name in names}
+    look_up = attrgetter(*(name for name in names if hasattr(cls, name)))
+    return _Methods(look_up, look_up(cls), tuple(n for n in names if not hasattr(cls, n)))
 
 
 _methods |= {
@@ -77,7 +88,11 @@ def patch() -> str | None:
         if home.__dict__[name] is not original:
             return f"{home.__name__}.{name} was replaced"
     for cls, methods in _methods.items():
-        if any(getattr(cls, name, None) is not method for name, method in methods.items()):
+        try:
+            same = methods.look_up(cls) == methods.found
+        except AttributeError:
+            same = False
+        if not same or any(hasattr(cls, name) for name in methods.absent):
             return f"a method of {cls.__name__} was replaced"
     return None
 
