@@ -78,6 +78,8 @@ def test_depths_between_two_counted_lie_on_their_line() -> None:
     other = replace(launch, threads=192, shared_bytes=100)
     assert counts.count_of(other, points) == counts.Count(20, 2)
     assert counts.stand_ins([launch, other], points) == [counts.key(other)]
+    deep, shallow = (replace(launch, shape=(1, 14, 14, c, 32)) for c in (256, 64))
+    assert counts.extremes([launch, deep, shallow, launch]) == [shallow, deep]
     with pytest.raises(counts.MissingCountError, match="--count"):
         counts.count_of(launch, {})
 

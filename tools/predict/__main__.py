@@ -5,7 +5,7 @@ worst, and the step's, with the host's launches and as a graph.
     python -m tools.predict --network densenet264 --batch 256 --set latency=2 --set memory=0.7
     python -m tools.predict --fit            predicted next to measured, for the stored measurements
 
-Needs g++, which builds the launchers for the host. --count counts what counts.json lacks (nvcc,
+Needs g++, which builds the launchers for the host. --count counts the step's kernels anew (nvcc,
 minutes); --write puts the tables into docs/predict.md.
 """
 
@@ -54,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         launches = list(listed(step.calls(), gpu.device, DTYPES[options.dtype], emulator))
     known = counts.stored()
     if options.count:
-        for name, points in counts.count(counts.missing(launches, known)).items():
-            known.setdefault(name, {}).update(points)
+        known |= counts.count(counts.extremes(launches))
         counts.write(known)
     works = [work_of(launch, known) for launch in launches]
     print(f"{network.title}, {step.image_size} px, batch {step.batch}, {options.dtype}, "
@@ -83,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", type=assignment, action="append", default=[], metavar="EFFICIENCY=VALUE"
     )
-    parser.add_argument("--count", action="store_true", help="count what was never counted")
+    parser.add_argument("--count", action="store_true", help="count the step's kernels anew")
     parser.add_argument(
         "--fit", action="store_true", help="to benchmarks/results/kernels-h200.json"
     )

@@ -23,6 +23,7 @@ from .launches import Launch, arguments_of
 
 STORED = Path(__file__).with_name("counts.json")
 DEPTH = 32  # channels of a panel of 16 bits
+LEAST_TILES = 4  # that a launch must have to be counted
 
 
 class MissingCountError(LookupError):
@@ -113,22 +114,15 @@ def stand_ins(launches: Iterable[Launch], counts: dict[str, Points]) -> list[str
     return sorted({key(one) for one in persistent} - set(counts))
 
 
-def missing(launches: Iterable[Launch], counts: dict[str, Points]) -> list[Launch]:
-    """Of each kernel and block that is not stored, the launches of least and of greatest depth."""
-    extremes: dict[str, dict[str, Launch]] = {}
+def extremes(launches: Iterable[Launch]) -> list[Launch]:
+    """Of each kernel and block, the launches of least and of greatest depth: what to count."""
+    found: dict[str, list[Launch]] = {}
     for launch in launches:
-        if not launch.ranges or launch.tiles < 4:
-            continue
-        found = extremes.setdefault(key(launch), {})
-        for name, choose in (("least", min), ("most", max)):
-            found[name] = choose(found.get(name, launch), launch, key=panels)
-    wanted = []
-    for name, found in extremes.items():
-        have = counts.get(name, {})
-        wanted += [
-            one for one in found.values() if not have or not min(have) <= panels(one) <= max(have)
-        ]
-    return list(dict.fromkeys(wanted))
+        fused = launch.ranges and launch.op.startswith("norm_relu_conv")
+        if fused and launch.tiles >= LEAST_TILES:
+            found.setdefault(key(launch), []).append(launch)
+    chosen = (choose(some, key=panels) for some in found.values() for choose in (min, max))
+    return list(dict.fromkeys(chosen))
 
 
 def count(launches: Iterable[Launch], arch: str = "90a") -> dict[str, Points]:
