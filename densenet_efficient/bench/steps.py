@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..core import arena
 from ..memory.process import ALLOCATOR_SETTINGS, allocator_peak_bytes, measure_step
 from ..models.networks import NetworkSpec
+from ..nn.graphed_step import GRAPH, GraphedStep
 from ..ops.dispatch import choose
 from ..ops.dtypes import AUTOCAST
 
@@ -166,10 +167,12 @@ class TrainingStep:
         if peer in OURS:
             check_kernels(self.device, DTYPES[case.dtype] or torch.float32)
         self.model = case.build(peer)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=1e-3, momentum=0.9, fused=graph or None
+        )
         self.images, self.labels = case.batch_of(case.batch)
         self._run: Callable[[Tensor], Tensor] = self.model
-        self._graph: Any = None
+        self._graph: GraphedStep | None = None
         start = time.perf_counter()
         if peer.startswith("compile"):
             import torch._functorch.config as config
@@ -181,7 +184,7 @@ class TrainingStep:
         for _ in range(warm_up):
             self()
         if graph:
-            self._capture()
+            self._graph = self._captured()
         self.synchronize()
         self.warm_up_seconds = time.perf_counter() - start
 
@@ -197,7 +200,7 @@ class TrainingStep:
 
     def __call__(self) -> None:
         if self._graph is not None:
-            self._graph.replay()
+            self._graph(self.images, self.labels)
         else:
             self.rest(self.forward())
 
@@ -212,19 +215,21 @@ class TrainingStep:
         found = measure_step(self.forward, self.rest, self.device, arena.reserved_bytes)
         return dataclasses.asdict(found)
 
-    def _capture(self) -> None:
+    def _captured(self) -> GraphedStep:
         if self.device.type != "cuda":
             raise ValueError(f"graph: expected device cuda, got {self.device}")
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.rest(self.forward())
-        self._graph = graph
+
+        def step(images: Tensor, labels: Tensor) -> Tensor:
+            loss = forward_loss(self._run, images, labels, DTYPES[self.case.dtype])[1]
+            self.rest(loss)
+            return loss
+
+        graphed = GraphedStep(step, self.model, self.optimizer)
+        for _ in range(graphed.warm_up + 1):
+            graphed(self.images, self.labels)
+        if graphed.path.kind != GRAPH:
+            raise MeasurementError(f"expected a graph, got {graphed.path.reason}")
+        return graphed
 
 
 def time_in_turns(

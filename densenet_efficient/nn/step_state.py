@@ -17,9 +17,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ..core import eager
 from .norms import process_group
 
+HELD = ("_parameters", "_buffers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 RATES = ("lr", "initial_lr")
 """Entries of a parameter group that may change between replays."""
 
@@ -56,6 +56,9 @@ class StepState:
         """Notes the modules inside as they are now."""
         roots = [part for part in self.parts if isinstance(part, nn.Module)]
         self.modules = list(dict.fromkeys(chain.from_iterable(r.modules() for r in roots)))
+        self._entries = [vars(module) for module in self.modules]
+        self._held = [e[name] for e in self._entries for name in HELD if e[name]]
+        self._children = [e["_modules"] for e in self._entries if e["_modules"]]
         self._hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
         self._hooks += [getattr(part, name) for part in self.optimizers for name in STEP_HOOKS]
 
@@ -88,14 +91,14 @@ class StepState:
     def mark(self) -> tuple[Any, ...]:
         """Equal as long as a graph that was captured meanwhile is right: the same tensors, modules,
         modes, and options of the optimisers, save their learning rates."""
-        tensors = list(chain.from_iterable(self.tensors()))
-        children = chain.from_iterable(module._modules.values() for module in self.modules)
+        states = [state for part in self.optimizers for state in part.state.values()]
+        held = [t for values in (*self._held, *states) for t in values.values() if t is not None]
         return (
-            [tensor.data_ptr() for tensor in tensors],
+            list(map(Tensor.data_ptr, held)),
             [g["lr"].data_ptr() for g in self.groups if _is_on_a_device(g["lr"])],
-            [tensor.requires_grad for tensor in tensors],
-            [module.training for module in self.modules],
-            list(map(id, children)),
+            [parameter.requires_grad for parameter in self.parameters()],
+            [entries["training"] for entries in self._entries],
+            [id(child) for children in self._children for child in children.values()],
             [
                 [(k, v) for k, v in group.items() if k != "params" and k not in RATES]
                 for group in self.groups
@@ -109,10 +112,10 @@ class StepState:
         if any(self._hooks):
             return "a hook is registered on a module or an optimiser, and would not run in a replay"
         for parameter in self.parameters():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                return "a hook is registered on a parameter, and would not run in a replay"
             if not eager.is_ordinary(parameter):
                 return f"a parameter is a {type(parameter).__name__} on {parameter.device}"
-            if any(getattr(parameter, name, None) for name in TENSOR_HOOKS):
-                return "a hook is registered on a parameter, and would not run in a replay"
         return None
 
     def check_optimizers(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 
 import densenet_efficient as de
 from densenet_efficient.core import arena, capture
+from densenet_efficient.models.networks import NetworkSpec
+from densenet_efficient.train.data import load_data
+from densenet_efficient.train.recipes import recipe_for
+from densenet_efficient.train.trainer import Trainer, TrainingOptions
 
 pytestmark = pytest.mark.gpu
 
@@ -217,3 +222,19 @@ def test_a_step_that_reads_a_value_is_refused() -> None:
     with pytest.raises(RuntimeError, match="step cannot be captured"):
         run(*batch())
     assert torch.ones(3, device="cuda").sum().item() == 3  # the device goes on
+
+
+def test_a_run_of_the_command_is_captured(tmp_path: Path) -> None:
+    """With accumulation, clipping, an average and mixed images, and a short batch at the end."""
+    network = NetworkSpec("densenet_cifar", depth=22, growth_rate=12, num_classes=10, in_channels=1)
+    recipe = recipe_for(
+        "digits", epochs=2, batch_size=16, accumulate=2, clip_norm=1.0, ema_decay=0.9, mixup=0.3
+    )
+    data = load_data("digits", image_size=16, limit=100)
+    options = TrainingOptions(
+        network, recipe, tmp_path, amp="bf16", device="cuda", cuda_graph=True, progress=False
+    )
+    trainer = Trainer(options, data)
+    history = trainer.run()
+    assert isinstance(trainer.steps.run, de.GraphedStep) and trainer.steps.run.difference == 0.0
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
