@@ -139,8 +139,8 @@ def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
     """Features after the last channel hold NaN; a zero weight would not hide them."""
     fault = Mutation(
         "cuda/transition_forward.cu",
-        "exists ? valid : 0, args.x.vector);",
-        "exists ? valid + (valid == 4) : 0, args.x.vector);",
+        "exists ? left : 0, args.x.vector);",
+        "exists ? left + (left == 4) : 0, args.x.vector);",
     )
     case = make("transition_forward", (1, 4, 4, 36, 16), torch.bfloat16)
     with Emulator(["transition_forward"], mutations=[fault]) as mutated:
