@@ -63,6 +63,7 @@ struct Loader {
   const Forward& args;
   const int column0, panels, last_tile;
   const bool aligned;
+  const int thread, to;  // to: the thread's chunk of a panel; in registers, see device::kept
   int tile, panel = 0;
   const unsigned char *x, *weight;
 
@@ -74,9 +75,11 @@ struct Loader {
         last_tile(last_tile),
         aligned(min(args.x.vector, args.weight.vector) == device::kChunk<T> &&
                 column0 + kWeightRows <= args.outputs),
+        thread(device::kept(device::thread_index())),
+        to(device::kept(device::panel_offset<T>(thread >> 2, thread & 3))),
         tile(first_tile) {
     using namespace device;
-    const int row = thread_index() >> 2, channel = (thread_index() & 3) * kChunk<T>;
+    const int row = thread >> 2, channel = (thread & 3) * kChunk<T>;
     x = reinterpret_cast<const unsigned char*>(
         args.x.at<T>(int64_t(first_tile) * kTileRows + row, channel));
     weight = reinterpret_cast<const unsigned char*>(args.weight.at<T>(column0 + row, channel));
@@ -92,13 +95,12 @@ struct Loader {
       const int64_t row0 = int64_t(tile) * kTileRows;
       if (aligned && channel + kPanelChannels<T> <= args.channels &&
           row0 + kTileRows <= args.rows) {
-        unsigned char* to = stage + panel_offset<T>(thread_index() >> 2, thread_index() & 3);
 #pragma unroll
         for (int row = 0; row < kTileRows; row += kStep)
-          cp_async<16>(to + row * kPanelRowBytes, x + int64_t(row) * pitch);
+          cp_async<16>(stage + to + row * kPanelRowBytes, x + int64_t(row) * pitch);
 #pragma unroll
         for (int row = 0; row < kWeightRows; row += kStep)
-          cp_async<16>(to + Layout::kWeightOffset + row * kPanelRowBytes,
+          cp_async<16>(stage + to + Layout::kWeightOffset + row * kPanelRowBytes,
                        weight + int64_t(row) * weight_pitch);
       } else {
         const int rows = static_cast<int>(min(args.rows - row0, int64_t(kTileRows)));
@@ -109,7 +111,8 @@ struct Loader {
                       args.channels},
                      kThreads);
       }
-      copy_scale_shift<T>(stage + Layout::kNormOffset, args.norm, channel, args.channels, kThreads);
+      copy_scale_shift<T>(stage + Layout::kNormOffset, args.norm, channel, args.channels, thread,
+                          kThreads);
       x += kPanelRowBytes;
       weight += kPanelRowBytes;
       if (++panel == panels) {
@@ -123,19 +126,34 @@ struct Loader {
   }
 };
 
+// Where a lane finds its operands in a stage: those of the panel's first half of channels. The
+// second half's are the same, exclusive or 32 (for the norm: those of kDepth channels later).
+template <typename T>
+struct OperandPlaces {
+  int x, weight, channel;  // in registers, see device::kept
+
+  __device__ __forceinline__ OperandPlaces(int x_rows, int weight_rows) {
+    using namespace device;
+    const int lane = lane_index();
+    x = kept(x_rows + panel_offset<T>(a_row(lane), a_chunk(lane)));
+    weight = kept(weight_rows + panel_offset<T>(b_row(lane), b_chunk(lane)));
+    channel = kept(kOperandChannels<T> * (lane & 3));
+  }
+};
+
 // Two 8-column tiles at a time: one depth of a 32-row warp tile.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4], const unsigned char* x,
-                                              const unsigned char* weight,
-                                              const unsigned char* norm, int step) {
+__device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4],
+                                              const unsigned char* stage, int norm_offset,
+                                              const OperandPlaces<T>& places, int step) {
   using namespace device;
-  const int lane = lane_index();
-  const int channel = kDepth<T> * step + kOperandChannels<T> * (lane & 3);
+  const unsigned char* const norm = stage + norm_offset;
+  const int channel = kDepth<T> * step + places.channel;
   const OperandNorm<T> norm_low = load_operand_norm<T>(norm, channel);
   const OperandNorm<T> norm_high = load_operand_norm<T>(norm, channel + kDepth<T> / 2);
   // Eight rows further on, the order of the chunks is the same.
-  x += panel_offset<T>(a_row(lane), a_chunk(lane)) ^ (32 * step);
-  weight += panel_offset<T>(b_row(lane), b_chunk(lane)) ^ (32 * step);
+  const unsigned char* const x = stage + (places.x ^ (32 * step));
+  const unsigned char* const weight = stage + (places.weight ^ (32 * step));
   uint32_t a[2][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -172,6 +190,8 @@ __global__ void __launch_bounds__(kThreads, Tiling::resident(kColumns))
   const BlockMoments<kColumns> block_moments(shared + Layout::kMomentsOffset);
   WarpMoments moments = block_moments.start(warp);
 
+  const OperandPlaces<T> places(warp_row * kPanelRowBytes,
+                                Layout::kWeightOffset + warp_column * kPanelRowBytes);
   // The panel that is loaded next is kStages - 1 ahead of the one that is multiplied.
   Loader<T, kColumns, kSplit> loader(args, column0, panels, first_tile, last_tile);
   for (int stage = 0; stage < kStages - 1; ++stage)
@@ -187,9 +207,7 @@ __global__ void __launch_bounds__(kThreads, Tiling::resident(kColumns))
       const unsigned char* from = shared + stage * Layout::kStageBytes;
 #pragma unroll
       for (int step = 0; step < 2; ++step)
-        multiply_step<T, kTiles>(acc, from + warp_row * kPanelRowBytes,
-                                 from + Layout::kWeightOffset + warp_column * kPanelRowBytes,
-                                 from + Layout::kNormOffset, step);
+        multiply_step<T, kTiles>(acc, from, Layout::kNormOffset, places, step);
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     const int64_t row0 = int64_t(tile) * Layout::kTileRows + warp_row;

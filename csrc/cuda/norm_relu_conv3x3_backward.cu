@@ -34,13 +34,13 @@ __global__ void __launch_bounds__(kSumThreads, 2)
 template <typename T>
 void launch_data_gradient(const Launcher& launcher, const tiling::DataGradient3x3& tiling,
                           const tiling::Images3x3& of, const DataGradient& args, bool accumulate) {
-  if (tiling.blocks == 0 || args.channels == 0) return;
+  if (tiling.tile.blocks == 0 || args.channels == 0) return;
   const Images images(tiling.tile, of);
-  const LaunchShape shape{.grid_x = tiling.blocks,
+  const LaunchShape shape{.grid_x = tiling.tile.blocks,
                           .block = 32 * tiling.tile.groups,
                           .shared_bytes = tiling.tile.shared_bytes,
                           .tiles = tiling.tile.tiles,
-                          .ranges = tiling.blocks};
+                          .ranges = tiling.tile.blocks};
   if (accumulate)
     launcher.launch<&data_gradient::norm_relu_conv3x3_backward_data_kernel<T, true>>(shape, args,
                                                                                      images);
@@ -59,17 +59,17 @@ void launch_weight_gradient(const Launcher& launcher, const LaunchShape& shape,
 template <typename T>
 void launch_weight_gradient(const Launcher& launcher, const tiling::WeightGradient3x3& tiling,
                             const tiling::Images3x3& of, const WeightGradient& args) {
-  if (tiling.row_blocks == 0 || args.channels == 0 || args.outputs == 0) return;
+  if (tiling.tile.blocks == 0 || args.channels == 0 || args.outputs == 0) return;
   const auto launch = tiling.depths == 1   ? launch_weight_gradient<T, 1>
                       : tiling.depths == 2 ? launch_weight_gradient<T, 2>
                                            : launch_weight_gradient<T, 3>;
   launch(launcher,
-         {.grid_x = tiling.row_blocks * tiling.channel_blocks,
+         {.grid_x = tiling.tile.blocks * tiling.channel_blocks,
           .grid_y = tiling.output_blocks,
           .block = 96 * tiling.units,
           .shared_bytes = tiling.tile.shared_bytes,
           .tiles = tiling.tile.tiles,
-          .ranges = tiling.row_blocks},
+          .ranges = tiling.tile.blocks},
          args, Images(tiling.tile, of));
 }
 
@@ -104,12 +104,12 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
            tiling.weight.pitch, channels, outputs, tiling.weight.units,
            static_cast<int>(tiling.weight.channel_blocks)});
       of_weight =
-          weight_sums(weights.data<const float>(), tiling.weight.row_blocks, call.K, call.C,
+          weight_sums(weights.data<const float>(), tiling.weight.tile.blocks, call.K, call.C,
                       device::kTaps, tiling.weight.pitch, output_rows<float>(call.dweight).data);
     }
     launch_finish<&norm_relu_conv3x3_backward_finish_kernel, device::kTaps>(
         launcher, of_weight,
-        norm_sums(sums.data<const float>(), tiling.data.blocks, call.C, tiling.data.pitch,
+        norm_sums(sums.data<const float>(), tiling.data.tile.blocks, call.C, tiling.data.pitch,
                   output_rows<float>(call.dnorm)));
   });
 }

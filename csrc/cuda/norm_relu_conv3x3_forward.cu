@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
                    {0, kTaps * column0, 0, kTaps * (args.outputs - column0), kTaps * kColumns,
                     channel, args.channels},
                    threads);
-      copy_scale_shift<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, threads);
+      copy_scale_shift<T>(stage + layout.norm_offset(), args.norm, channel, args.channels,
+                          thread_index(), threads);
       copy_halo<T>(stage + layout.halo_offset(), images, TileOrigin(images, load_tile), args.x,
                    channel, args.channels, threads);
       if (++load_panel == panels) {
@@ -201,17 +202,17 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
     const auto launch = tiling.columns == 16   ? launch_forward<T, 16>
                         : tiling.columns == 32 ? launch_forward<T, 32>
                                                : launch_forward<T, 48>;
-    if (tiling.blocks > 0)
+    if (tiling.tile.blocks > 0)
       launch(launcher,
-             {.grid_x = tiling.blocks,
+             {.grid_x = tiling.tile.blocks,
               .grid_y = ceil_div(call.K, tiling.columns),
               .block = 32 * tiling.tile.groups,
               .shared_bytes = tiling.tile.shared_bytes,
               .tiles = tiling.tile.tiles,
-              .ranges = tiling.blocks},
+              .ranges = tiling.tile.blocks},
              args, Images(tiling.tile, of));
     launch_finish<&norm_relu_conv3x3_forward_finish_kernel>(launcher, partial.data<const float>(),
-                                                            tiling.blocks, call.K, call.stats);
+                                                            tiling.tile.blocks, call.K, call.stats);
   });
 }
 

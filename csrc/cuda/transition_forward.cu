@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) transition_forward_kernel(Forward
                    args.weight.vector);
       }
       copy_scale_shift<T>(to + Layout::kNorm, args.norm, load_panel * kPanelChannels<T>,
-                          args.channels, kThreads);
+                          args.channels, thread_index(), kThreads);
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;

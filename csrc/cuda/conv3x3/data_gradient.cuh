@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
     const TileOrigin origin(images, tile);
     sync_threads();  // every warp is done with the tile before
     describe_tile(images, origin, pixels, threads);
-    load_gradient<T, 2>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
+    load_gradient<T, 4>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
                         origin, args.gradient, args.outputs, output_panels, threads);
     for (int panel = 0; panel < panels; ++panel) {
       float acc[4][kTiles<T>][4] = {};
@@ -233,14 +233,16 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
           const int left = args.channels - channel;
           const int pitch = static_cast<int>(args.dx.stride) * static_cast<int>(sizeof(T));
           T* const to = args.dx.at<T>(origin.pixel(images), channel);
-          for (int row = lane >> 2; row < kGroup; row += 8) {
-            const int offset =
-                static_cast<int>(shared_load<uint2>(pixels + (warp_pixel + row) * kPixelBytes).x);
-            if (offset >= 0 && left > 0)
-              store_chunk(advance(to, offset, pitch),
-                          shared_load<uint4>(x + panel_offset<T>(row, lane & 3)), left,
-                          args.dx.vector);
-          }
+          const int row = lane >> 2;  // and every eighth after it
+          store_rows<T, kGroup / 8>(
+              to, pitch, left, args.dx.vector,
+              [&](int i) {
+                return shared_load<int>(pixels + (warp_pixel + row + 8 * i) * kPixelBytes);
+              },
+              [&](int i) {
+                return shared_load<uint4>(x + panel_offset<T>(row, lane & 3) +
+                                          8 * i * kPanelRowBytes);
+              });
           open_panel = panel;
           sums_index = 1 - sums_index;
         }

@@ -130,7 +130,7 @@ __device__ __forceinline__ void for_runs(const Images& images, const TileOrigin&
 }
 
 // The halo's positions that this thread loads one chunk of (chunk thread % 4), kBatch at a time:
-// fetch(slot, pixel, exists) for each of the batch, then change() for all of them, then
+// fetch(slot, first, at, exists) for each of the batch, the images' pixel first + at, then change() for all of them, then
 // put(slot, position) for each.
 template <int kBatch, typename Fetch, typename Change, typename Put>
 __device__ __forceinline__ void for_halo(const Images& images, const TileOrigin& origin,
@@ -141,7 +141,7 @@ __device__ __forceinline__ void for_halo(const Images& images, const TileOrigin&
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int at = i + b * step;
-        fetch(b, run.first + at, at < run.pixels && at >= run.begin && at < run.end);
+        fetch(b, run.first, at, at < run.pixels && at >= run.begin && at < run.end);
       }
       change();
 #pragma unroll

@@ -52,49 +52,76 @@ __device__ __forceinline__ void load_correction(unsigned char* shared, const Out
                  kept_correction<T>(load_entries(from.correction, c, outputs)));
 }
 
-// The corrected dy of a tile and its halo, operands; channels past the end zero. kBatch positions a
-// thread are under way at a time.
+// One panel of the corrected dy of a tile and its halo, operands; channels past the end zero. kBatch
+// positions a thread are under way at a time. kWhole: the panel's channels exist and are aligned.
+template <typename T, int kBatch, bool kWhole>
+__device__ __forceinline__ void load_gradient_panel(unsigned char* to,
+                                                    const unsigned char* correction,
+                                                    const Images& images, const TileOrigin& origin,
+                                                    const OutputGradient& from, int channel,
+                                                    int outputs, int threads) {
+  const int chunk = thread_index() & 3, left = outputs - channel;
+  const bool corrects = from.y.data != nullptr;
+  const auto load = [&](const RowTensor& rows, int64_t first, int at, bool exists) {
+    const T* const base = rows.at<T>(first, channel);
+    const auto pitch = static_cast<int>(rows.stride) * static_cast<int>(sizeof(T));
+    const T* const place = advance(base, at, pitch);
+    if constexpr (kWhole)
+      return exists ? global_load<uint4>(place) : uint4{0, 0, 0, 0};
+    else
+      return load_chunk(place, exists ? left : 0, rows.vector);
+  };
+  uint32_t dy[kBatch][4], y[kBatch][4];
+  for_halo<kBatch>(
+      images, origin, threads,
+      [&](int slot, int64_t first, int at, bool exists) {
+        to_array(load(from.dy, first, at, exists), dy[slot]);
+        if (corrects) to_array(load(from.y, first, at, exists), y[slot]);
+      },
+      [&] {
+        if (!corrects) {
+#pragma unroll
+          for (int slot = 0; slot < kBatch; ++slot) round_operands<T>(dy[slot]);
+          return;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float4 entries[kOperandChannels<T>];
+#pragma unroll
+          for (int k = 0; k < kOperandChannels<T>; ++k)
+            entries[k] = shared_load<float4>(correction +
+                                             (i * kOperandChannels<T> + k) * kCorrectionPitch<T>);
+#pragma unroll
+          for (int slot = 0; slot < kBatch; ++slot)
+            dy[slot][i] = correct_operand<T>(dy[slot][i], y[slot][i], entries);
+        }
+      },
+      [&](int slot, int position) {
+        shared_store(to + panel_offset<T>(position, chunk),
+                     uint4{dy[slot][0], dy[slot][1], dy[slot][2], dy[slot][3]});
+      });
+}
+
+// All panels of it.
 template <typename T, int kBatch>
 __device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigned char* correction,
                                               const Images& images, const TileOrigin& origin,
                                               const OutputGradient& from, int outputs, int panels,
                                               int threads) {
-  const int chunk = thread_index() & 3;
-  const bool corrects = from.y.data != nullptr;
+  const int of_chunk = (thread_index() & 3) * kChunk<T>;
+  const bool aligned =
+      from.dy.vector == kChunk<T> && (from.y.data == nullptr || from.y.vector == kChunk<T>);
   for (int panel = 0; panel < panels; ++panel) {
-    const int channel = panel * kPanelChannels<T> + chunk * kChunk<T>;
-    const int left = outputs - channel;
-    const unsigned char* of_chunk = correction + panel * kCorrectionBytes<T> + 16 * chunk;
+    const int channel = panel * kPanelChannels<T>;
     unsigned char* to = halo + panel * gradient_panel_bytes(images);
-    uint32_t dy[kBatch][4], y[kBatch][4];
-    for_halo<kBatch>(
-        images, origin, threads,
-        [&](int slot, int64_t pixel, bool exists) {
-          const int here = exists ? left : 0;
-          to_array(load_chunk(from.dy.at<T>(pixel, channel), here, from.dy.vector), dy[slot]);
-          if (corrects)
-            to_array(load_chunk(from.y.at<T>(pixel, channel), here, from.y.vector), y[slot]);
-          else
-            round_operands<T>(dy[slot]);
-        },
-        [&] {
-          if (!corrects) return;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float4 entries[kOperandChannels<T>];
-#pragma unroll
-            for (int k = 0; k < kOperandChannels<T>; ++k)
-              entries[k] = shared_load<float4>(of_chunk +
-                                               (i * kOperandChannels<T> + k) * kCorrectionPitch<T>);
-#pragma unroll
-            for (int slot = 0; slot < kBatch; ++slot)
-              dy[slot][i] = correct_operand<T>(dy[slot][i], y[slot][i], entries);
-          }
-        },
-        [&](int slot, int position) {
-          shared_store(to + panel_offset<T>(position, chunk),
-                       uint4{dy[slot][0], dy[slot][1], dy[slot][2], dy[slot][3]});
-        });
+    const unsigned char* entries =
+        correction + panel * kCorrectionBytes<T> + 16 * (thread_index() & 3);
+    if (aligned && channel + kPanelChannels<T> <= outputs)
+      load_gradient_panel<T, kBatch, true>(to, entries, images, origin, from, channel + of_chunk,
+                                           outputs, threads);
+    else
+      load_gradient_panel<T, 2, false>(to, entries, images, origin, from, channel + of_chunk,
+                                       outputs, threads);
   }
 }
 

@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
             shared + stage_index * layout.stage_bytes() + panel * layout.panel_bytes();
         const int channel = channel0 + panel * kPanelChannels<T>;
         copy_pixels<T>(to, images, origin, args.x, channel, args.channels, threads);
-        copy_scale_shift<T>(to + layout.x_bytes(), args.norm, channel, args.channels, threads);
+        copy_scale_shift<T>(to + layout.x_bytes(), args.norm, channel, args.channels,
+                            thread_index(), threads);
       }
     }
     cp_async_commit();

@@ -165,8 +165,7 @@ __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned cha
   constexpr int kPanelTiles = kPanelChannels<T> / 8, kTileBytes = 8 * sizeof(T);
   const int accumulator = accumulator_offset<T>(lane), chunk = panel_offset<T>(g, t);
   const int pitch = static_cast<int>(y.stride) * static_cast<int>(sizeof(T));
-  unsigned char* const to =
-      reinterpret_cast<unsigned char*>(y.at<T>(first_row, column + t * kChunk<T>));
+  T* const to = y.at<T>(first_row, column + t * kChunk<T>);
 #pragma unroll
   for (int panel = 0; panel < (kTiles + kPanelTiles - 1) / kPanelTiles; ++panel) {
 #pragma unroll
@@ -186,13 +185,9 @@ __device__ __forceinline__ void write_rows(float (*acc)[kTiles][4], unsigned cha
     if (measure)
       measure_panel<T>(staging, lane, rows, first, columns - column, moments.mean, moments.m2);
     const int left = columns - column - first - t * kChunk<T>;
-#pragma unroll 1  // addresses of every row at once would not fit next to the accumulators
-    for (int i = 0; i < 4; ++i) {
-      const int offset = offset_of(g + 8 * i);
-      if (offset >= 0 && left > 0)
-        store_chunk(reinterpret_cast<T*>(advance(to, offset, pitch)) + first,
-                    shared_load<uint4>(staging + chunk + 8 * i * kPanelRowBytes), left, y.vector);
-    }
+    store_rows<T, 4>(
+        to + first, pitch, left, y.vector, [&](int i) { return offset_of(g + 8 * i); },
+        [&](int i) { return shared_load<uint4>(staging + chunk + 8 * i * kPanelRowBytes); });
     sync_warp();
   }
   moments.count += static_cast<float>(population(rows.valid));

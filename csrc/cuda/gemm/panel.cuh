@@ -129,8 +129,8 @@ __device__ __forceinline__ int scale_shift_offset(int channel) {
 // Channels past the end get zeros, which make zeros of whatever they meet.
 template <typename T>
 __device__ __forceinline__ void copy_scale_shift(unsigned char* shared, Table norm, int channel,
-                                                 int channels, int threads) {
-  for (int i = thread_index(); i < 2 * kPanelChannels<T>; i += threads) {
+                                                 int channels, int thread, int threads) {
+  for (int i = thread; i < 2 * kPanelChannels<T>; i += threads) {
     const int row = i & 1, c = i >> 1;
     const bool exists = channel + c < channels;
     cp_async<4>(shared + scale_shift_offset(c) + 4 * row,

@@ -126,6 +126,27 @@ __device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int left, in
   store_half(global + kHalf<T>, uint2{chunk.z, chunk.w}, left - kHalf<T>, vector DE_AT);
 }
 
+// A chunk of each of kRows rows, `pitch` bytes apart: chunk_of(i) to row offset_of(i), which is
+// negative where there is none. Whole chunks go without a branch.
+template <typename T, int kRows, typename OffsetOf, typename ChunkOf>
+__device__ __forceinline__ void store_rows(T* global, int pitch, int left, int vector,
+                                           OffsetOf offset_of, ChunkOf chunk_of) {
+  if (vector == kChunk<T> && left >= kChunk<T>) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int offset = offset_of(i);
+      const uint4 chunk = chunk_of(i);
+      if (offset >= 0) global_store(advance(global, offset, pitch), chunk);
+    }
+  } else if (left > 0) {
+#pragma unroll 1
+    for (int i = 0; i < kRows; ++i) {
+      const int offset = offset_of(i);
+      if (offset >= 0) store_chunk(advance(global, offset, pitch), chunk_of(i), left, vector);
+    }
+  }
+}
+
 // Four neighbouring channels, likewise.
 template <typename T>
 __device__ __forceinline__ Four<T> load_four(const T* global, int left, int vector DE_HERE) {
