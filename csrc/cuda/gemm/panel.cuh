@@ -176,13 +176,28 @@ __device__ __forceinline__ void normalise_panel(unsigned char* panel, const unsi
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     norms[i] = load_operand_norm<T>(norm, chunk * kChunk<T> + i * kOperandChannels<T>);
-  for (int row = thread_index() >> 2; row < rows; row += threads >> 2) {
-    unsigned char* at = panel + panel_offset<T>(row, chunk);
-    uint4 v = shared_load<uint4>(at);
+  const auto normalise = [&](uint4& v) {
     v.x = norm_relu_operand<T>(v.x, norms[0]);
     v.y = norm_relu_operand<T>(v.y, norms[1]);
     v.z = norm_relu_operand<T>(v.z, norms[2]);
     v.w = norm_relu_operand<T>(v.w, norms[3]);
+  };
+  // Two rows at a time, so that one is loaded while the other is worked on. Eight rows further on
+  // the order of the chunks is the same, and a step is a multiple of eight.
+  const int step = threads >> 2;
+  int row = thread_index() >> 2;
+  unsigned char* at = panel + panel_offset<T>(row, chunk);
+  for (; row + step < rows; row += 2 * step, at += 2 * step * kPanelRowBytes) {
+    unsigned char* const next = at + step * kPanelRowBytes;
+    uint4 v = shared_load<uint4>(at), w = shared_load<uint4>(next);
+    normalise(v);
+    normalise(w);
+    shared_store(at, v);
+    shared_store(next, w);
+  }
+  if (row < rows) {
+    uint4 v = shared_load<uint4>(at);
+    normalise(v);
     shared_store(at, v);
   }
 }
