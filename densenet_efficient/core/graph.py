@@ -22,7 +22,7 @@ from torch.library import custom_op
 
 from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
-from . import capture, layout, running
+from . import capture, layout, running, sharing
 from .dense_block import Kept, block_backward, block_forward
 from .encoding import decode
 from .functions import has_overflowed
@@ -294,7 +294,7 @@ def _(columns: Any, table: Any, count: Any, means: Any, variances: Any, batches:
 @custom_op(f"{NAMESPACE}::hand_over", mutates_args=(), schema="(Tensor x) -> Tensor")
 def hand_over(x: Tensor) -> Tensor:
     """x for a caller that may write to it, while x is kept for backward: a copy on write."""
-    return torch._lazy_clone(x)
+    return sharing.share(x)
 
 
 @hand_over.register_fake

@@ -115,7 +115,7 @@ class EfficientFCDenseNet(FCDenseNetBase):
         """Channels last in memory from child to child, so that no block copies its output."""
         if torch.compiler.is_compiling():
             return super()._call(module, *inputs)
-        with handover.asking_for(contiguous=False):
+        with handover.asking_for(handover.Asked(contiguous=False)):
             return module(*inputs)
 
     def _classify(self, x: Tensor) -> Tensor:

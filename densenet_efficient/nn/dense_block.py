@@ -207,7 +207,8 @@ class DenseBlockExecution(Efficient):
 
     @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
-        contiguous, private = handover.asked_for()
+        asked = handover.asked_for()
+        contiguous = asked.contiguous
         x = _joined(init_features)
         chosen, call = self._decision(x)
         if call is None:
@@ -243,7 +244,9 @@ class DenseBlockExecution(Efficient):
         y = DenseBlockFunction.apply(spec, x, stats, result, *parameters)
         if exchange is not None:  # there is no original that would know better on the CPU
             y, differentiable = y
-            result.stats = result.stats if result.stats is None or not private else differentiable
+            result.stats = (
+                result.stats if result.stats is None or not asked.private else differentiable
+            )
         elif result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
         if call.running:
@@ -255,7 +258,7 @@ class DenseBlockExecution(Efficient):
         if with_input is not None and not with_input(self):
             y, stats = handover.new_features(y, stats, spec.new)
             y, stats = handover.as_dtype(y, stats, execution.convolution_dtype(x))
-        return handover.hand_over(y, stats, contiguous, exchange)
+        return handover.hand_over(y, stats, asked._replace(contiguous=contiguous), exchange)
 
 
 class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..core import graph_pooling
 from ..core.functions import Result, StemFunction
@@ -123,8 +124,9 @@ class FeaturesExecution(Efficient):
         if "relu0" not in wanted:
             stem = self.stem_path(x)
         if stem.kind != ORIGINAL:
-            x = self._stem(x, stem, contiguous)
             children = children[len(self.stem_children()) :]
+            following = children[0][1] if children and "stem" not in wanted else None
+            x = self._stem(x, stem, contiguous, _sees_it_first(following))
             if "stem" in wanted:
                 outputs["stem"] = x.contiguous() if contiguous else x
         else:
@@ -151,12 +153,8 @@ class FeaturesExecution(Efficient):
             execution.check_synchronised(
                 child, x, watch.own_change(child) or "it is not one of ours"
             )
-            return child(x)
-        to_ours = (
-            (isinstance(consumer, Efficient) or is_batch_norm(consumer))
-            and not child._forward_hooks
-            and not consumer._forward_pre_hooks  # type: ignore[union-attr]
-        )
+            return child(handover.own(x))
+        to_ours = _sees_it_first(consumer) and not child._forward_hooks
         private = (
             to_ours
             and not isinstance(
@@ -164,7 +162,9 @@ class FeaturesExecution(Efficient):
             )  # which may begin with others' modules
             and not any(m._backward_hooks or m._backward_pre_hooks for m in (child, consumer))  # type: ignore[union-attr]
         )
-        with handover.asking_for(contiguous and not to_ours, private):
+        lent = private and (isinstance(consumer, TransitionExecution) or is_batch_norm(consumer))
+        asked = handover.Asked(contiguous and not to_ours, private, lent, to_ours)
+        with handover.asking_for(asked):
             return child(x)
 
     def _in_graph(self, x: Tensor, outputs: dict[str, Tensor], wanted: Collection[str]) -> Tensor:
@@ -244,7 +244,7 @@ class FeaturesExecution(Efficient):
             weight is None or weight.is_contiguous() or weight.dim() < 4
         )
 
-    def _stem(self, x: Tensor, chosen: Dispatch, contiguous: bool) -> Tensor:
+    def _stem(self, x: Tensor, chosen: Dispatch, contiguous: bool, to_ours: bool) -> Tensor:
         conv, norm, *rest = [child for _, child in self.stem_children()]
         gamma, beta, weight = norm.weight, norm.bias, conv.weight
         execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
@@ -265,7 +265,15 @@ class FeaturesExecution(Efficient):
         if want:
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)
-        return handover.hand_over(*handover.as_dtype(y, result.stats, answer), contiguous=False)
+        asked = handover.Asked(contiguous=False, to_ours=to_ours)
+        return handover.hand_over(*handover.as_dtype(y, result.stats, answer), asked)
+
+
+def _sees_it_first(consumer: nn.Module | None) -> bool:
+    """Whether a module that is called next and is ours is the first to see its input."""
+    if consumer is None or not (isinstance(consumer, Efficient) or is_batch_norm(consumer)):
+        return False
+    return not consumer._forward_pre_hooks and not _has_any_global_hook()
 
 
 def _is_bare(module: Any) -> bool:

@@ -3,10 +3,11 @@ ours knows more about.
 
 A block keeps its feature buffer for the backward pass, and hands it to the caller as well. The
 caller may write to what it got, through whatever path; so it gets a copy-on-write clone, which
-shares the buffer's memory until somebody writes to either. The clone carries the channel statistics
-of its values, valid as long as it shares that memory. A caller whose input was contiguous gets a
-contiguous output, as from the original modules, at the price of a copy; between two modules of
-ours the output stays channels last.
+shares the buffer's memory until somebody writes to either (core/sharing.py). The clone carries the
+channel statistics of its values, valid as long as it shares that memory. A transition or norm that
+one of our modules calls next is lent the buffer itself, since it does not write to it. A caller
+whose input was contiguous gets a contiguous output, as from the original modules, at the price of a
+copy; between two modules of ours the output stays channels last.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core import sharing
 from ..core.exchange import Exchange
 from ..core.functions import MatchLayoutFunction, NewFeaturesFunction
 
@@ -28,33 +30,46 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _STATS = "_densenet_efficient_stats"
 
 
-class _Caller(threading.local):
+_LENT = "_densenet_efficient_lent"
+
+
+class Asked(NamedTuple):
+    """What a calling module of ours wants of an output.
+
+    contiguous: that it is contiguous or channels last; None: as the module decides by its input.
+    private: the next module of ours alone will see the output and its gradient. lent: and will not
+    write to it. to_ours: nobody sees the output before that module does.
+    """
+
     contiguous: bool | None = None
     private: bool = False
+    lent: bool = False
+    to_ours: bool = False
+
+
+class _Caller(threading.local):
+    asked = Asked()
 
 
 _caller = _Caller()
 
 
 @contextmanager
-def asking_for(contiguous: bool, private: bool = False) -> Iterator[None]:
-    """While one module is called by one of ours: whether its output is to be contiguous or channels
-    last (without this the module decides by its input), and whether the next module of ours alone
-    will see the output and its gradient."""
-    before = _caller.contiguous, _caller.private
+def asking_for(asked: Asked) -> Iterator[None]:
+    """While one module is called by one of ours."""
+    before = _caller.asked
     try:
-        _caller.contiguous, _caller.private = contiguous, private
+        _caller.asked = asked
         yield
     finally:
-        _caller.contiguous, _caller.private = before
+        _caller.asked = before
 
 
-def asked_for() -> tuple[bool | None, bool]:
-    """What a calling module of ours wants, or (None, False) where somebody else calls; asked once a
-    call, so that what the asking module calls itself is somebody else's call."""
-    wanted = _caller.contiguous, _caller.private
-    _caller.contiguous, _caller.private = None, False
-    return wanted
+def asked_for() -> Asked:
+    """What a calling module of ours wants; nothing where somebody else calls. Asked once a call, so
+    that what the asking module calls itself is somebody else's call."""
+    asked, _caller.asked = _caller.asked, Asked()
+    return asked
 
 
 def prefers_contiguous(x: Tensor) -> bool:
@@ -96,15 +111,27 @@ def as_dtype(x: Tensor, stats: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
 
 
 def hand_over(
-    y: Tensor, stats: Tensor | None, contiguous: bool, exchange: Exchange | None = None
+    y: Tensor, stats: Tensor | None, asked: Asked, exchange: Exchange | None = None
 ) -> Tensor:
-    """y ``[N, C, *spatial]``, which the caller must not write to, as a tensor that it may write to,
-    with the statistics ``[2, C]`` of its values: of this process, or of all that exchanged
-    them."""
-    given = torch._lazy_clone(y.contiguous() if contiguous else y)
+    """y ``[N, C, *spatial]``, which the caller must not write to, as a tensor that it may write to
+    (unless it asked to be lent y), with the statistics ``[2, C]`` of its values: of this process,
+    or of all that exchanged them."""
+    given = y.contiguous() if asked.contiguous else y
+    if asked.lent:
+        setattr(given, _LENT, True)
+    else:
+        given = sharing.share(given)
     if stats is not None:
-        setattr(given, _STATS, (stats, _data_address(given), exchange))
+        # Without copy-on-write nothing would tell of a write through `.data`.
+        trusted = asked.to_ours and not _is_cow_tensor(given)
+        version = given._version if trusted else None
+        setattr(given, _STATS, (stats, _data_address(given), version, exchange))
     return given
+
+
+def own(x: Tensor) -> Tensor:
+    """x for somebody who may write to it: a copy of what was lent."""
+    return x.clone() if getattr(x, _LENT, False) else x
 
 
 def known_stats(x: Tensor, group: Any = None) -> tuple[Tensor | None, Exchange | None]:
@@ -112,9 +139,12 @@ def known_stats(x: Tensor, group: Any = None) -> tuple[Tensor | None, Exchange |
     processes or keeps to its own, and the exchange that made them the group's already. None where
     there are none of use, or somebody has written to x since."""
     entry = getattr(x, _STATS, None)
-    if entry is None or not _is_cow_tensor(x):
+    if entry is None:
         return None, None
-    stats, address, exchange = entry
-    if _data_address(x) != address or (exchange is not None and exchange.group is not group):
+    stats, address, version, exchange = entry
+    untouched = _is_cow_tensor(x) if version is None else x._version == version
+    if not untouched or _data_address(x) != address:
+        return None, None
+    if exchange is not None and exchange.group is not group:
         return None, None
     return stats, exchange

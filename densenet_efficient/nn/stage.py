@@ -34,12 +34,12 @@ class StageExecution(DenseBlockExecution):
         """[N, C, *spatial] -> what the last layer returns."""
         if torch.compiler.is_compiling():
             return graph.forward(self, input, input)
-        asked, private = handover.asked_for()
+        asked = handover.asked_for()
         for child in self.leading().values():
             input = child(input)
-        if asked is None:
+        if asked.contiguous is None:
             return self._efficient_forward(input)
-        with handover.asking_for(asked, private):
+        with handover.asking_for(asked):
             return self._efficient_forward(input)
 
     def in_graph(

@@ -208,10 +208,11 @@ class TransitionExecution(Efficient):
 
     @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, x: Tensor) -> Tensor:
-        contiguous, _ = handover.asked_for()
+        asked = handover.asked_for()
+        contiguous = asked.contiguous
         chosen = self.path(x)
         if chosen.kind == ORIGINAL:
-            return self._run_original(chosen, x)
+            return self._run_original(chosen, handover.own(x))
         parts = self.parts()
         norm, conv = parts.norm, parts.conv
         execution.record(self, "", chosen, [norm])
@@ -239,7 +240,7 @@ class TransitionExecution(Efficient):
         result = Result()
         y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight, bias)
         if exchange is None and result.has_overflowed():
-            return self._run_original(Dispatch(ORIGINAL, OVERFLOW), original)
+            return self._run_original(Dispatch(ORIGINAL, OVERFLOW), handover.own(original))
         if want:
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)
@@ -248,7 +249,8 @@ class TransitionExecution(Efficient):
         elif drops:  # it does not commute with the pooling, which is fused otherwise
             y = F.dropout(y, parts.drop_rate)
             y = fallback.AVG_POOL[y.dim() - 2](y, 2, 2) if pools else y
-        return handover.hand_over(*handover.as_dtype(y, result.stats, answer), contiguous)
+        asked = asked._replace(contiguous=contiguous)
+        return handover.hand_over(*handover.as_dtype(y, result.stats, answer), asked)
 
 
 class EfficientTransition(TransitionExecution, nn.Sequential):

@@ -146,6 +146,23 @@ def test_side_streams_do_not_share_scratch() -> None:
             assert torch.equal(result[name], value), name
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_network_on_a_side_stream(dtype: torch.dtype | None) -> None:
+    """Whatever PyTorch's own operators copy there waits for what was computed there."""
+    torch.manual_seed(0)
+    model = densenet_cifar(22, 12).cuda()
+    x, target = images(8, 3, 32, 32, dtype=torch.float32), torch.randint(10, (8,), device="cuda")
+    expected = training_step(model, x, target, dtype)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        found = training_step(model, x, target, dtype)
+    torch.cuda.synchronize()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_threads() -> None:
     _, ours = cuda_block()
     x, dy = images(4, 48, 28, 28), images(4, 176, 28, 28)
