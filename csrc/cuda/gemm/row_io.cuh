@@ -130,19 +130,20 @@ __device__ __forceinline__ void store_chunk(T* global, uint4 chunk, int left, in
 // negative where there is none. Whole chunks go without a branch.
 template <typename T, int kRows, typename OffsetOf, typename ChunkOf>
 __device__ __forceinline__ void store_rows(T* global, int pitch, int left, int vector,
-                                           OffsetOf offset_of, ChunkOf chunk_of) {
+                                           OffsetOf offset_of, ChunkOf chunk_of DE_HERE) {
   if (vector == kChunk<T> && left >= kChunk<T>) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int offset = offset_of(i);
       const uint4 chunk = chunk_of(i);
-      if (offset >= 0) global_store(advance(global, offset, pitch), chunk);
+      if (offset >= 0) global_store(advance(global, offset, pitch), chunk DE_AT);
     }
   } else if (left > 0) {
 #pragma unroll 1
     for (int i = 0; i < kRows; ++i) {
       const int offset = offset_of(i);
-      if (offset >= 0) store_chunk(advance(global, offset, pitch), chunk_of(i), left, vector);
+      if (offset >= 0)
+        store_chunk(advance(global, offset, pitch), chunk_of(i), left, vector DE_AT);
     }
   }
 }
