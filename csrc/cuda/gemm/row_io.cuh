@@ -142,8 +142,7 @@ __device__ __forceinline__ void store_rows(T* global, int pitch, int left, int v
 #pragma unroll 1
     for (int i = 0; i < kRows; ++i) {
       const int offset = offset_of(i);
-      if (offset >= 0)
-        store_chunk(advance(global, offset, pitch), chunk_of(i), left, vector DE_AT);
+      if (offset >= 0) store_chunk(advance(global, offset, pitch), chunk_of(i), left, vector DE_AT);
     }
   }
 }
