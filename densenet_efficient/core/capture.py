@@ -73,6 +73,14 @@ class Recorder:
         # Other threads, such as those that pin memory, may do what they like meanwhile.
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         main = torch.cuda.current_stream(self.device)  # stays it, also where the capture fails
-        with torch.cuda.stream(main), recording:
-            results = run()
+        generator = torch.cuda.default_generators[main.device_index]
+        random = generator.clone_state()
+        try:
+            with torch.cuda.stream(main), recording:
+                results = run()
+        except BaseException:
+            # A capture that fails leaves the generator in the midst of it: whatever draws a random
+            # number or captures next would be refused.
+            generator.graphsafe_set_state(random)
+            raise
         return graph.replay, results
