@@ -48,10 +48,12 @@ class Snapshot:
 
     def __init__(self, entries: list[_Entry]) -> None:
         self._entries = entries
-        self._place: dict[tuple[nn.Module, str], int] = {}
-        for entry in entries:
-            for name in (*entry.module._parameters, *entry.module._buffers):
-                self._place[entry.module, name] = len(self._place)
+        places = (
+            (entry.module, name)
+            for entry in entries  # several of a module that stands in several places
+            for name in (*entry.module._parameters, *entry.module._buffers)
+        )
+        self._place = {of: place for place, of in enumerate(places)}
         self._absent = [tensor is None for tensor in self._read() or ()]
 
     @classmethod

@@ -180,7 +180,7 @@ def fill_scratch(value: float) -> None:
 def _surroundings_problem() -> str | None:
     if arena._lock.locked():
         return "the lock of the scratch memory is held"
-    if handover.asked_for() != (None, False):
+    if handover.asked_for() != handover.Asked():
         return "the next call of a module is taken for that of another"
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return "gradients are off, or autocast is on"
