@@ -193,10 +193,9 @@ def restore_checkpoint(
     except ValueError as error:
         raise CheckpointError(f"checkpoint's {error}") from error
     model.load_state_dict(state["model"])
-    fused = [group["fused"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(optimizer.param_groups, fused, strict=True):
-        group["fused"] = own
+    pairs = zip(optimizer.param_groups, state["optimizer"]["param_groups"], strict=True)
+    groups = [_with_own_fused(own, group) for own, group in pairs]
+    optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
@@ -285,6 +284,11 @@ def _check_tensor(what: str, expected: Tensor, got: Any) -> None:
         )
 
 
+def _with_own_fused(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's group as this run takes it: whether its steps are fused is its own affair."""
+    return {name: own[name] if name == "fused" else value for name, value in group.items()}
+
+
 def _check_optimizer(optimizer: torch.optim.Optimizer, got: Mapping[str, Any]) -> None:
     groups, parameters = got.get("param_groups"), got.get("state")
     if not isinstance(groups, list) or not isinstance(parameters, dict):
@@ -302,9 +306,13 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, got: Mapping[str, Any]) -
         [group["params"] for group in expected],
         [group.get("params") for group in groups],
     )
-    for pair in zip(expected, groups, strict=True):
-        # Whether steps are fused is this run's own affair.
-        ours, theirs = ({k: v for k, v in group.items() if k != "fused"} for group in pair)
+    for ours, group in zip(expected, groups, strict=True):
+        fused = group.get("fused")
+        if not (fused is None or isinstance(fused, bool)):
+            raise CheckpointError(
+                f"checkpoint's optimizer: fused: expected True, False or None, got {_text(fused)}"
+            )
+        theirs = _with_own_fused(ours, group)
         _check_like("optimizer", ours, theirs)
         fixed = {name: value for name, value in ours.items() if name != "lr"}
         _check_equal("optimizer", fixed, {name: theirs[name] for name in fixed})

@@ -116,6 +116,22 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
+@pytest.mark.parametrize("own", [None, False, True])
+@pytest.mark.parametrize("saved", [None, False, True])
+def test_whether_steps_are_fused_is_the_runs_own(
+    tmp_path: Path, saved: bool | None, own: bool | None
+) -> None:
+    trainer = trained(tmp_path, recipe_for("digits", epochs=3, batch_size=32))
+    state = read_checkpoint(tmp_path / CHECKPOINT)
+    state["optimizer"]["param_groups"][0]["fused"] = saved
+    trainer.optimizer.param_groups[0]["fused"] = own
+    restore_checkpoint(state, **trainer._state(), description=trainer.describe())
+    assert trainer.optimizer.param_groups[0]["fused"] is own
+    del state["optimizer"]["param_groups"][0]["fused"]
+    with pytest.raises(CheckpointError, match="optimizer's entries: expected"):
+        restore_checkpoint(state, **trainer._state(), description=trainer.describe())
+
+
 @pytest.mark.parametrize("generator", ["torch", "python", "numpy"])
 def test_states_that_a_generator_refuses(tmp_path: Path, generator: str) -> None:
     trainer = trained(tmp_path, recipe_for("digits", epochs=3, batch_size=32))
