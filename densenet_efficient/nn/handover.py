@@ -131,7 +131,8 @@ def hand_over(
 
 def own(x: Tensor) -> Tensor:
     """x for somebody who may write to it: a copy of what was lent."""
-    return x.clone() if getattr(x, _LENT, False) else x
+    lent = isinstance(x, Tensor) and getattr(x, _LENT, False)  # a tracer's proxy has any attribute
+    return x.clone() if lent else x
 
 
 def known_stats(x: Tensor, group: Any = None) -> tuple[Tensor | None, Exchange | None]:

@@ -226,7 +226,7 @@ def test_parts_follow_the_functions_of_the_sources() -> None:
         lines = path.read_text().splitlines()
         return file, next(i for i, line in enumerate(lines, 1) if text in line)
 
-    load = line_of("norm_relu_conv1x1_forward.cu", "cp_async<16>(to + row")
+    load = line_of("norm_relu_conv1x1_forward.cu", "cp_async<16>(stage + to + row")
     wait = line_of("norm_relu_conv1x1_forward.cu", "cp_async_wait<kStages - 2>")
     moments = line_of("epilogue.cuh", "m2s[k] +=")
     assert [sources.part_of((place,)) for place in (load, wait, moments)] == [
