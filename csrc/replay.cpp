@@ -2,8 +2,8 @@
 // it and encodes it as whole numbers:
 //
 //   program      number of given tensors, for each: layout
-//                number of other tensors; number of instructions, these; number of results, these as
-//                references
+//                number of other tensors; number of instructions, these; number of results,
+//                these as references
 //   layout       dtype (0 to 3: float64, float32, bfloat16, float16), number of dimensions, sizes,
 //                strides
 //   reference    number of a tensor (the given first); -1, for all of it, or number of dimensions,

@@ -130,8 +130,8 @@ __device__ __forceinline__ void for_runs(const Images& images, const TileOrigin&
 }
 
 // The halo's positions that this thread loads one chunk of (chunk thread % 4), kBatch at a time:
-// fetch(slot, first, at, exists) for each of the batch, the images' pixel first + at, then change() for all of them, then
-// put(slot, position) for each.
+// fetch(slot, first, at, exists) for each of the batch, which is the images' pixel first + at, then
+// change() for all of them, then put(slot, position) for each.
 template <int kBatch, typename Fetch, typename Change, typename Put>
 __device__ __forceinline__ void for_halo(const Images& images, const TileOrigin& origin,
                                          int threads, Fetch fetch, Change change, Put put) {

@@ -52,8 +52,8 @@ __device__ __forceinline__ void load_correction(unsigned char* shared, const Out
                  kept_correction<T>(load_entries(from.correction, c, outputs)));
 }
 
-// One panel of the corrected dy of a tile and its halo, operands; channels past the end zero. kBatch
-// positions a thread are under way at a time. kWhole: the panel's channels exist and are aligned.
+// One panel of the corrected dy of a tile and its halo, operands; channels past the end are zero.
+// kBatch positions a thread are under way at a time. kWhole: all channels exist and are aligned.
 template <typename T, int kBatch, bool kWhole>
 __device__ __forceinline__ void load_gradient_panel(unsigned char* to,
                                                     const unsigned char* correction,
