@@ -129,13 +129,13 @@ class Program:
 def record(function: Callable[..., Results], given: Given) -> Program | None:
     """The program of a function of tensors, which runs on tensors without memory; None where there
     is none."""
-    with _Recorder() as recorder:
-        hollow = [_mapped(_hollow, value) for value in given]
-        try:
+    try:
+        with _Recorder() as recorder:
+            hollow = [_mapped(_hollow, value) for value in given]
             recorder.begin(_flat(hollow))
             return recorder.end(function(*hollow))
-        except NoProgram:
-            return None
+    except NoProgram:
+        return None
 
 
 def _hollow(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .steps import SCENARIOS, Subject, sample
+from .steps import EARLIER, SCENARIOS, Subject, sample
 
 HERE = Path(__file__).resolve().parent
 
@@ -68,18 +68,23 @@ def _armed(number: int) -> Iterator[list[int]]:
 def _all(count: int | None, seed: int) -> Iterator[tuple[str, int, list[str]]]:
     for scenario in SCENARIOS:
         subject = Subject(scenario)
-        with _armed(-1) as seen:
-            subject.step(subject.module)
-        numbers = sample(list(range(*seen)), count, random.Random(f"{seed} {scenario.name}"))
+        made = []
+        for earlier in EARLIER:
+            subject.prepare(earlier)
+            with _armed(-1) as seen:
+                subject.step(subject.module)
+            made += [(earlier, number) for number in range(*seen)]
+        chosen = sample(list(range(len(made))), count, random.Random(f"{seed} {scenario.name}"))
         problems, cases = [], 0
-        for number in numbers:
+        for earlier, number in (made[index] for index in chosen):
             try:
-                problem = subject.broken_off(_armed(number))
+                problem = subject.broken_off(earlier, _armed(number))
             except LookupError:  # somebody who can do without
                 continue
             cases += 1
             if problem is not None:
-                problems.append(f"{scenario.name}, allocation {number} failed: {problem}")
+                which = f"allocation {number} of step {earlier + 1}"
+                problems.append(f"{scenario.name}, {which} failed: {problem}")
         yield scenario.name, cases, problems
 
 

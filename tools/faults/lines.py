@@ -15,7 +15,7 @@ from typing import Any
 
 import densenet_efficient
 
-from .steps import SCENARIOS, Subject, sample
+from .steps import EARLIER, SCENARIOS, Subject, sample
 
 ROOMS = tuple(
     str(Path(densenet_efficient.__file__).parent / room) for room in ("core", "nn", "ops")
@@ -72,8 +72,9 @@ def interrupting(wanted: int) -> Any:
     return tracing(at_line)
 
 
-def lines_of(subject: Subject) -> list[tuple[str, int]]:
-    """Every line that a step reaches, as often as it does."""
+def lines_of(subject: Subject, earlier: int) -> list[tuple[str, int]]:
+    """Every line that a step after so many others reaches, as often as it does."""
+    subject.prepare(earlier)
     found: list[tuple[str, int]] = []
     with tracing(lambda path, line: found.append((path, line))):
         subject.step(subject.module)
@@ -85,35 +86,34 @@ def interrupts(
 ) -> Iterator[tuple[str, int, list[str]]]:
     """For every scenario: its name, interrupts, and what was wrong after them.
 
-    new: interrupts at lines, the first and second time each is reached, that no earlier scenario
-    has reached so often; None: at each of them. repeated: at any line that is reached. file: only
-    in files whose names end so.
+    new: interrupts at lines, the first and second time each is reached in a module's first, second
+    or third step, that no earlier scenario has reached so often in such a step; None: at each of
+    them. repeated: at any line that is reached. file: only in files whose names end so.
     """
-    known: set[tuple[tuple[str, int], int]] = set()
+    known: set[tuple[int, tuple[str, int], int]] = set()
     for scenario in SCENARIOS:
         rng = random.Random(f"{seed} {scenario.name}")
         subject = Subject(scenario)
-        reached = lines_of(subject)
-        times: Counter[tuple[str, int]] = Counter()
-        fresh = []
-        for index, place in enumerate(reached):
-            times[place] += 1
-            visit = (place, times[place])
-            if times[place] <= 2 and visit not in known:
-                known.add(visit)
-                fresh.append(index)
-        everywhere = sample(list(range(len(reached))), repeated, rng)
-        points = [
-            point
-            for point in sample(fresh, new, rng) + everywhere
-            if reached[point][0].endswith(file)
+        reached = [
+            (earlier, index, place)
+            for earlier in EARLIER
+            for index, place in enumerate(lines_of(subject, earlier))
         ]
+        times: Counter[tuple[int, tuple[str, int]]] = Counter()
+        fresh = []
+        for number, (earlier, _, place) in enumerate(reached):
+            times[earlier, place] += 1
+            visit = (earlier, place, times[earlier, place])
+            if visit[-1] <= 2 and visit not in known:
+                known.add(visit)
+                fresh.append(number)
+        everywhere = sample(list(range(len(reached))), repeated, rng)
+        numbers = sample(fresh, new, rng) + everywhere
+        points = [reached[number] for number in numbers if reached[number][2][0].endswith(file)]
         problems = []
-        for point in points:
-            problem = subject.broken_off(interrupting(point))
+        for earlier, index, (path, line) in points:
+            problem = subject.broken_off(earlier, interrupting(index))
             if problem is not None:
-                path, line = reached[point]
-                problems.append(
-                    f"{scenario.name}, interrupted at {Path(path).name}:{line}: {problem}"
-                )
+                at = f"{Path(path).name}:{line} of step {earlier + 1}"
+                problems.append(f"{scenario.name}, interrupted at {at}: {problem}")
         yield scenario.name, len(points), problems

@@ -22,8 +22,13 @@ from densenet_efficient.core import arena
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.nn import handover
 from densenet_efficient.nn.dense_block import DenseBlockExecution
+from densenet_efficient.nn.execution import Efficient
 from densenet_efficient.nn.residual_dense_block import EfficientResidualDenseBlock
 from densenet_efficient.nn.transition import TransitionExecution
+
+EARLIER = (0, 1, 2)
+"""Calls of a module before the step that breaks off: a block's first call looks at its modules, the
+second records its operators, and later ones replay them."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,21 @@ class Subject:
         gradients = {f"d {name}": p.grad for name, p in module.named_parameters()}
         return _copied({"y": y, "dx": x.grad, **gradients, **module.state_dict()})
 
-    def broken_off(self, injection: AbstractContextManager[Any]) -> str | None:
-        """Begins a step within the injection, which is to break it off, and says what is wrong
-        afterwards, if anything. LookupError where the step came to its end."""
+    def prepare(self, earlier: int) -> None:
+        """The module as after so many steps, but in the state before any; no scratch memory."""
+        for module in self.module.modules():
+            if isinstance(module, Efficient):
+                module._efficient.last_call = None
+        for _ in range(earlier):
+            self.step(self.module)
         arena.release()
         self.module.load_state_dict(self.before)
+
+    def broken_off(self, earlier: int, injection: AbstractContextManager[Any]) -> str | None:
+        """Begins a step, after so many earlier ones, within the injection, which is to break it
+        off, and says what is wrong afterwards, if anything. LookupError where the step came to its
+        end."""
+        self.prepare(earlier)
         try:
             with injection:
                 self.step(self.module)
