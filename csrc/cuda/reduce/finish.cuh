@@ -10,6 +10,8 @@
 // launch_finish.
 #pragma once
 
+#include <limits>
+
 #include "../device.cuh"
 #include "../launch.h"
 #include "../tiling/partials.h"
@@ -161,7 +163,11 @@ struct SumPartials {
   template <typename Pass>
   void divide() {
     constexpr int kTeams = kSumThreads / Pass::kLanes;
-    groups = std::clamp<int>(ceil_div(blocks, Pass::kBatch), 1, kTeams);
+    // A step between the partials of a team fits 32 bits.
+    const int64_t size = std::max<int64_t>(1, block_stride * static_cast<int64_t>(sizeof(A)));
+    const int64_t most = std::min<int64_t>(kTeams, std::numeric_limits<int>::max() / size);
+    groups = static_cast<int>(
+        std::clamp<int64_t>(ceil_div(blocks, Pass::kBatch), 1, std::max<int64_t>(1, most)));
     span = kTeams / groups * Pass::kLanes * Pass::kVector;
     grid = static_cast<int>(ceil_div(rows * pitch, span));
     step_bytes = static_cast<int>(groups * block_stride * static_cast<int64_t>(sizeof(A)));

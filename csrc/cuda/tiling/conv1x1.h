@@ -33,8 +33,8 @@ struct NormReluConv1x1Forward {
       const int64_t most =
           int64_t(device.multiprocessors) * resident(static_cast<int>(candidate_columns));
       const int64_t candidate_tiles = ceil_div(rows, height);
-      // Turns that the busiest block takes, times what a row costs: by itself, and each column.
-      // Measured on an H200.
+      // Turns that the busiest block takes, times what a row costs, by itself and for each
+      // column, by times measured on an H200.
       const int64_t cost = ceil_div(candidate_tiles, most) *
                            resident(static_cast<int>(candidate_columns)) * (50 + candidate_columns);
       if (best && cost >= best) continue;
