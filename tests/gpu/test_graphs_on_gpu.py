@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import densenet_efficient as de
-from densenet_efficient.core import arena, capture
+from densenet_efficient.core import capture
 from densenet_efficient.models.networks import NetworkSpec
 from densenet_efficient.train.data import load_data
 from densenet_efficient.train.recipes import recipe_for
 from densenet_efficient.train.trainer import Trainer, TrainingOptions
+from tests.support.cuda_graphs import captured
 
 pytestmark = pytest.mark.gpu
 
@@ -40,22 +40,6 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.autocast("cuda", torch.bfloat16):
         logits = model(images).movedim(1, -1).flatten(0, -2)
     return nn.functional.cross_entropy(logits.float(), labels.flatten())
-
-
-def captured(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of a step after three steps on a side stream, and what it returns."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    arena.release()  # the graph must not depend on slabs that it does not own
-    torch.cuda.empty_cache()
-    return graph, loss
 
 
 NETWORKS = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.bench.accuracy import error_ratio, moved_norms, training_step
-from densenet_efficient.core import arena
 from densenet_efficient.models.densenet import EfficientDenseNet, densenet264, densenet_cifar
 from tests.support.block_pair import gradients
+from tests.support.cuda_graphs import captured
 from tests.support.peer import torchvision
 
 pytestmark = pytest.mark.gpu
@@ -197,27 +197,17 @@ def test_a_step_can_be_captured_in_a_graph(memory: str) -> None:
         loss.backward()
         return loss
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
     expected = step().item()
     gradients = [p.grad.clone() for p in model.parameters()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    captured = [p.grad for p in model.parameters()]
-    arena.release()  # the graph must not depend on slabs it does not own
-    torch.cuda.empty_cache()
+    graph, loss = captured(step)
+    in_graph = [p.grad for p in model.parameters()]
     noise = torch.full((1 << 26,), 7.0, device="cuda")
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()
     assert noise.min() == 7
     assert loss.item() == expected
-    for mine, theirs in zip(captured, gradients, strict=True):
+    for mine, theirs in zip(in_graph, gradients, strict=True):
         assert torch.equal(mine, theirs)
 
 
