@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,24 +32,41 @@ def test_a_captured_call_copies_at_once() -> None:
     assert torch.equal(given, x) and given.data_ptr() != x.data_ptr()
 
 
-def test_a_replaced_norm_may_write_to_its_input() -> None:
-    """The last norm is lent the block's features; another module in its place is not."""
+def doubles_its_input(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Nearly what the norm gives, from twice the input, written over it."""
+    return nn.BatchNorm2d.forward(norm, x.mul_(2.0))
 
-    class Writes(nn.BatchNorm2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input.mul_(1.0))
 
-    model = network()
-    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+class Doubling(nn.BatchNorm2d):
+    forward = doubles_its_input
+
+
+def with_a_class_of_its_own(norm: nn.BatchNorm2d) -> None:
+    norm.__class__ = Doubling
+
+
+def with_a_forward_of_its_own(norm: nn.BatchNorm2d) -> None:
+    norm.forward = functools.partial(doubles_its_input, norm)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [with_a_class_of_its_own, with_a_forward_of_its_own])
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_a_changed_norm_may_write_to_its_input(
+    change: Callable[[nn.BatchNorm2d], None], rehearse: bool
+) -> None:
+    """The last norm is lent the block's features, which backward reads again; what does more than
+    a norm gets a copy."""
+    model = network().double()
+    x = torch.randn(4, 3, 16, 16).double().contiguous(memory_format=torch.channels_last)
     other = copy.deepcopy(model)
-    writes = Writes(other.features.norm5.num_features)
-    writes.load_state_dict(other.features.norm5.state_dict())
-    other.features.norm5 = writes
+    change(other.features.norm5)
     for one in (model, other):
-        one(x).square().mean().backward()
+        with capture.rehearsed() if rehearse else contextlib.nullcontext():
+            one(x).square().mean().backward()
     for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         assert mine.grad is not None and theirs.grad is not None
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+        error = (mine.grad - theirs.grad).norm() / mine.grad.norm()
+        assert error < 1e-3, name  # the norm's eps counts half as much
 
 
 @pytest.mark.parametrize("memory", ["recompute", "store"])
