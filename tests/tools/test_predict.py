@@ -10,7 +10,7 @@ import pytest
 
 from densenet_efficient.models.networks import NetworkSpec
 from tools.machine_code.document import table_rows
-from tools.predict import counts, document, fit, operators, waves
+from tools.predict import counts, document, fit, operators, steps, waves
 from tools.predict.__main__ import main
 from tools.predict.calls import PYTORCH, Step
 from tools.predict.devices import GPUS
@@ -142,12 +142,29 @@ def test_a_run_of_the_benchmark_next_to_its_prediction(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_measured_steps_are_predicted_as_the_document_says() -> None:
+    """The kernels' sum within 10 %."""
+    text = steps.table(fit.measured(), fit.stored())
+    rows = table_rows(document.DOCUMENT.read_text(), document.MEASURED_STEPS)
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in
+            text.splitlines()[2:]] == rows  # fmt: skip
+    for row in rows:
+        measured, predicted = map(float, row[2].split("/"))
+        assert predicted == pytest.approx(measured, rel=0.1), row
+
+
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--network", "densenet121", "--batch", "512", "--gpu", "h200"]) == 0
     [line] = [row for row in capsys.readouterr().out.splitlines() if "| kernels |" in row]
-    best, likely, worst = map(float, line.strip("| ").split("|")[-3:])
-    assert best <= likely <= worst
-    assert 20 < likely < 100
+    predicted = list(map(float, line.strip("| ").split("|")[-3:]))
+    assert predicted == sorted(predicted)
+    [listed] = [
+        row
+        for row in table_rows(document.DOCUMENT.read_text(), document.STEPS)
+        if row[:2] == ["H200", "densenet121, batch 512"]
+    ]  # renewed by --fit --write
+    assert predicted == pytest.approx(list(map(float, listed[3:6])), abs=0.11)
     assert main(["--set", "nothing=1"]) == 2
     assert "expected one of the efficiencies, got 'nothing'" in capsys.readouterr().err
 

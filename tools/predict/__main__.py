@@ -22,7 +22,7 @@ import torch
 from densenet_efficient.models.networks import NETWORKS, NetworkSpec
 from tools.machine_code.document import replaced
 
-from . import counts, document, fit, operators, timeline, waves
+from . import counts, document, fit, operators, steps, timeline, waves
 from .calls import Step
 from .devices import GPUS, Gpu
 from .launches import Launch, emulator_for, listed
@@ -142,6 +142,7 @@ def report(options: argparse.Namespace) -> None:
             [group for group in found.groups if group.seconds > 1e-4 or group.source == "ncu"],
             found.gpu, given,
         )  # fmt: skip
+        tables[document.MEASURED_STEPS] = steps.table(found, given)
         tables[document.STEPS] = step_table(given)
     if options.waves:
         idle = [one for network in waves.NETWORKS for one in waves.worst(network) if one.misses]
@@ -158,13 +159,13 @@ def report(options: argparse.Namespace) -> None:
 def step_table(given: Efficiencies) -> str:
     """Whole steps with today's kernels, as far as they were counted."""
     rows = []
-    steps = []
+    chosen = []
     for name, batch in STEPS:
         network = NetworkSpec(name)
-        steps.append(Step(network, batch, network.default_image_size, "store"))
-    with emulator_for(call for step in steps for call in step.calls()) as emulator:
+        chosen.append(Step(network, batch, network.default_image_size, "store"))
+    with emulator_for(call for step in chosen for call in step.calls()) as emulator:
         for gpu in GPUS.values():
-            for step in steps:
+            for step in chosen:
                 launches = listed(step.calls(), gpu.device, torch.bfloat16, emulator)
                 rows.append([gpu.title, *_step_row(step, list(launches), gpu, given)])
     head = ["GPU", "step", "launches", "best, ms", "likely, ms", "worst, ms", "with the host, ms"]

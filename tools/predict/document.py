@@ -13,6 +13,7 @@ from .waves import Idle
 
 DOCUMENT = ROOT / "docs" / "predict.md"
 KERNELS, STEPS, EFFICIENCIES, WAVES = "kernels", "steps", "efficiencies", "idle waves"
+MEASURED_STEPS = "measured steps"
 
 
 def kernel_table(groups: Sequence[Group], gpu: Gpu, given: Efficiencies) -> str:

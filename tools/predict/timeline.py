@@ -28,10 +28,15 @@ def duration(work: Work, gpu: Gpu, given: Efficiencies) -> float:
 
 def step_seconds(works: Iterable[Work], gpu: Gpu, given: Efficiencies) -> float:
     """Of the whole step. given.host = 0 is a step that a graph replays."""
+    return queued(((work.times, duration(work, gpu, given)) for work in works), given.host)
+
+
+def queued(launches: Iterable[tuple[int, float]], cost: float) -> float:
+    """Seconds until the last kernel is done: launches, each so many times and so long, of which
+    every one costs the host `cost` seconds."""
     host = device = 0.0
-    for work in works:
-        each = duration(work, gpu, given)
-        for _ in range(work.times):
-            host += given.host
+    for times, each in launches:
+        for _ in range(times):
+            host += cost
             device = max(device, host) + each
     return device
