@@ -206,15 +206,25 @@ Result replay(Tensor program, std::vector<Tensor> given) {
   return Run(static_cast<const int64_t*>(program.const_data_ptr()), given)();
 }
 
+// Where a negative view is given, whose memory holds the opposite of its values: operators read a
+// copy of it, which no program knows.
+Result refuse(Tensor, std::vector<Tensor>) {
+  return {static_cast<int64_t>(Status::kOtherLayout), {}};
+}
+
 }  // namespace
 }  // namespace densenet_efficient
 
 STABLE_TORCH_LIBRARY(densenet_efficient_calls, library) {
   // A program, and the tensors that it begins with. 0 and the results; 1 where a tensor has another
-  // layout, and 2, after a part of it has run, where there was no memory for a new one.
+  // layout or is a negative view, and 2, after a part of it has run, where there was no memory for a new one.
   library.def("replay(Tensor program, Tensor(a!)[] given) -> (int, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_efficient_calls, CompositeExplicitAutograd, library) {
   library.impl("replay", TORCH_BOX(&densenet_efficient::replay));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_efficient_calls, Negative, library) {
+  library.impl("replay", TORCH_BOX(&densenet_efficient::refuse));
 }

@@ -205,15 +205,16 @@ class _Recorder(TorchDispatchMode):
         if func == aten.zero_.default:
             self._step(_FILL, args[0], 0.0)
             return args[0]
+        makes = func in _NEW or func in _ZEROS or func in _COPIES
+        if not makes and not _is_view(func):
+            raise NoProgram(func)
         found = func(*args, **kwargs)
-        if func in _NEW or func in _ZEROS or func in _COPIES:
+        if makes:
             self._steps.append(([_MAKE, self._know(found), *_layout(found)], []))
             if func in _ZEROS:
                 self._step(_FILL, found, 0.0)
             if func in _COPIES:
                 self._step(_COPY, found, args[0])
-        elif not _is_view(func):
-            raise NoProgram(func)
         return found
 
     def _know(self, tensor: Tensor) -> int:

@@ -67,11 +67,11 @@ class LastCall:
         self, block: nn.Module, dtype: torch.dtype, call: BlockCall, snapshot: Snapshot
     ) -> None:
         self._block, self._dtype = weakref.ref(block), dtype  # a replica shares this with its model
-        self._call, self._snapshot = replace(call, programs=Programs()), snapshot
+        # Without its tensors: those that a model exchanges for others are freed.
+        self._call = replace(call, parameters=(), running=(), programs=Programs())
+        self._snapshot = snapshot
         places = [place for part in call.parts for place in parameter_places(part)]
-        self._parameters = itemgetter(
-            *(-1 if module is None else snapshot.place(module, name) for module, name in places)
-        )
+        self._parameters = itemgetter(*(snapshot.place(*place) for place in places))
         self._running = [
             (norm.momentum, itemgetter(*(snapshot.place(norm, name) for name in _BUFFERS)))
             for norm in call.norms
@@ -105,6 +105,5 @@ class LastCall:
         tensors = self._snapshot.tensors()
         if tensors is None:
             return None
-        tensors.append(None)
         running = [Running._make((*kept(tensors), momentum)) for momentum, kept in self._running]
         return replace(self._call, parameters=self._parameters(tensors), running=running)

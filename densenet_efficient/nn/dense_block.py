@@ -57,8 +57,9 @@ class DenseBlockExecution(Efficient):
 
         parts: layer -> its modules. memory: see `EfficientDenseBlock`. layers: block -> its layers
         by name, in order; the children by default. with_input: block -> whether its input is part
-        of its output; always by default. All are picklable functions, called again at every call.
-        newest_first: whether new channels stand in front of all earlier ones.
+        of its output; always by default. All are picklable functions of the modules alone: a call
+        asks them again where a module has changed since the last one. newest_first: whether new
+        channels stand in front of all earlier ones.
         """
         super()._adopt(
             parts=parts,
@@ -99,7 +100,8 @@ class DenseBlockExecution(Efficient):
         if reason is not None:
             return Dispatch(ORIGINAL, reason), None
         state, dtype = self._efficient, execution.working_dtype(x)
-        call = None if state.last_call is None else state.last_call.again(self, dtype)
+        last = state.last_call  # which another thread may exchange
+        call = None if last is None else last.again(self, dtype)
         if call is None:
             problem, parts, specs = self._specification(dtype)
             if problem is not None:

@@ -53,7 +53,9 @@ class Snapshot:
             for entry in entries  # several of a module that stands in several places
             for name in (*entry.module._parameters, *entry.module._buffers)
         )
-        self._place = {of: place for place, of in enumerate(places)}
+        self._place: dict[tuple[nn.Module | None, str], int] = {
+            of: place for place, of in enumerate(places)
+        }
         self._absent = [tensor is None for tensor in self._read() or ()]
 
     @classmethod
@@ -74,20 +76,21 @@ class Snapshot:
 
         return cls(entries) if add(root, watched, True) else None
 
-    def place(self, module: nn.Module, name: str) -> int | None:
-        """Where `tensors` has a parameter or buffer; None where the module has none of the name."""
-        return self._place.get((module, name))
+    def place(self, module: nn.Module | None, name: str) -> int:
+        """Where `tensors` has a parameter or buffer; -1, where it has None, if there is no module,
+        or a plain attribute of the name."""
+        return self._place.get((module, name), -1)
 
     def tensors(self) -> list[Tensor | None] | None:
-        """The parameters and buffers of all modules as they are now; None where anything that is
-        compared is no longer what it was."""
+        """The parameters and buffers of all modules as they are now, and None at the end; None
+        where anything that is compared is no longer what it was."""
         try:
             found = self._read()
-        except KeyError:
+        except (KeyError, RuntimeError, ValueError):  # it is gone, or an array now: neither equal
             return None
         if found is None or [tensor is None for tensor in found] != self._absent:
             return None
-        return found
+        return [*found, None]
 
     def _read(self) -> list[Tensor | None] | None:
         found: list[Tensor | None] = []

@@ -22,6 +22,7 @@ Structure = tuple[tuple[str, type, "Structure"], ...]
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # a SyncBatchNorm replaces any
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")
+_FORWARD = frozenset({"forward"})
 _FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
     (home, name)
     for home, names in (
@@ -35,11 +36,13 @@ _UNPATCHED = tuple(getattr(home, name) for home, name in _FUNCTIONS)
 
 class _Methods(NamedTuple):
     """The methods of a class that PyTorch calls, and those that a class of another library defines,
-    which its forward may call: all at once, as they were, and the names that it had none of."""
+    which its forward may call: all at once, as they were, and the names that it had none of. own:
+    all but `__call__`, which Python looks up in the class alone."""
 
     look_up: Callable[[type], Any]
     found: Any
     absent: tuple[str, ...]
+    own: frozenset[str]
 
 
 _methods: dict[type, _Methods] = {}
@@ -49,7 +52,8 @@ def _methods_of(cls: type) -> _Methods:
     own = [] if cls.__module__.startswith("torch.") else vars(cls).items()
     names = (*_METHODS, *(name for name, value in own if isinstance(value, FunctionType)))
     look_up = attrgetter(*(name for name in names if hasattr(cls, name)))
-    return _Methods(look_up, look_up(cls), tuple(n for n in names if not hasattr(cls, n)))
+    absent = tuple(name for name in names if not hasattr(cls, name))
+    return _Methods(look_up, look_up(cls), absent, frozenset(names) - {"__call__"})
 
 
 _methods |= {
@@ -103,8 +107,10 @@ def own_change(module: nn.Module) -> str | None:
     for name in _HOOKS:
         if attributes.get(name):
             return "carries a hook"
-    if "forward" in attributes:
-        return "has a forward of its own"
+    methods = _methods.get(type(module))
+    names = _FORWARD if methods is None else methods.own
+    if not attributes.keys().isdisjoint(names):
+        return f"has a {next(name for name in attributes if name in names)} of its own"
     if attributes.get("_compiled_call_impl") is not None:
         return "was compiled by itself"
     return None

@@ -134,6 +134,23 @@ def test_what_no_program_holds_runs_as_it_is_written(options: Any, counted: Coun
     assert counted.runs == 0 and not any(counted.recorded) and len(counted.recorded) <= 2
 
 
+def test_negative_views_run_as_it_is_written() -> None:
+    def negative(x: Tensor) -> Tensor:
+        view = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert view.is_neg()
+        return view
+
+    block, other = block_of(), block_of()
+    x = torch.randn(2, 8, 5, 5)
+    for _ in range(3):
+        torch.testing.assert_close(block(negative(x)), other(x), rtol=0, atol=0)
+    weight = block.denselayer2.conv1.weight.detach()
+    block.denselayer2.conv1.weight = torch.nn.Parameter(negative(weight))
+    for _ in range(3):
+        for one, expected in zip(step(block), step(other), strict=True):
+            torch.testing.assert_close(one, expected, rtol=0, atol=0)
+
+
 def test_an_operators_error_says_what_it_said() -> None:
     x = torch.zeros(4, 3)
 

@@ -3,6 +3,7 @@ copy of it, which has found out nothing yet, gives the same in every respect."""
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,20 @@ def rename_layer(block: Any) -> None:
     block._modules["other"] = block._modules.pop("denselayer3")
 
 
+def no_convolution(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+    return x * weight.sum()
+
+
+def take_nothing_for_a_bias(block: Any) -> None:
+    del block.denselayer1.conv1.bias
+    block.denselayer1.conv1.bias = None
+
+
+def take_nothing_for_gamma(block: Any) -> None:
+    del block.denselayer2.norm2.weight
+    block.denselayer2.norm2.weight = None
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda block: None,
     "eps": lambda block: setattr(block.denselayer2.norm1, "eps", 0.5),
@@ -57,6 +72,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "weight": replace_weight,
     "tensor": take_weight_for_a_tensor,
     "bias": lambda block: setattr(block.denselayer3.conv1, "bias", nn.Parameter(torch.ones(8))),
+    "plain bias": take_nothing_for_a_bias,
+    "plain gamma": take_nothing_for_gamma,
     "no gamma": lambda block: setattr(block.denselayer1.norm1, "weight", None),
     "dilation": lambda block: vars(block.denselayer1.conv2).update(dilation=(2, 2), padding=(2, 2)),
     "drop rate": lambda block: setattr(block.denselayer1, "drop_rate", 0.5),
@@ -66,6 +83,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "memory": lambda block: setattr(block, "memory", "store"),
     "class": lambda block: setattr(block.denselayer1.norm1, "__class__", nn.InstanceNorm2d),
     "forward": lambda block: vars(block.denselayer1.relu1).update(forward=torch.tanh),
+    "method": lambda block: vars(block.denselayer1.conv1).update(_conv_forward=no_convolution),
     "hook": lambda block: block.denselayer2.conv1.register_forward_hook(lambda *given: None),
     "activation": lambda block: setattr(block.denselayer1, "relu1", nn.ELU()),
     "order": swap_layers,
@@ -95,12 +113,34 @@ def test_a_change_between_two_calls_is_noticed(change: str) -> None:
     step(block)
     step(block)
     CHANGES[change](block)
-    fresh = copy.deepcopy(block)
-    for known, new in zip(step(block), step(fresh), strict=True):
-        if isinstance(known, torch.Tensor):
-            torch.testing.assert_close(known, new, rtol=0, atol=0, equal_nan=True)
-        else:
-            assert known == new
+    for _ in range(2):
+        fresh = copy.deepcopy(block)
+        for known, new in zip(step(block), step(fresh), strict=True):
+            if isinstance(known, torch.Tensor):
+                torch.testing.assert_close(known, new, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert known == new
+
+
+@pytest.mark.parametrize("note", [torch.ones(3), torch.ones(3).numpy()], ids=["tensor", "array"])
+def test_a_number_may_become_an_array(note: Any) -> None:
+    block = block_of()
+    block.note = 0.0
+    expected = step(block)[1]
+    step(block)
+    block.note = note
+    torch.testing.assert_close(step(block)[1], expected, rtol=0, atol=0)
+
+
+def test_exchanged_parameters_are_freed() -> None:
+    block = block_of()
+    step(block)
+    step(block)
+    old = [weakref.ref(tensor) for tensor in (*block.parameters(), *block.buffers())]
+    state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    block.load_state_dict(state, assign=True)
+    step(block)
+    assert not any(tensor() is not None for tensor in old)
 
 
 def test_a_block_that_is_called_again_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
