@@ -247,7 +247,7 @@ class DenseBlockExecution(Efficient):
         if exchange is not None:  # there is no original that would know better on the CPU
             y, differentiable = y
             result.stats = (
-                result.stats if result.stats is None or not asked.private else differentiable
+                result.stats if result.stats is None or not asked.lent else differentiable
             )
         elif result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)

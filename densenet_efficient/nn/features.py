@@ -31,7 +31,10 @@ from .norms import (
     update_running_statistics,
     uses_batch_statistics,
 )
+from .stage import StageExecution
 from .transition import MAX_POOLS, TransitionExecution, once
+
+_FORWARDS = (DenseBlockExecution.forward, StageExecution.forward, TransitionExecution.forward)
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
@@ -128,7 +131,7 @@ class FeaturesExecution(Efficient):
             following = children[0][1] if children and "stem" not in wanted else None
             x = self._stem(x, stem, contiguous, _sees_it_first(following))
             if "stem" in wanted:
-                outputs["stem"] = x.contiguous() if contiguous else x
+                outputs["stem"] = x
         else:
             execution.record(self, "stem", stem)
         last_of_stem = [name for name in self._modules if name in STEM][-1:]
@@ -154,16 +157,12 @@ class FeaturesExecution(Efficient):
                 child, x, watch.own_change(child) or "it is not one of ours"
             )
             return child(handover.own(x))
-        to_ours = _sees_it_first(consumer) and not child._forward_hooks
-        private = (
-            to_ours
-            and not isinstance(
-                consumer, DenseBlockExecution
-            )  # which may begin with others' modules
-            and not any(m._backward_hooks or m._backward_pre_hooks for m in (child, consumer))  # type: ignore[union-attr]
-        )
-        lent = private and (isinstance(consumer, TransitionExecution) or is_batch_norm(consumer))
-        asked = handover.Asked(contiguous and not to_ours, private, lent, to_ours)
+        if not _runs_our_forward(child):
+            return child(handover.own(x))  # which may call another of ours, and write to its output
+        to_ours = _sees_it_first(consumer) and watch.own_change(child) is None
+        # A block may begin with others' modules.
+        lent = to_ours and not isinstance(consumer, DenseBlockExecution)
+        asked = handover.Asked(contiguous and not to_ours, lent, to_ours)
         with handover.asking_for(asked):
             return child(x)
 
@@ -182,10 +181,9 @@ class FeaturesExecution(Efficient):
                 continue
             keys = [name, *["stem"] * (name in last_of_stem)]
             taken = [key for key in keys if key in wanted]
-            if isinstance(child, (DenseBlockExecution, TransitionExecution)) and _is_bare(child):
+            if _is_bare(child):
                 following = children[index + 1][1] if index + 1 < len(children) else None
-                ours = isinstance(following, (DenseBlockExecution, TransitionExecution))
-                private = ours and not taken and _is_bare(following)
+                private = following is not None and not taken and _is_bare(following)
                 x, stats = child.in_graph(x, stats, None if private else contiguous)
             else:
                 x, stats = child(x), None
@@ -265,20 +263,28 @@ class FeaturesExecution(Efficient):
         if want:
             assert result.used is not None
             update_running_statistics([norm], [result.used], count)
-        asked = handover.Asked(contiguous=False, to_ours=to_ours)
+        asked = handover.Asked(contiguous and not to_ours, to_ours=to_ours)
         return handover.hand_over(*handover.as_dtype(y, result.stats, answer), asked)
 
 
 def _sees_it_first(consumer: nn.Module | None) -> bool:
-    """Whether a module that is called next and is ours is the first to see its input."""
-    if consumer is None or not (isinstance(consumer, Efficient) or is_batch_norm(consumer)):
+    """Whether a module that is called next and is ours is the first to see its input, and alone."""
+    if consumer is None or not (is_batch_norm(consumer) or _runs_our_forward(consumer)):
         return False
-    return not consumer._forward_pre_hooks and not _has_any_global_hook()
+    return watch.own_change(consumer) is None and not _has_any_global_hook()
+
+
+def _runs_our_forward(module: nn.Module) -> bool:
+    """Whether a call of the module calls our forward, not one that somebody put in its place or in
+    a subclass."""
+    cls = type(module)
+    own = cls.forward in _FORWARDS and cls.__call__ is nn.Module.__call__
+    return own and "forward" not in vars(module)
 
 
 def _is_bare(module: Any) -> bool:
-    """Whether nobody waits at the module's door for what goes in or comes out."""
-    return not (
+    """Whether the module is ours and nobody waits at its door for what goes in or comes out."""
+    return _runs_our_forward(module) and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

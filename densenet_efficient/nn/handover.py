@@ -28,8 +28,6 @@ _data_address = torch._C._data_address  # type: ignore[attr-defined]
 _is_cow_tensor = torch._C._is_cow_tensor  # type: ignore[attr-defined]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _STATS = "_densenet_efficient_stats"
-
-
 _LENT = "_densenet_efficient_lent"
 
 
@@ -37,12 +35,11 @@ class Asked(NamedTuple):
     """What a calling module of ours wants of an output.
 
     contiguous: that it is contiguous or channels last; None: as the module decides by its input.
-    private: the next module of ours alone will see the output and its gradient. lent: and will not
-    write to it. to_ours: nobody sees the output before that module does.
+    to_ours: nobody sees the output before the next module of ours does. lent: that module alone
+    will see it and its gradient, and will not write to it.
     """
 
     contiguous: bool | None = None
-    private: bool = False
     lent: bool = False
     to_ours: bool = False
 

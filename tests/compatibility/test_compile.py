@@ -237,6 +237,16 @@ def test_hooked_blocks_are_traced_as_they_are() -> None:
     assert len(calls) == 2
 
 
+def test_a_forward_of_a_subclass_is_traced() -> None:
+    eager = small()
+    transition = eager.features.transition1
+    kind = type(transition)
+    own = {"forward": lambda self, x: torch.tanh(kind.forward(self, x))}
+    transition.__class__ = type("Own", (kind,), own)
+    graph, _ = compiled(copy.deepcopy(eager), "eager")
+    assert_same_steps(eager, graph, [images(2)])
+
+
 def test_end_points() -> None:
     eager = small()
     graph = torch.compile(eager.forward_end_points, backend="eager", fullgraph=True)

@@ -6,12 +6,14 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import densenet_efficient as de
+from densenet_efficient import reference
 from densenet_efficient.core import capture, sharing
 
 _is_cow = torch._C._is_cow_tensor  # type: ignore[attr-defined]
@@ -67,6 +69,50 @@ def test_a_changed_norm_may_write_to_its_input(
         assert mine.grad is not None and theirs.grad is not None
         error = (mine.grad - theirs.grad).norm() / mine.grad.norm()
         assert error < 1e-3, name  # the norm's eps counts half as much
+
+
+def writes_before(module: nn.Module, x: Tensor) -> Tensor:
+    x.data.mul_(1.5)
+    return _forward(module, x)
+
+
+def writes_after(module: nn.Module, x: Tensor) -> Tensor:
+    y = _forward(module, x)
+    y.data.mul_(1.5)
+    return y
+
+
+def wants_contiguous_memory(module: nn.Module, x: Tensor) -> Tensor:
+    return _forward(module, x.view(-1).view(x.shape) * 1.5)
+
+
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
+    return type(module).__mro__[1].forward(module, x)  # type: ignore[attr-defined]
+
+
+def in_a_subclass(module: nn.Module, forward: Any) -> None:
+    module.__class__ = type("Own", (type(module),), {"forward": forward})
+
+
+def of_its_own(module: nn.Module, forward: Any) -> None:
+    in_a_subclass(module, type(module).forward)
+    module.forward = functools.partial(forward, module)
+
+
+@pytest.mark.parametrize("place", [in_a_subclass, of_its_own])
+@pytest.mark.parametrize("forward", [writes_before, writes_after, wants_contiguous_memory])
+@pytest.mark.parametrize("name", ["denseblock1", "transition1", "denseblock2"])
+def test_a_forward_of_somebody_elses_may_write(name: str, forward: Any, place: Any) -> None:
+    """Before or after the one of ours, through a path that autograd does not see."""
+    torch.manual_seed(0)
+    plain = reference.DenseNet(4, (2, 2), 8, num_classes=3).double()
+    ours = de.convert(copy.deepcopy(plain))
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for model in (plain, ours):
+        place(getattr(model.features, name), forward)
+        model(x).square().sum().backward()
+    for (at, theirs), mine in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-9, msg=at)
 
 
 @pytest.mark.parametrize("memory", ["recompute", "store"])
