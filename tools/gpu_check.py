@@ -8,8 +8,9 @@ runs the tests of tests/gpu, in parallel where pytest-xdist is there; runs those
 under compute-sanitizer's memcheck, racecheck and initcheck; runs the benchmarks, which write their
 own tables, and sets the operators next to their prediction (tools/predict) and their occupancy next
 to what the tilings assume. Steps have shares of the time; what no longer fits is reported as not
-run, and the exit status is 1 unless all steps passed (a missing compute-sanitizer is reported and
-does not fail the check). Writes gpu-check.md, .json and .log to benchmarks/results.
+run, and the exit status is 1 unless all steps passed (a missing compute-sanitizer and a GPU without
+a prediction are reported and do not fail the check). Writes gpu-check.md, .json and .log to
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -169,7 +170,10 @@ def sanitize(runner: Runner) -> None:
         runner.run(tool, command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
-def benchmarks(runner: Runner) -> None:
+def benchmarks(runner: Runner, device: str) -> None:
+    """device: the GPU's name."""
+    from tools.predict.devices import gpu_named
+
     python = [sys.executable]
     error = ["benchmarks/bench_error.py", "--device", "cuda", "--draws", "4"]
     runner.run("error", [*python, *error], 60)
@@ -178,8 +182,13 @@ def benchmarks(runner: Runner) -> None:
     operators = [*python, "benchmarks/bench_operators.py"]
     if runner.run("operators", operators, 90, DENSENET_EFFICIENT_OCCUPANCY=str(occupancy)):
         predict = ["-m", "tools.predict", "--operators", str(RESULTS / "operators-cuda.json")]
-        runner.run("prediction", [*python, *predict, "--occupancy", str(occupancy)], 120)
-        print(runner.output)
+        try:
+            gpu_named(device)
+        except ValueError as unlisted:
+            runner.skip("prediction", str(unlisted))
+        else:
+            runner.run("prediction", [*python, *predict, "--occupancy", str(occupancy)], 120)
+            print(runner.output)
     options = ["--device", "cuda", "--quick"]
     runner.run("training", [*python, "benchmarks/bench_training.py", *options], 260)
     runner.run("memory", [*python, "benchmarks/bench_memory.py", *options], 60)
@@ -211,7 +220,7 @@ def main() -> int:
         runner.run("tests", tests, 180)
         sanitize(runner)
         if not options.no_benchmarks:
-            benchmarks(runner)
+            benchmarks(runner, torch.cuda.get_device_name(0))
 
     rows = [[o.step, o.status, f"{o.seconds:.1f}", o.detail] for o in runner.outcomes]
     path = write_results(

@@ -13,7 +13,7 @@ from tools.machine_code.document import table_rows
 from tools.predict import counts, document, fit, operators, steps, waves
 from tools.predict.__main__ import main
 from tools.predict.calls import PYTORCH, Step
-from tools.predict.devices import GPUS
+from tools.predict.devices import GPUS, gpu_named
 from tools.predict.launches import Launch
 from tools.predict.model import Efficiencies, Work, seconds
 from tools.predict.timeline import step_seconds
@@ -137,8 +137,15 @@ def test_a_run_of_the_benchmark_next_to_its_prediction(tmp_path: Path) -> None:
     assert text.count("121 block 3") == 3 and "| contention |" in text
     data["environment"] = {"device": "NVIDIA T4"}
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="expected one of a100, h100, h200, got 'NVIDIA T4'"):
+    with pytest.raises(ValueError, match=r"expected one of NVIDIA A100.*, got 'NVIDIA T4'"):
         operators.report(path, None)
+
+
+def test_a_card_that_shares_a_part_of_a_name_is_another() -> None:
+    assert gpu_named("NVIDIA H200") is H200
+    for name in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB"):
+        with pytest.raises(ValueError, match=rf"expected one of .*, got '{name}'"):
+            gpu_named(name)
 
 
 @pytest.mark.slow

@@ -136,6 +136,10 @@ def test_gpu_check_runs_every_step_and_fails_with_any(
     assert environments["build for 9.0"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
     text = (tmp_path / "gpu-check.md").read_text()
     assert "NVIDIA H200" in text and "| racecheck" in text
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    environments.clear()
+    assert gpu_check.main() == 0 and "prediction" not in environments
+    assert "| prediction" in (tmp_path / "gpu-check.md").read_text()
     failing.add("racecheck")
     assert gpu_check.main() == 1
     failing.add("build for 9.0")

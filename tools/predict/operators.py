@@ -16,20 +16,12 @@ from tools.machine_code.compiler import short_name
 
 from . import counts, document, fit
 from .calls import Call
-from .devices import GPUS, Gpu
+from .devices import Gpu, gpu_named
 from .launches import Launch, emulator_for, listed
 from .model import total, work_of
 
 # The fused convolutions; the fit to them leaves the other efficiencies as they are stored.
 FUSED = "norm_relu_conv"
-
-
-def gpu_of(name: str) -> Gpu:
-    """By the name that the driver gives it. ValueError where its rates are not listed."""
-    for key, gpu in GPUS.items():
-        if key.upper() in name:
-            return gpu
-    raise ValueError(f"GPU: expected one of {', '.join(GPUS)}, got {name!r}; nothing to predict")
 
 
 def groups(data: Mapping[str, Any], launches: Mapping[int, Sequence[Launch]]) -> list[fit.Group]:
@@ -49,7 +41,7 @@ def groups(data: Mapping[str, Any], launches: Mapping[int, Sequence[Launch]]) ->
 def read(path: Path) -> tuple[Gpu, list[fit.Group], list[Launch]]:
     """Device, groups and launches of benchmarks/results/operators-cuda.json."""
     data = json.loads(path.read_text())
-    gpu = gpu_of(data["environment"]["device"])
+    gpu = gpu_named(data["environment"]["device"])
     dtype = getattr(torch, data["dtype"].removeprefix("torch."))
     calls = [
         Call(row["shape"], row["operator"], tuple(row["sizes"]), row["stride"], packed=False)
