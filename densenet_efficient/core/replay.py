@@ -1,4 +1,4 @@
-"""A block's operators, called without Python: recorded when a call comes for the first time, and
+"""A block's operators, called without Python: recorded when a call comes for the second time, and
 made again in one go by ``csrc/replay.cpp`` whenever one like it comes.
 
 What a block does depends on its specification and on the layouts of the tensors it is given, and
@@ -9,6 +9,7 @@ other than a copy, a filling or a new tensor) leaves the algorithm to run as it 
 
 from __future__ import annotations
 
+import enum
 import functools
 import struct
 from array import array
@@ -46,26 +47,35 @@ class NoProgram(Exception):
     """What no program can hold was called."""
 
 
+class _Without(enum.Enum):
+    """Why there is no program: the call has come once, or no program can hold it."""
+
+    YET = enum.auto()
+    ANY = enum.auto()
+
+
 class Programs:
-    """The programs of one block, by what they depend on besides its layers and the layouts of
-    tensors."""
+    """The programs of one block, by what they depend on besides its layers and the layouts of the
+    other tensors. To record one takes longer than to run without it, so that shapes which never
+    come again have none."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Program | None] = {}
+        self._kept: dict[Hashable, Program | _Without] = {}
 
     def run(self, function: Callable[..., Results], key: Hashable, given: Given) -> Results:
-        """``function(*given)`` by its program, if it has one."""
-        tensors = _flat(given)
+        """``function(*given)``, from the second time on by its program, if it has one."""
         program = self._kept.get(key)
-        if program is None and key in self._kept:
-            return function(*given)
-        results = None if program is None else program.run(tensors)
-        if results is None:
+        if program is _Without.YET:
+            program = self._kept[key] = record(function, given) or _Without.ANY
+        if isinstance(program, Program):
+            results = program.run(_flat(given))
+            if results is not None:
+                return results
+        if program is not _Without.ANY:
             if len(self._kept) == MOST_PROGRAMS:
                 self._kept.clear()
-            program = self._kept[key] = record(function, given)
-            results = None if program is None else program.run(tensors)
-        return function(*given) if results is None else results
+            self._kept[key] = _Without.YET
+        return function(*given)
 
 
 def run(
@@ -83,7 +93,8 @@ def run(
     first = given[0]
     assert isinstance(first, Tensor)
     absent = tuple(value is None for value in given)
-    key = (function.__name__, spec.memory, options, absent, first.dtype, first.shape)
+    layout = first.dtype, first.shape, first.stride()
+    key = (function.__name__, spec.memory, options, absent, layout)
     return spec.programs.run(call, key, given)
 
 

@@ -67,8 +67,9 @@ class LastCall:
         self, block: nn.Module, dtype: torch.dtype, call: BlockCall, snapshot: Snapshot
     ) -> None:
         self._block, self._dtype = weakref.ref(block), dtype  # a replica shares this with its model
+        self.programs = Programs()
         # Without its tensors: those that a model exchanges for others are freed.
-        self._call = replace(call, parameters=(), running=(), programs=Programs())
+        self._call = replace(call, parameters=(), running=(), programs=self.programs)
         self._snapshot = snapshot
         places = [place for part in call.parts for place in parameter_places(part)]
         self._parameters = itemgetter(*(snapshot.place(*place) for place in places))

@@ -9,6 +9,7 @@ on working; only the execution is ours. Where a call needs something that the op
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,7 +110,9 @@ class DenseBlockExecution(Efficient):
             norms = self._norms(parts, specs)
             batch = [(norm, at) for norm, own, at in norms if own.running is None]
             call = look(parts, specs, batch)
-            state.last_call = LastCall.of(self, dtype, call, self._watched().values())
+            last = state.last_call = LastCall.of(self, dtype, call, self._watched().values())
+            if last is not None:
+                call = replace(call, programs=last.programs)
         return execution.choose(x, len(call.parts[0].conv1.kernel_size)), call
 
     def _norms(

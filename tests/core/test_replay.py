@@ -115,11 +115,26 @@ def test_shapes_and_layouts_have_programs_of_their_own(counted: Counted) -> None
             step(block, shape)[: len(expected[shape])], expected[shape], strict=True
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
-    assert len(counted.recorded) == 4
+    assert len(counted.recorded) == 4 and counted.runs == 4
     weight = block.denselayer1.conv2.weight
     weight.data = weight.data.to(memory_format=torch.channels_last)
     step(block, small)
-    assert len(counted.recorded) == 6
+    step(block, small)
+    assert len(counted.recorded) == 6 and counted.runs == 6
+
+
+def test_shapes_that_do_not_come_again_are_not_recorded(counted: Counted) -> None:
+    block = block_of()
+    for width in range(2, 2 + replay.MOST_PROGRAMS):
+        step(block, (2, 8, 4, width))
+    assert not counted.recorded
+
+
+def test_layouts_that_alternate_are_recorded_once(counted: Counted) -> None:
+    block = block_of()
+    for memory_format in 3 * (torch.contiguous_format, torch.channels_last):
+        step(block, memory_format=memory_format)
+    assert counted.recorded == 3 * [True] and counted.runs == 9
 
 
 @pytest.mark.parametrize(
