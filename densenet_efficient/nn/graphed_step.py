@@ -41,10 +41,10 @@ class GraphedStep:
             tensors, returns a tensor, such as the loss, or several in tuples, lists or
             dictionaries. Gradients are None when it is called. The learning rate's schedule is
             stepped outside.
-        state: whatever the step changes: the model, the optimiser, also an `AveragedModel`.
-            Optimisers on a GPU: ``SGD(fused=True)``, ``Adam(capturable=True)`` or
-            ``AdamW(capturable=True)``, without a `torch.amp.GradScaler`, which decides on the host
-            whether a step is left out.
+        state: whatever the step changes: the model, the optimiser and other modules. PyTorch's
+            `AveragedModel`, which counts on the host, is updated outside. Optimisers on a GPU:
+            ``SGD(fused=True)``, ``Adam(capturable=True)`` or ``AdamW(capturable=True)``, without a
+            `torch.amp.GradScaler`, which decides on the host whether a step is left out.
 
     Keyword Args:
         warm_up (int): eager steps on batches of one shape before the capture, at least 1.
@@ -54,8 +54,9 @@ class GraphedStep:
     returns what `step` returned, detached. `path` says how the last call ran. Learning rates may
     change between calls. The step runs eagerly, with a warning, where something is registered or
     active that no graph can hold (hooks, anomaly mode, DistributedDataParallel); on the CPU and for
-    batches of another shape without one. Where parameters, modes of modules or options of the
-    optimiser change, it is captured anew. The graph keeps the memory of a step for itself.
+    batches of another shape without one. Where parameters, modes, momentum, eps or drop rates of
+    modules, a module's own forward, options of the optimiser or autocast around the step change, it
+    is captured anew. The graph keeps the memory of a step for itself.
 
     Raises:
         TypeError: step is no function, or state holds something else or an unknown optimiser.
@@ -177,6 +178,9 @@ class GraphedStep:
         try:
             with state.rates_on(device), recording() as entries:
                 replay, results = recorder.record(lambda: self._run(static))
+            # Nothing has run yet on the device.
+            if distance(state.tensors(), before, before) > 0:
+                raise ValueError("it changed a tensor of its state on the host")
             replay()
         except Exception as error:
             state.restore(after)
@@ -186,7 +190,7 @@ class GraphedStep:
             ) from error
         found, wanted = tree_flatten(results)[0], tree_flatten(expected)[0]
         zeros = [torch.zeros_like(value) for value in wanted]
-        self.difference = distance([*state.copies(), found], [*after, wanted], [*before, zeros])
+        self.difference = distance([*state.tensors(), found], [*after, wanted], [*before, zeros])
         if self.difference > ROUNDING:
             state.restore(after)
             raise RuntimeError(

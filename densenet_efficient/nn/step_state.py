@@ -22,6 +22,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 RATES = ("lr", "initial_lr")
 """Entries of a parameter group that may change between replays."""
+OPTIONS = ("momentum", "eps", "p", "drop_rate")
+"""Attributes of norms, dropout and layers that trainings change and a graph holds as numbers."""
 
 Copies = list[list[Tensor]]
 
@@ -58,6 +60,7 @@ class StepState:
         self.modules = list(dict.fromkeys(chain.from_iterable(r.modules() for r in roots)))
         self._entries = [vars(module) for module in self.modules]
         self._held = [e[name] for e in self._entries for name in HELD if e[name]]
+        self._options = [(e, name) for e in self._entries for name in OPTIONS if name in e]
         self._children = [e["_modules"] for e in self._entries if e["_modules"]]
         self._hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
         self._hooks += [getattr(part, name) for part in self.optimizers for name in STEP_HOOKS]
@@ -86,11 +89,12 @@ class StepState:
             found.append(list(module._buffers.values()))
         for optimizer in self.optimizers:
             found.append([v for state in optimizer.state.values() for v in state.values()])
-        return [[t for t in part if isinstance(t, Tensor)] for part in found]
+        return [[t.detach() for t in part if isinstance(t, Tensor)] for part in found]
 
     def mark(self) -> tuple[Any, ...]:
         """Equal as long as a graph that was captured meanwhile is right: the same tensors, modules,
-        modes, and options of the optimisers, save their learning rates."""
+        their modes, options and forwards, options of the optimisers, save their learning rates, and
+        autocast."""
         states = [state for part in self.optimizers for state in part.state.values()]
         held = [t for values in (*self._held, *states) for t in values.values() if t is not None]
         return (
@@ -98,11 +102,14 @@ class StepState:
             [g["lr"].data_ptr() for g in self.groups if _is_on_a_device(g["lr"])],
             [parameter.requires_grad for parameter in self.parameters()],
             [entries["training"] for entries in self._entries],
+            [entries.get(name) for entries, name in self._options],
+            [entries.get("forward") for entries in self._entries],
             [id(child) for children in self._children for child in children.values()],
             [
                 [(k, v) for k, v in group.items() if k != "params" and k not in RATES]
                 for group in self.groups
             ],
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         )
 
     def problem(self) -> str | None:
@@ -170,7 +177,7 @@ class StepState:
 
     def copies(self) -> Copies:
         """Of all tensors, part by part."""
-        return [[tensor.detach().clone() for tensor in part] for part in self.tensors()]
+        return [[tensor.clone() for tensor in part] for part in self.tensors()]
 
     @torch.no_grad()
     def restore(self, copies: Copies) -> None:

@@ -17,6 +17,7 @@ __all__ = ["MovingAverage"]
 class MovingAverage(AveragedModel):
     """PyTorch's, of parameters and buffers, in eval mode; but only the first update asks the device
     whether it is the first, so that the host waits once, and others can be part of a CUDA graph.
+    All are counted on the model's device, where a replay counts, too.
 
     decay: the share of itself that the average keeps at each update.
     """
@@ -24,6 +25,7 @@ class MovingAverage(AveragedModel):
     def __init__(self, model: nn.Module, decay: float) -> None:
         average = get_ema_multi_avg_fn(decay)
         super().__init__(model, multi_avg_fn=average, use_buffers=True)
+        self.n_averaged = self.n_averaged.to(next(model.parameters()).device)
         self._average, self._begun = average, False
         self.eval()
 

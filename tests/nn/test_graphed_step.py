@@ -54,6 +54,16 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
     ]  # fmt: skip
 
 
+def after_three_steps(training: Training, begin: Begin) -> tuple[Any, Any, Any]:
+    """The graphed step, its recorder and the batch."""
+    step = training.graphed(warm_up=1)
+    recorder = begin(step)
+    (batch,) = batches(4)
+    for _ in range(3):
+        step(*batch)
+    return step, recorder, batch
+
+
 def same(one: nn.Module, other: nn.Module) -> bool:
     mine, theirs = one.state_dict(), other.state_dict()
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -184,14 +194,14 @@ def moved(training: Training) -> None:
         parameter.data = parameter.data.clone()
 
 
-@pytest.mark.parametrize("change", [freeze, reload, decay, new_head, moved])
+def momentum(training: Training) -> None:
+    training.model.features.norm5.momentum = 0.5
+
+
+@pytest.mark.parametrize("change", [freeze, reload, decay, new_head, moved, momentum])
 def test_changes_are_captured_anew(begin: Begin, change: Callable[[Training], None]) -> None:
     training = Training(network())
-    step = training.graphed(warm_up=1)
-    recorder = begin(step)
-    (batch,) = batches(4)
-    for _ in range(3):
-        step(*batch)
+    step, recorder, batch = after_three_steps(training, begin)
     change(training)
     other = Training(copy.deepcopy(training.model), **options_of(training))
     other.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
@@ -211,14 +221,12 @@ def options_of(training: Training) -> dict[str, Any]:
 
 def test_evaluation_in_between_changes_nothing(begin: Begin) -> None:
     training = Training(network())
-    step = training.graphed(warm_up=1)
-    recorder = begin(step)
-    (batch,) = batches(4)
-    for _ in range(4):
-        step(*batch)
+    step, recorder, batch = after_three_steps(training, begin)
+    for _ in range(2):
         with torch.no_grad():
             training.model.eval()(batch[0])
         training.model.train()
+        step(*batch)
     assert step.path.kind == "graph" and recorder.recorded == 1
 
 
@@ -241,6 +249,48 @@ def test_a_step_that_the_host_takes_part_in_is_refused(begin: Begin) -> None:
     with pytest.raises(RuntimeError, match=r"cannot be replayed: it ended .* from the eager step"):
         graphed(*batch)
     assert not same(reference, training.model)  # the eager step was made
+
+
+def test_another_forward_is_captured_anew(begin: Begin) -> None:
+    training = Training(network())
+    step, recorder, batch = after_three_steps(training, begin)
+    head = training.model.classifier
+    head.forward = lambda x: nn.functional.linear(x, head.weight)
+    for _ in range(2):
+        step(*batch)
+    assert step.path.kind == "graph" and recorder.recorded == 2
+
+
+def test_autocast_around_the_step(begin: Begin) -> None:
+    step, recorder, batch = after_three_steps(Training(network()), begin)
+    torch.set_autocast_cache_enabled(False)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        step(*batch)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_cache_enabled(True)
+    assert step.path.kind == "eager" and recorder.recorded == 1
+
+
+def test_a_counter_on_the_host_is_refused(begin: Begin) -> None:
+    """A tensor that a step changes while it is recorded is not changed by a replay."""
+    training = Training(network())
+    training.model.register_buffer("count", torch.zeros(()))
+    step = training.graphed(warm_up=1)
+    own = begin(step)
+
+    def record(self: Recorder, run: Callable[[], Any]) -> Any:
+        found = original(self, run)
+        training.model.count += 1
+        return found
+
+    original, own.record = own.record, record  # type: ignore[method-assign]
+    (batch,) = batches(4)
+    step(*batch)
+    with pytest.raises(RuntimeError, match="changed a tensor of its state on the host"):
+        step(*batch)
+    assert training.model.count == 0  # as after the eager step
 
 
 def test_an_error_while_capturing_says_what_may_be_wrong(begin: Begin) -> None:
@@ -277,41 +327,3 @@ def test_on_the_cpu_it_is_the_step() -> None:
     for batch in batches(4, 4, 4, 4, 4):
         step(*batch)
     assert step.path.kind == "eager" and "needs one CUDA device, got cpu" in step.path.reason
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "error", "message"),
-    [
-        (torch.optim.SGD, {}, ValueError, r"must be SGD\(\.\.\., fused=True\) .* got fused=None"),
-        (torch.optim.AdamW, {}, ValueError, r"must be AdamW\(\.\.\., capturable=True\)"),
-        (torch.optim.RMSprop, {}, TypeError, "must be SGD, Adam or AdamW .* got RMSprop"),
-    ],
-)
-def test_optimisers(
-    begin: Begin, kind: Any, options: Any, error: type[Exception], message: str
-) -> None:
-    model = network()
-    step = de.GraphedStep(lambda x: x, model, kind(model.parameters(), lr=0.1, **options))
-    begin(step)
-    with pytest.raises(error, match=message):
-        step(torch.zeros(1))
-
-
-def test_wrong_arguments() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(TypeError, match="step must be a function, got a int"):
-        de.GraphedStep(3, model, optimizer)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="state must be modules and optimisers, got a list"):
-        de.GraphedStep(len, [model], optimizer)
-    with pytest.raises(TypeError, match="got a GradScaler: it decides on the host"):
-        de.GraphedStep(len, model, optimizer, torch.amp.GradScaler("cpu"))
-    with pytest.raises(ValueError, match="at least the model and its optimiser"):
-        de.GraphedStep(len, model)
-    with pytest.raises(ValueError, match="warm_up must be an integer of at least 1, got 0"):
-        de.GraphedStep(len, model, optimizer, warm_up=0)
-    step = de.GraphedStep(lambda x: 3.0, model, optimizer)
-    with pytest.raises(ValueError, match="a batch must be tensors, got nothing"):
-        step()
-    with pytest.raises(TypeError, match="step must return tensors, got a float"):
-        step(torch.zeros(1))

@@ -139,6 +139,7 @@ def test_the_average_is_pytorchs() -> None:
             ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     expected = theirs.state_dict()
     assert all(torch.equal(expected[name], value) for name, value in ours.state_dict().items())
+    assert MovingAverage(nn.Linear(1, 1, device=DEVICE), 0.75).n_averaged.device == DEVICE
     fresh = AveragedModel(model, use_buffers=True).state_dict()
     ours.load_state_dict(fresh)  # with no update yet: the next is the first again
     ours.update_parameters(model)
