@@ -37,8 +37,9 @@ def compare(
         peers: names of `PEERS`; with "-graph" after it the whole step is replayed as a CUDA graph.
 
     Raises:
-        ValueError: an unknown peer.
-        MeasurementError: ours disagrees with float64; nothing is timed.
+        ValueError: an unknown peer; a graph without a CUDA device.
+        MeasurementError: ours disagrees with float64, or the kernels would not run it: nothing is
+            timed. A step that is to be a graph runs eagerly.
     """
     kinds = {peer: peer.removesuffix(GRAPH) for peer in peers}
     for kind in kinds.values():

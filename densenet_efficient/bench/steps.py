@@ -159,7 +159,9 @@ class TrainingStep:
     graph: capture the whole step in a CUDA graph and replay that (CUDA only).
 
     Raises:
-        MeasurementError: the peer is ours, and the kernels would not run it.
+        MeasurementError: the peer is ours, and the kernels would not run it; a step that is to be a
+            graph runs eagerly.
+        ValueError: a graph without a CUDA device.
     """
 
     def __init__(self, case: Case, peer: str, *, warm_up: int = 1, graph: bool = False) -> None:

@@ -170,7 +170,8 @@ class GraphedStep:
         static = [tensor.detach().clone() for tensor in batch]
         before, random = state.copies(), recorder.random_state()
         with recorder.aside(), capture.rehearsed():
-            expected = tree_map(Tensor.clone, self._eagerly(batch, "", device))
+            reason = "the step that the graph is compared with"
+            expected = tree_map(Tensor.clone, self._eagerly(batch, reason, device))
         after = state.copies()
         state.restore(before)
         recorder.restore_random_state(random)

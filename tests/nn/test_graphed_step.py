@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import densenet_efficient as de
+from densenet_efficient.ops.dispatch import Dispatch
 from tests.support.graph_stand_in import Recorder, stand_in
 
 Begin = Callable[[de.GraphedStep], type[Recorder]]
@@ -249,6 +250,7 @@ def test_a_step_that_the_host_takes_part_in_is_refused(begin: Begin) -> None:
     with pytest.raises(RuntimeError, match=r"cannot be replayed: it ended .* from the eager step"):
         graphed(*batch)
     assert not same(reference, training.model)  # the eager step was made
+    assert graphed.path == Dispatch("eager", "the step that the graph is compared with")
 
 
 def test_another_forward_is_captured_anew(begin: Begin) -> None:
