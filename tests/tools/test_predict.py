@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from densenet_efficient.models.networks import NetworkSpec
 from tools.machine_code.document import table_rows
 from tools.predict import counts, document, fit, operators, steps, waves
 from tools.predict.__main__ import main
-from tools.predict.calls import PYTORCH, Step
+from tools.predict.calls import PYTORCH, Call, Step
 from tools.predict.devices import GPUS, gpu_named
-from tools.predict.launches import Launch
+from tools.predict.launches import Launch, emulator_for, listed
 from tools.predict.model import Efficiencies, Work, seconds
 from tools.predict.timeline import step_seconds
 
@@ -172,8 +174,43 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         if row[:2] == ["H200", "densenet121, batch 512"]
     ]  # renewed by --fit --write
     assert predicted == pytest.approx(list(map(float, listed[3:6])), abs=0.11)
-    assert main(["--set", "nothing=1"]) == 2
-    assert "expected one of the efficiencies, got 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "nothing=1"], "expected one of the efficiencies, got 'nothing'"),
+        (["--set", "memory=0"], "--set memory: expected a number > 0, or host=0, got 0.0"),
+        (["--set", "host=nan"], "--set host: expected a number > 0, or host=0, got nan"),
+        (["--batch", "0"], "batch: expected a positive integer, got 0"),
+        (["--image-size", "8"], "image_size: expected at least 29 pixels a side"),
+        (["--occupancy", "some"], "--occupancy: expected with --operators, got it alone"),
+        (["--write"], "--write: expected with --fit or --waves, got neither"),
+        (["--count", "--fit"], "--count: expected with a network alone, got it with a table"),
+        (["--operators", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+    ],
+)
+def test_wrong_options_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.slow
+def test_launches_are_counted_in_their_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = "norm_relu_conv1x1_forward"
+    call = Call("block 1", op, (4096, 64, 32))
+    with emulator_for([call]) as emulator:
+        [launch, *_] = listed([call], H200.device, torch.float16, emulator)
+    part = SimpleNamespace(total=7)
+    done = SimpleNamespace(tile=part, fixed=part)
+    kernels = [SimpleNamespace(name=launch.kernel)]
+    monkeypatch.setattr("tools.machine_code.compiler.compile_kernels", lambda *_: kernels)
+    monkeypatch.setattr("tools.machine_code.executed.execute", lambda *_: done)
+    assert "fp16" in launch.kernel
+    assert counts.count([launch], torch.float16) == {counts.key(launch): {2: counts.Count(7, 7)}}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from densenet_efficient.models.networks import NETWORKS, NetworkSpec
+from densenet_efficient.models.networks import NETWORKS, NetworkSpec, check_image_size
 from tools.machine_code.document import replaced
 
 from . import counts, document, fit, operators, steps, timeline, waves
@@ -34,27 +34,44 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except (ValueError, LookupError, OSError) as problem:
+        return error(str(problem))
+
+
+def run(options: argparse.Namespace) -> int:
     given = fit.stored()
     for name, value in options.set:
         if name not in fit.FITTED and name not in ("memory", "host"):
             return error(f"--set: expected one of the efficiencies, got {name!r}")
+        if not (value > 0 or (name == "host" and value == 0)):
+            return error(f"--set {name}: expected a number > 0, or host=0, got {value}")
         given = replace(given, **{name: value})
+    tables = options.fit or options.waves
+    if options.occupancy and not options.operators:
+        return error("--occupancy: expected with --operators, got it alone")
+    if options.write and not tables:
+        return error("--write: expected with --fit or --waves, got neither")
+    if options.count and (tables or options.operators):
+        return error("--count: expected with a network alone, got it with a table")
     if options.operators:
         print(operators.report(options.operators, options.occupancy))
         return 0
-    if options.fit or options.waves:
+    if tables:
         report(options)
         return 0
     network = NetworkSpec(options.network, depth=options.depth, growth_rate=options.growth_rate)
-    step = Step(
-        network, options.batch, options.image_size or network.default_image_size, options.memory
-    )
+    image_size = options.image_size or network.default_image_size
+    with torch.device("meta"):
+        check_image_size(network.build("store"), image_size)
+    step = Step(network, options.batch, image_size, options.memory)
     gpu = GPUS[options.gpu]
     with emulator_for(step.calls()) as emulator:
         launches = list(listed(step.calls(), gpu.device, DTYPES[options.dtype], emulator))
     known = counts.stored()
     if options.count:
-        known |= counts.count(counts.extremes(launches))
+        known |= counts.count(counts.extremes(launches), DTYPES[options.dtype])
         counts.write(known)
     works = [work_of(launch, known) for launch in launches]
     print(f"{network.title}, {step.image_size} px, batch {step.batch}, {options.dtype}, "
@@ -194,7 +211,4 @@ def error(message: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, LookupError) as problem:
-        sys.exit(error(str(problem)))
+    sys.exit(main())

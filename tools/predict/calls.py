@@ -42,6 +42,8 @@ class Step:
             raise ValueError(
                 f"network: expected one with bottlenecks and a classifier, got {self.network.title}"
             )
+        if self.batch < 1:
+            raise ValueError(f"batch: expected a positive integer, got {self.batch}")
         if self.memory not in ("store", "recompute"):
             raise ValueError(f"memory: expected store or recompute, got {self.memory!r}")
 

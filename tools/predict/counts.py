@@ -125,8 +125,9 @@ def extremes(launches: Iterable[Launch]) -> list[Launch]:
     return list(dict.fromkeys(chosen))
 
 
-def count(launches: Iterable[Launch], arch: str = "90a") -> dict[str, Points]:
-    """Counts these launches in the machine code of one architecture: minutes."""
+def count(launches: Iterable[Launch], dtype: torch.dtype, arch: str = "90a") -> dict[str, Points]:
+    """Counts these launches, of activations in this dtype, in the machine code of one architecture:
+    minutes."""
     from tools.machine_code.compiler import compile_kernels
     from tools.machine_code.executed import execute, name_of
 
@@ -138,7 +139,7 @@ def count(launches: Iterable[Launch], arch: str = "90a") -> dict[str, Points]:
         for launch in launches:
             device = Device(launch.multiprocessors, launch.device_shared)
             call = Call("", launch.op, launch.shape, launch.stride, stats=launch.stats)
-            arguments = arguments_of(call, torch.bfloat16).arguments.values()
+            arguments = arguments_of(call, dtype).arguments.values()
             for one in emulator.call(launch.op, *arguments, device=device):
                 if name_of(one) == launch.kernel:
                     done = execute(one, by_name[launch.kernel])
