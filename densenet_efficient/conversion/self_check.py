@@ -97,16 +97,18 @@ def _declared_dropout(view: Efficient) -> list[tuple[float, bool]]:
 
 @contextlib.contextmanager
 def _without_dropout(view: Efficient) -> Iterator[None]:
-    named = view._efficient.parts
+    state, named = view._efficient, view._efficient.parts
     assert named is not None
     rates = {} if isinstance(view, ResidualDenseBlockExecution) else {"drop_rate": 0.0}
     if isinstance(view, DenseBlockExecution):
         rates["bottleneck_drop_rate"] = 0.0
-    view._efficient.parts = lambda module: dataclasses.replace(named(module), **rates)
+    view._efficient = dataclasses.replace(
+        state, parts=lambda module: dataclasses.replace(named(module), **rates), last_call=None
+    )
     try:
         yield
     finally:
-        view._efficient.parts = named
+        view._efficient = state
 
 
 def _training_step(

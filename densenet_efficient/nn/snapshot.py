@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from operator import itemgetter
+from operator import attrgetter, itemgetter
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from .watch import own_members
 
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 """What every module has; of it hooks, children, parameters and buffers are compared one by one."""
@@ -20,6 +23,7 @@ _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 OWN = "_efficient"
 """Where a module of ours keeps what is not compared."""
 
+_METHODS = (FunctionType, staticmethod, classmethod)
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -39,15 +43,23 @@ class _Entry(NamedTuple):
     buffers: int
 
 
+class _Shared(NamedTuple):
+    """What a class holds for all of its instances."""
+
+    cls: type
+    values_of: Callable[[type], Any]
+    values: Any
+
+
 class Snapshot:
     """A module and those inside it, as they were when the snapshot was taken.
 
-    Compared are classes, children, hooks, plain attributes (numbers, texts and sequences of them),
-    names of parameters and buffers, and which of these are None.
+    Compared are classes, children, hooks, plain attributes (numbers, texts and sequences of them)
+    of modules and their classes, names of parameters and buffers, and which of these are None.
     """
 
-    def __init__(self, entries: list[_Entry]) -> None:
-        self._entries = entries
+    def __init__(self, entries: list[_Entry], shared: list[_Shared]) -> None:
+        self._entries, self._shared = entries, shared
         places = (
             (entry.module, name)
             for entry in entries  # several of a module that stands in several places
@@ -61,8 +73,8 @@ class Snapshot:
     @classmethod
     def take(cls, root: nn.Module, watched: Iterable[nn.Module | None]) -> Snapshot | None:
         """Of a module, without its own hooks, and of those of its children that are watched, with
-        all inside. None where one has an attribute that cannot be compared, so that a decision may
-        depend on what no snapshot shows."""
+        all inside. None where one or its class has an attribute that cannot be compared, so that a
+        decision may depend on what no snapshot shows."""
         entries: list[_Entry] = []
 
         def add(module: nn.Module, inside: Iterable[nn.Module | None], is_root: bool) -> bool:
@@ -74,7 +86,12 @@ class Snapshot:
                 child is not None and add(child, child._modules.values(), False) for child in inside
             )
 
-        return cls(entries) if add(root, watched, True) else None
+        if not add(root, watched, True):
+            return None
+        shared = list(filter(None, map(_shared_of, {entry.cls for entry in entries[1:]})))
+        if not all(_is_plain(one.values) for one in shared):
+            return None
+        return cls(entries, copy.deepcopy(shared))
 
     def place(self, module: nn.Module | None, name: str) -> int:
         """Where `tensors` has a parameter or buffer; -1, where it has None, if there is no module,
@@ -86,7 +103,7 @@ class Snapshot:
         where anything that is compared is no longer what it was."""
         try:
             found = self._read()
-        except (KeyError, RuntimeError, ValueError):  # it is gone, or an array now: neither equal
+        except (AttributeError, KeyError, RuntimeError, ValueError):  # gone, or an array now
             return None
         if found is None or [tensor is None for tensor in found] != self._absent:
             return None
@@ -94,6 +111,9 @@ class Snapshot:
 
     def _read(self) -> list[Tensor | None] | None:
         found: list[Tensor | None] = []
+        for kind, shared_of, shared in self._shared:
+            if shared_of(kind) != shared:
+                return None
         for (
             module, cls, watches_hooks, attributes, values_of, values, children, parameters_of,
             parameters, buffers_of, buffers,
@@ -154,6 +174,19 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
     return type(value) in _PLAIN
+
+
+def _shared_of(cls: type) -> _Shared | None:
+    """What a class holds besides methods; None where it has nothing under a public name."""
+    found = {
+        name: None
+        for name, value in own_members(cls)
+        if not (name.startswith("_") or isinstance(value, _METHODS))
+    }
+    if not found:
+        return None
+    values_of = attrgetter(*found)
+    return _Shared(cls, values_of, values_of(cls))
 
 
 def _reader(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:

@@ -7,7 +7,7 @@ on its class or in `torch.nn.functional`), must be seen before a call, and the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -35,8 +35,8 @@ _UNPATCHED = tuple(getattr(home, name) for home, name in _FUNCTIONS)
 
 
 class _Methods(NamedTuple):
-    """The methods of a class that PyTorch calls, and those that a class of another library defines,
-    which its forward may call: all at once, as they were, and the names that it had none of. own:
+    """The methods of a class that PyTorch calls, and those of classes of other libraries, which its
+    forward may call: all at once, as they were, and the names that it had none of. own:
     all but `__call__`, which Python looks up in the class alone."""
 
     look_up: Callable[[type], Any]
@@ -48,9 +48,16 @@ class _Methods(NamedTuple):
 _methods: dict[type, _Methods] = {}
 
 
+def own_members(cls: type) -> Iterator[tuple[str, Any]]:
+    """What a class and those that it derives from define, as far as they are not PyTorch's."""
+    for base in cls.__mro__:
+        if base is not object and not base.__module__.startswith("torch."):
+            yield from vars(base).items()
+
+
 def _methods_of(cls: type) -> _Methods:
-    own = [] if cls.__module__.startswith("torch.") else vars(cls).items()
-    names = (*_METHODS, *(name for name, value in own if isinstance(value, FunctionType)))
+    own = [name for name, value in own_members(cls) if isinstance(value, FunctionType)]
+    names = (*_METHODS, *own)
     look_up = attrgetter(*(name for name in names if hasattr(cls, name)))
     absent = tuple(name for name in names if not hasattr(cls, name))
     return _Methods(look_up, look_up(cls), absent, frozenset(names) - {"__call__"})

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from densenet_efficient import EfficientDenseBlock
+from densenet_efficient.conversion import self_check
 
 pytestmark = pytest.mark.quick
 
@@ -92,13 +93,42 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+class SharedRate(nn.Module):
+    """A layer of another library, whose dropout is its class'."""
+
+    drop_rate = 0.0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(channels, 8, 1, bias=False)
+        self.conv2 = nn.Conv2d(8, 4, 3, padding=1, bias=False)
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        y = self.conv2(self.norm2(self.bottleneck(features)).relu())
+        return nn.functional.dropout(y, self.drop_rate, self.training)
+
+    def bottleneck(self, features: list[torch.Tensor]) -> torch.Tensor:
+        return self.conv1(self.norm1(torch.cat(features, 1)).relu())
+
+
+class Derived(SharedRate):
+    """One whose class defines nothing itself."""
+
+
+def derived_block() -> EfficientDenseBlock:
+    torch.manual_seed(0)
+    return EfficientDenseBlock.from_layers({"l0": Derived(8), "l1": Derived(12)})
+
+
 def step(block: Any) -> list[Any]:
     """All that a step gives and changes."""
     torch.manual_seed(1)
     dtype = next(block.parameters()).dtype
     x = torch.randn(2, 8, 5, 5, dtype=dtype).requires_grad_()
     y = block(x)
-    grads = torch.autograd.grad(y.square().sum(), [x, *filter(_trained, block.parameters())])
+    inputs = [x, *filter(_trained, block.parameters())]
+    grads = torch.autograd.grad(y.square().sum(), inputs, materialize_grads=True)
     return [block.path(x), y, *grads, *block.buffers()]
 
 
@@ -120,6 +150,41 @@ def test_a_change_between_two_calls_is_noticed(change: str) -> None:
                 torch.testing.assert_close(known, new, rtol=0, atol=0, equal_nan=True)
             else:
                 assert known == new
+
+
+@pytest.mark.parametrize("kept", [0.5, property(lambda layer: 0.5)], ids=["value", "property"])
+def test_what_a_class_holds_is_compared(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = derived_block()
+    step(block)
+    step(block)
+    assert block._efficient.last_call is not None
+    for rate, drops in ((kept, True), (0.0, False)):
+        monkeypatch.setattr(SharedRate, "drop_rate", rate)
+        for _ in range(2):
+            assert bool((step(block)[1] == 0).any()) == drops
+
+
+@pytest.mark.filterwarnings("ignore:.*original forward")
+@pytest.mark.parametrize("on", ["instance", "class"])
+def test_a_method_that_a_layer_inherits_is_watched(
+    on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = derived_block()
+    step(block)
+    target = block.l0 if on == "instance" else SharedRate
+    monkeypatch.setattr(target, "bottleneck", lambda *given: torch.zeros(2, 8, 5, 5))
+    path, y, *_ = step(block)
+    assert path.kind == "original"
+    assert torch.equal(y[:, 8:12, 2, 2], block.l0.conv2(torch.zeros(2, 8, 5, 5))[:, :, 2, 2])
+
+
+def test_a_check_without_dropout_is_no_call_before_it() -> None:
+    torch.manual_seed(0)
+    block = EfficientDenseBlock(2, 8, 2, 4, 0.5)
+    for _ in range(2):
+        assert (step(block)[1] == 0).any()
+        with self_check._without_dropout(block):
+            assert not (step(block)[1] == 0).any()
 
 
 @pytest.mark.parametrize("note", [torch.ones(3), torch.ones(3).numpy()], ids=["tensor", "array"])
