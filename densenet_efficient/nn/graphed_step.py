@@ -214,8 +214,8 @@ class GraphedStep:
         return self._after_replay()
 
     def _after_replay(self) -> Any:
-        if self.path.kind != GRAPH:  # an eager step left gradients of its own
-            for parameter, gradient in zip(self.state.parameters(), self._gradients, strict=True):
+        for parameter, gradient in zip(self.state.parameters(), self._gradients, strict=True):
+            if parameter.grad is not gradient:  # of an eager step, or dropped since
                 parameter.grad = gradient
         self.path = Dispatch(GRAPH, f"replays the step captured for a batch {self._kind}")
         return tree_map(Tensor.clone, self._results)

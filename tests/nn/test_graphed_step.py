@@ -220,6 +220,15 @@ def options_of(training: Training) -> dict[str, Any]:
     return {"weight_decay": training.optimizer.param_groups[0]["weight_decay"]}
 
 
+def test_gradients_are_there_after_a_replay(begin: Begin) -> None:
+    training = Training(network())
+    step, _, batch = after_three_steps(training, begin)
+    training.optimizer.zero_grad()
+    step(*batch)
+    assert step.path.kind == "graph"
+    assert all(p.grad is not None for p in training.model.parameters())
+
+
 def test_evaluation_in_between_changes_nothing(begin: Begin) -> None:
     training = Training(network())
     step, recorder, batch = after_three_steps(training, begin)
