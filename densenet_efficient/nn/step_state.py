@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..core import eager
 from .norms import process_group
@@ -64,7 +65,7 @@ class StepState:
         self._children = [e["_modules"] for e in self._entries if e["_modules"]]
         self._hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
         self._hooks += [getattr(part, name) for part in self.optimizers for name in STEP_HOOKS]
-
+        self._hooks += [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
         self._shared: str | None = None
         for module in self.modules:
             if isinstance(module, nn.parallel.DistributedDataParallel):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import densenet_efficient as de
 from densenet_efficient.ops.dispatch import Dispatch
@@ -126,7 +127,13 @@ def hooked_optimizer(training: Training) -> Any:
     return training.optimizer.register_step_post_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize("register", [hooked, hooked_parameter, hooked_optimizer])
+def hooked_optimizers(training: Training) -> Any:
+    return register_optimizer_step_post_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "register", [hooked, hooked_parameter, hooked_optimizer, hooked_optimizers]
+)
 def test_hooks_run(begin: Begin, register: Callable[[Training], Any]) -> None:
     training = Training(network())
     step = training.graphed(warm_up=1)
