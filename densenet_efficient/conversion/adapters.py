@@ -118,7 +118,7 @@ def block_adapter(
 
     Args:
         parts: layer -> its norms and convolutions; a module-level function (it is pickled with the
-            block), called again whenever the layer may have changed.
+            block) of what the layer and its class hold, called again where that has changed.
         check: (name, layer) -> None, or raises `Unsupported`: what must hold of a layer beyond its
             parts' kinds (`check_layer_parts`) and the numerical self-check, such as its activation.
         layers: block -> its layers by name, in order; a module-level function, too. The block's

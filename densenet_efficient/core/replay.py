@@ -72,7 +72,7 @@ class Programs:
             if results is not None:
                 return results
         if program is not _Without.ANY:
-            if len(self._kept) == MOST_PROGRAMS:
+            if len(self._kept) >= MOST_PROGRAMS:  # another thread adds, too
                 self._kept.clear()
             self._kept[key] = _Without.YET
         return function(*given)
