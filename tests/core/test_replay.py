@@ -177,3 +177,14 @@ def test_an_operators_error_says_what_it_said() -> None:
     assert program is not None
     with pytest.raises(RuntimeError, match="channel_stats"):
         program.run([x, torch.zeros(3, 3)])
+
+
+def test_where_there_is_no_memory_is_said() -> None:
+    def function(x: Tensor) -> list[Tensor | None]:
+        return [x.new_empty(1 << 60)]
+
+    x = torch.zeros(1)
+    program = replay.record(function, [x])
+    assert program is not None
+    with pytest.raises(torch.OutOfMemoryError, match="cpu"):
+        program.run([x])
