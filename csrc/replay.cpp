@@ -217,7 +217,8 @@ Result refuse(Tensor, std::vector<Tensor>) {
 
 STABLE_TORCH_LIBRARY(densenet_efficient_calls, library) {
   // A program, and the tensors that it begins with. 0 and the results; 1 where a tensor has another
-  // layout or is a negative view, and 2, after a part of it has run, where there was no memory for a new one.
+  // layout or is a negative view, and 2, after a part of it has run, where there was no memory for
+  // a new one.
   library.def("replay(Tensor program, Tensor(a!)[] given) -> (int, Tensor[])");
 }
 
