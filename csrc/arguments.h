@@ -53,6 +53,11 @@ struct Arguments {
     return check_rows(arg);
   }
 
+  StridedWeight weight_gradient(const OptionalTensor& tensor, const Shape& shape) const {
+    return tensor ? check_weight_gradient(checked("dweight", *tensor, shape, arithmetic))
+                  : StridedWeight{};
+  }
+
   // The weight's outputs give the shape it is checked for in its turn. Any layout will do.
   int64_t outputs(const Tensor& weight, int64_t dim) const {
     const Arg arg{lead.op, "weight", weight};
@@ -287,7 +292,9 @@ struct NormReluConv3x3Backward : ImageArguments {
   int64_t K;
   Strided x, dy, y, correction, norm;
   const Tensor& weight;
-  Strided dx, dweight, dnorm;
+  Strided dx;
+  StridedWeight dweight;
+  Strided dnorm;
 
   NormReluConv3x3Backward(const Tensor& dy, const OptionalTensor& y,
                           const OptionalTensor& correction, const Tensor& x, const Tensor& norm,
@@ -302,7 +309,7 @@ struct NormReluConv3x3Backward : ImageArguments {
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, kernel(K, 3))),
         dx(activation("dx", dx, shape(C))),
-        dweight(contiguous("dweight", dweight, kernel(K, 3))),
+        dweight(weight_gradient(dweight, kernel(K, 3))),
         dnorm(table("dnorm", dnorm, {kDnormRows, C})) {
     apart({this->dx, this->dweight, this->dnorm},
           {this->x, this->dy, this->y, this->correction, this->norm, whole(weight)});

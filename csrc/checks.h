@@ -122,6 +122,34 @@ inline void check_contiguous(const Arg& arg) {
   if (!arg.tensor.is_contiguous()) fail(arg, "must be contiguous");
 }
 
+// Whether [K, C, *kernel] lies in memory as [K, *kernel, C].
+inline bool is_channels_last(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  int64_t expected = 1;
+  const auto fits = [&](int64_t d) {
+    const bool same = sizes[d] == 1 || strides[d] == expected;
+    expected *= sizes[d];
+    return same;
+  };
+  bool all = fits(1);
+  for (int64_t d = dims - 1; d > 1; --d) all = fits(d) && all;
+  return fits(0) && all;
+}
+
+// The weight gradient's rows; fails where it is neither contiguous nor channels last.
+inline StridedWeight check_weight_gradient(const Arg& arg) {
+  const auto sizes = arg.tensor.sizes();
+  const int64_t outputs = sizes[0], channels = sizes[1];
+  int64_t taps = 1;
+  for (size_t d = 2; d < sizes.size(); ++d) taps *= sizes[d];
+  const bool contiguous = arg.tensor.is_contiguous();
+  if (!contiguous && !is_channels_last(arg.tensor))
+    fail(arg, "must be contiguous or channels last");
+  const Strided rows{&arg.tensor, channels * taps, outputs, channels * taps, arg.name};
+  return {rows, contiguous ? taps : 1, contiguous ? 1 : channels};
+}
+
 // The rows of a channels-last tensor of any rank; fails where they are not evenly spaced or the
 // channels are not neighbours.
 inline Strided check_rows(const Arg& arg) {

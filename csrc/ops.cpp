@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
 
   // dy := a * dy - p - (y - mean) * q first, where y and correction [4, K] are given (dy itself is
   // not written). dz = conv3x3^T(dy, weight) * [a * x + s > 0]. dx = dz, or, with accumulate,
-  // dx += a * dz. dweight [K, C, 3, 3] (contiguous), dnorm [2, C] of dz.
+  // dx += a * dz. dweight [K, C, 3, 3] (contiguous or channels last), dnorm [2, C] of dz.
   library.def(
       "norm_relu_conv3x3_backward(Tensor dy, Tensor? y, Tensor? correction, Tensor x, Tensor norm, "
       "Tensor weight, bool accumulate, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> "

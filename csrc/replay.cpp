@@ -14,6 +14,7 @@
 //                3, operator, number of arguments,     a call; an argument is 0 (none), 1 or 2
 //                   arguments                          (reference; of an optional one), or 3, value
 //                4, tensor                             it is not used any more
+//                5, n, n references, n references      n copies into the first from the second
 //
 // Every tensor that is given must have the layout that it had when the program was recorded;
 // operators check their arguments as in any other call.
@@ -170,8 +171,22 @@ class Run {
         return true;
       }
       case 3: call(); return true;
+      case 5: copy_together(); return true;
       default: made_[next() - static_cast<int64_t>(given_.size())] = Handle(); return true;
     }
+  }
+
+  void copy_together() {
+    const int64_t count = next();
+    StableIValue stack[3] = {references(count), references(count),
+                             torch::stable::detail::from(false)};
+    check(torch_call_dispatcher("aten::_foreach_copy_", "", stack, TORCH_ABI_VERSION), "copies");
+  }
+  StableIValue references(int64_t count) {
+    std::vector<Tensor> tensors;
+    tensors.reserve(count);
+    for (int64_t i = 0; i < count; ++i) tensors.emplace_back(reference().release());
+    return torch::stable::detail::from(tensors);
   }
 
   bool make() {

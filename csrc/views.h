@@ -24,6 +24,12 @@ struct Strided {
   explicit operator bool() const { return tensor; }
 };
 
+// The gradient of a convolution's weight [K, C, *kernel], contiguous or channels last: K rows of
+// its elements, and how far channels and taps are from each other in them. Null: not given.
+struct StridedWeight : Strided {
+  int64_t channel = 1, tap = 1;
+};
+
 template <typename T>
 Rows<const T> input_rows(const Strided& from) {
   return {from ? static_cast<const T*>(from.tensor->const_data_ptr()) : nullptr, from.stride};

@@ -126,6 +126,7 @@ struct Backward {
   bool accumulate;
   Rows<T> dx;
   A* dweight;  // null: not wanted
+  int64_t channel_step, tap_step;
   Rows<A> dnorm;
 
   void run(const Tensor& weight) const {
@@ -181,8 +182,8 @@ struct Backward {
       A* row = rows + own_slot(slots) * C;
       for (int64_t tap = 0; tap < taps.count; ++tap) {
         sum_partials(dweights + (tap * K + k) * plan.columns, groups, plan.dweight, C, row);
-        A* to = dweight + k * C * taps.count + taps.position(tap);
-        for (int64_t c = 0; c < C; ++c) to[c * taps.count] = row[c];
+        A* to = dweight + k * C * taps.count + taps.position(tap) * tap_step;
+        for (int64_t c = 0; c < C; ++c) to[c * channel_step] = row[c];
       }
     });
   }
@@ -304,6 +305,8 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
                 accumulate,
                 output_rows<T>(call.dx),
                 output_rows<A>(call.dweight).data,
+                call.dweight.channel,
+                call.dweight.tap,
                 output_rows<A>(call.dnorm)}
         .run(weight);
   });

@@ -105,7 +105,8 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
            static_cast<int>(tiling.weight.channel_blocks)});
       of_weight =
           weight_sums(weights.data<const float>(), tiling.weight.tile.blocks, call.K, call.C,
-                      device::kTaps, tiling.weight.pitch, output_rows<float>(call.dweight).data);
+                      device::kTaps, tiling.weight.pitch, output_rows<float>(call.dweight).data,
+                      call.dweight.channel, call.dweight.tap);
     }
     launch_finish<&norm_relu_conv3x3_backward_finish_kernel, device::kTaps>(
         launcher, of_weight,

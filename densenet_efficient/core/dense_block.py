@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dtypes import accumulation_dtype
-from . import arena, replay
+from . import arena, replay, weights
 from .dense_layer import Incoming
 from .dropout import drop
 from .exchange import correction_of
@@ -103,8 +103,9 @@ def _forward(
         if exchange is not None and not (known_stats is not None and spec.known_shared):
             exchange.moments(first_stats)
 
-    for index, layer_spec in enumerate(spec.layers):
-        layer = layer_call(spec, index, parameters, x.dtype)
+    own = weights.by_layer(spec, parameters, x.dtype, len(image) - 1, x.device)
+    for index, (layer_spec, of_layer) in enumerate(zip(spec.layers, own, strict=True)):
+        layer = layer_call(spec, index, parameters, of_layer, x.dtype)
         inputs, slot = features[..., spec.inputs(index)], spec.slot(index)
         new = features[..., slot]
         new_stats = stats[:, slot] if spec.batch_stats else None
@@ -189,10 +190,13 @@ def _backward(
         correction[1:3].copy_(correction_of(stats_gradient, count))
     gradients: list[Tensor | None] = [None] * len(parameters)
 
-    for index in reversed(range(len(spec.layers))):
+    own = weights.by_layer(
+        spec, parameters, features.dtype, len(image) - 1, features.device, backward=True
+    )
+    for index, of_layer in zip(reversed(range(len(spec.layers))), own, strict=True):
         layer_spec = spec.layers[index]
         start = index * PARAMETERS_PER_LAYER
-        layer = layer_call(spec, index, parameters, features.dtype, wanted)
+        layer = layer_call(spec, index, parameters, of_layer, features.dtype, wanted)
         before, slot = spec.inputs(index), spec.slot(index)
         outer = Incoming(gradient[..., slot])
         if spec.batch_stats:

@@ -14,6 +14,7 @@ from ..ops.dtypes import accumulation_dtype
 from ..ops.interface import Operators
 from .layout import flat
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, LayerSpec, NormSpec
+from .weights import Weights, is_dense
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,15 @@ class Incoming:
 
 
 class DenseLayerCall:
-    """One layer of a call: its parameters in the kernels' dtypes, made when the layer is reached so
-    that one layer's casts exist at a time, and its two convolutions in either direction."""
+    """One layer of a call: its parameters in the kernels' dtypes, and its two convolutions in
+    either direction. weights: of `weights.by_layer`."""
 
     def __init__(
         self,
         spec: BlockSpec,
         index: int,
         parameters: Sequence[Tensor | None],
+        weights: Weights,
         dtype: torch.dtype,
         wanted: Sequence[bool] = (),
     ) -> None:
@@ -60,11 +62,11 @@ class DenseLayerCall:
         self.acc = accumulation_dtype(dtype)
         own = slice(index * PARAMETERS_PER_LAYER, (index + 1) * PARAMETERS_PER_LAYER)
         self.parameters, self.wanted = parameters[own], wanted[own]
-        gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = self.parameters
+        gamma1, beta1, _, bias1, gamma2, beta2, _, bias2 = self.parameters
         self.norm1 = cast(gamma1, self.acc), cast(beta1, self.acc)
         self.norm2 = cast(gamma2, self.acc), cast(beta2, self.acc)
-        self.weight1, self.bias1 = cast_weight(weight1, dtype), cast(bias1, dtype)
-        self.weight2, self.bias2 = cast_weight(weight2, dtype), cast(bias2, dtype)
+        self.weight1, self.weight2 = weights
+        self.bias1, self.bias2 = cast(bias1, dtype), cast(bias2, dtype)
         self.gradients: list[Tensor | None] = [None] * PARAMETERS_PER_LAYER
         self.tail_gradients: list[Tensor | None] = []
 
@@ -137,13 +139,13 @@ class DenseLayerCall:
         assert self.weight1 is not None and outer.y is not None and outer.correction is not None
         shape = self.weight1.shape[:2]
         dnorm = norm.new_empty((2, norm.shape[1]))
-        dweight = self._empty(2, self.weight1)
+        dweight = self._empty(2)
         self.operators.norm_relu_conv1x1_backward(
             flat(outer.dy), flat(outer.y), outer.correction, flat(x), norm,
             self.weight1.view(shape), flat(dx), None if dweight is None else dweight.view(shape),
             dnorm,
         )  # fmt: skip
-        dbias = None if self.bias1 is None else self._empty(3, self.bias1)
+        dbias = self._empty(3)
         if dbias is not None:
             outer.sum_over_rows(dbias)
         self._keep(0, dnorm, dweight, dbias)
@@ -171,8 +173,8 @@ class DenseLayerCall:
         dx: Tensor,
     ) -> Tensor:
         dnorm = norm.new_empty((2, norm.shape[1]))
-        dweight = self._empty(first + 2, weight)
-        dbias = None if bias is None else self._empty(first + 3, bias)
+        dweight = self._empty(first + 2)
+        dbias = None if bias is None else self._empty(first + 3)
         if options is None:
             self.operators.norm_relu_conv3x3_backward(
                 outer.dy, outer.y, outer.correction, x, norm, weight, accumulate, dx, dweight, dnorm
@@ -187,10 +189,13 @@ class DenseLayerCall:
         self._keep(first, dnorm, dweight, dbias)
         return dnorm
 
-    def _empty(self, offset: int, parameter: Tensor) -> Tensor | None:
-        if not self.wanted[offset]:
+    def _empty(self, offset: int) -> Tensor | None:
+        """For the gradient of a parameter, where it is wanted, in the parameter's layout, in which
+        autograd takes it as it is."""
+        parameter = self.parameters[offset]
+        if parameter is None or not self.wanted[offset]:
             return None
-        return torch.empty(parameter.shape, dtype=self.acc, device=parameter.device)
+        return empty_gradient(parameter, self.acc)
 
     def _keep(
         self, first: int, dnorm: Tensor, dweight: Tensor | None, dbias: Tensor | None
@@ -200,7 +205,9 @@ class DenseLayerCall:
     def parameter_gradients(self) -> list[Tensor | None]:
         """In the order and the dtypes of the parameters; None where none is wanted."""
         return [
-            None if parameter is None or not need else cast(gradient, parameter.dtype)
+            None
+            if parameter is None or not need or gradient is None
+            else gradient.to(parameter.dtype)
             for parameter, need, gradient in zip(
                 self.parameters, self.wanted, self.gradients, strict=True
             )
@@ -216,12 +223,9 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def cast_weight(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The weight of a convolution in a dtype, contiguous or, in two dimensions, channels last: the
-    operators read either."""
-    if weight is None or weight.dim() != 4:
-        return cast(weight, dtype)
-    if weight.dtype != dtype:
-        weight = weight.to(dtype)
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return weight if dense else weight.contiguous()
+def empty_gradient(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, with the shape and layout of a parameter: its own where it is dense."""
+    like = parameter.detach()
+    if not is_dense(like):
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device)

@@ -24,6 +24,7 @@ from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
 from . import capture, layout, running, sharing
 from .dense_block import Kept, block_backward, block_forward
+from .dense_layer import empty_gradient
 from .encoding import decode
 from .functions import has_overflowed
 from .specs import BlockSpec, NormSpec
@@ -224,7 +225,8 @@ def _(
 ) -> Any:  # fmt: skip
     spec: BlockSpec = decode(call)
     e = layout.empty(_image(features), spec.out_channels, features.dtype, features.device)
-    gradients = [p.new_empty(p.shape) for p, need in zip(parameters, wanted, strict=True) if need]
+    needed = [p for p, need in zip(parameters, wanted, strict=True) if need]
+    gradients = [empty_gradient(parameter, parameter.dtype) for parameter in needed]
     return e[:, spec.inputs(0)], gradients
 
 

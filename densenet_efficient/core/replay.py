@@ -39,7 +39,7 @@ _NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.de
 _NEW |= {aten.new_empty.default, aten.new_empty_strided.default}
 _ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
 _COPIES = {aten._to_copy.default, aten.clone.default}
-_MAKE, _COPY, _FILL, _CALL, _DROP = range(5)
+_MAKE, _COPY, _FILL, _CALL, _DROP, _COPY_ALL = range(6)
 _DONE, _OTHER_LAYOUT, _NO_MEMORY = range(3)
 
 
@@ -210,6 +210,9 @@ class _Recorder(TorchDispatchMode):
         if func == aten.copy_.default:
             self._step(_COPY, args[0], args[1])
             return args[0]
+        if func == aten._foreach_copy_.default:
+            self._step(_COPY_ALL, len(args[0]), *args[0], *args[1])
+            return None
         if func == aten.fill_.Scalar:
             self._step(_FILL, args[0], float(args[1]))
             return args[0]

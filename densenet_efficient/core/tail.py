@@ -17,6 +17,7 @@ from ..ops import fallback
 from .dense_layer import DenseLayerCall, Incoming, cast
 from .layout import flat
 from .specs import BlockSpec, Tail
+from .weights import Weights
 
 
 class TailLayerCall(DenseLayerCall):
@@ -27,10 +28,11 @@ class TailLayerCall(DenseLayerCall):
         spec: BlockSpec,
         index: int,
         parameters: Sequence[Tensor | None],
+        weights: Weights,
         dtype: torch.dtype,
         wanted: Sequence[bool] = (),
     ) -> None:
-        super().__init__(spec, index, parameters, dtype, wanted)
+        super().__init__(spec, index, parameters, weights, dtype, wanted)
         own = spec.tail_parameters(index)
         self.given, self.wanted_of_tail = parameters[own], wanted[own]
         self.tensors = [cast(parameter, dtype) for parameter in self.given]
@@ -77,9 +79,10 @@ def layer_call(
     spec: BlockSpec,
     index: int,
     parameters: Sequence[Tensor | None],
+    weights: Weights,
     dtype: torch.dtype,
     wanted: Sequence[bool] = (),
 ) -> DenseLayerCall:
     """The layer of a call, by what it is."""
     kind = DenseLayerCall if spec.layers[index].tail is None else TailLayerCall
-    return kind(spec, index, parameters, dtype, wanted)
+    return kind(spec, index, parameters, weights, dtype, wanted)

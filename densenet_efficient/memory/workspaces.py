@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..core import weights
 from ..core.max_pool import CHUNK_BYTES
 from ..core.specs import BlockSpec, LayerSpec
 from ..ops import compiled, fallback
@@ -31,11 +32,12 @@ def operator(
     device: torch.device,
     *,
     accumulate: bool = False,
+    packed: bool = False,
 ) -> int:
     """Bytes operator ``name`` allocates for x of ``shape`` and ``channels`` output channels.
 
-    accumulate: as in ``norm_relu_conv3x3_backward``. On CUDA, for rows aligned to 16 bytes and 3x3
-    weights that are contiguous, as those of the modules are; others need less.
+    accumulate: as in ``norm_relu_conv3x3_backward``. packed: whether a 3x3 weight is channels last;
+    elsewhere it is copied on CUDA. On CUDA, for rows aligned to 16 bytes; others need less.
     """
     dims = len(shape) - 2 or 2  # rows are the same to all
     if choose(device, dtype, dims).operators is not compiled:
@@ -45,7 +47,7 @@ def operator(
     gpu = torch.cuda.get_device_properties(device)
     shared_bytes = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
     multiprocessors = gpu.multi_processor_count
-    return _cuda(name, shape, channels, dtype, multiprocessors, shared_bytes, accumulate)
+    return _cuda(name, shape, channels, dtype, multiprocessors, shared_bytes, accumulate, packed)
 
 
 def max_pool(shape: tuple[int, ...], dtype: torch.dtype, drops: bool) -> int:
@@ -78,6 +80,7 @@ def _cuda(
     multiprocessors: int,
     shared_bytes: int,
     accumulate: bool,
+    packed: bool,
 ) -> int:
     from .. import _module
 
@@ -89,6 +92,7 @@ def _cuda(
         multiprocessors,
         shared_bytes,
         accumulate=accumulate,
+        packed_weight=packed,
     )
 
 
@@ -116,15 +120,13 @@ def block(
     backward: bool,
 ) -> int:
     """The most bytes that one layer of a block holds next to its tables: the largest operator's
-    workspace and, in low precision, the layer's weights in the activations' dtype."""
+    workspace and, in low precision, its weights in the activations' dtype with those that share
+    their buffer."""
     worst = 0
-    recompute = spec.memory == "recompute"
-    for layer in spec.layers:
-        taps = 3 ** (len(image) - 1)
-        weights = layer.bottleneck * layer.in_channels + taps * layer.bottleneck * layer.growth
-        if not layer.bottleneck:
-            weights = taps * layer.in_channels * layer.growth
-        cast = 0 if dtype == torch.float32 else weights * dtype.itemsize
+    recompute, dims = spec.memory == "recompute", len(image) - 1
+    held = weights.held_bytes(spec, dims, dtype, device)
+    for layer, cast in zip(spec.layers, held, strict=True):
+        packed = weights.is_packed(layer, dims, dtype, device)
         convolutions = (layer.conv1, layer.conv2, layer.tail)
         uses_fallback = any(other is not None for other in convolutions)
         for name, shape, channels in _operators(layer, image, backward, recompute):
@@ -132,6 +134,8 @@ def block(
                 size = _fallback((*image, shape[-1]), dtype)
             else:
                 plain = not layer.bottleneck
-                size = operator(name, shape, channels, dtype, device, accumulate=plain)
+                size = operator(
+                    name, shape, channels, dtype, device, accumulate=plain, packed=packed
+                )
             worst = max(worst, size + cast)
     return worst

@@ -85,12 +85,14 @@ def test_plain_layer_accumulates(outputs: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
 def test_weight_layouts_agree(op: str, dtype: torch.dtype) -> None:
-    """A channels-last weight is used as it lies, any other is copied: the same bits."""
+    """A channels-last weight is used as it lies, any other is copied; its gradient is written in
+    either layout: the same bits."""
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         case = make(op, (1, 5, 6, 24, 12), dtype)
-        case.arguments["weight"] = case.arguments["weight"].contiguous(memory_format=layout)
+        for name in {"weight", "dweight"} & case.arguments.keys():
+            case.arguments[name] = case.arguments[name].contiguous(memory_format=layout)
         launches = emulator().call(op, *case.arguments.values())
         assert ("pack" in launches[0].kernel) == (layout == torch.contiguous_format)
         results.append({name: value.clone() for name, value in case.outputs.items()})

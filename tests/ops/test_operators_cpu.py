@@ -96,12 +96,14 @@ CASES: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
 def make_case(
     op: str, sizes: tuple[int, ...], dtype: torch.dtype, changes: Mapping[str, Any] | None = None
 ) -> Case:
-    """Odd offsets everywhere; the weight of a 3x3 convolution in channels-last memory, because any
-    dense layout is accepted."""
+    """Odd offsets everywhere; the weight of a 3x3 convolution and its gradient in channels-last
+    memory, because any dense layout is accepted."""
     case = make(op, sizes, dtype, before=3, table_margin=2, **changes or {})
-    if op == "norm_relu_conv3x3_backward" and len(sizes) == 5:
-        weight = case.arguments["weight"]
-        case.arguments["weight"] = weight.contiguous(memory_format=torch.channels_last)
+    if op == "norm_relu_conv3x3_backward":
+        for name in ("weight", "dweight"):
+            last = case.arguments[name]
+            if last is not None:
+                case.arguments[name] = last.movedim(1, -1).contiguous().movedim(-1, 1)
     return case
 
 

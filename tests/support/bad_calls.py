@@ -75,6 +75,22 @@ BAD_CALLS: list[tuple[str, tuple, str]] = [
         "y and correction must be given together",
     ),
     (
+        "norm_relu_conv3x3_backward",
+        (
+            torch.zeros(1, 2, 2, 5),
+            None,
+            None,
+            torch.zeros(1, 2, 2, 6),
+            torch.zeros(NORM),
+            torch.zeros(W3),
+            False,
+            torch.zeros(1, 2, 2, 6),
+            torch.zeros(5, 6, 3, 3).transpose(2, 3),
+            torch.zeros(2, 6),
+        ),
+        "dweight must be contiguous or channels last",
+    ),
+    (
         "stem_forward",
         (torch.zeros(X), torch.zeros(NORM), torch.zeros(X), None),
         "x must have 3, 4 or 5 dimensions",

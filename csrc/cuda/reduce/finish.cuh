@@ -145,7 +145,8 @@ void launch_finish(const Launcher& launcher, const A* partial, int64_t blocks, i
 constexpr int kSumThreads = 512;
 
 // partial [blocks][rows][taps][pitch], of which `channels` of each row are summed over the blocks,
-// to out [rows, channels, taps] with a stride between its rows. Nothing where there are no rows.
+// to out [rows, channels, taps] with strides between rows, channels and taps. Nothing where there
+// are no rows.
 template <typename A>
 struct SumPartials {
   const A* partial = nullptr;
@@ -155,7 +156,8 @@ struct SumPartials {
   int pitch = 0;
   int64_t block_stride = 0;  // between the partials of two blocks
   Rows<A> out{};
-  bool accumulate = false;  // add to what out holds
+  int channel_step = 1, tap_step = 1;  // of out
+  bool accumulate = false;             // add to what out holds
   // Of this pass: teams that share a piece; values of a block, each with all taps; blocks; bytes
   // between the partials of a team.
   int groups = 1, span = 0, grid = 0, step_bytes = 0;
@@ -191,14 +193,17 @@ SumPartials<A> norm_sums(const A* partial, int64_t blocks, int64_t channels, int
 // taps]. The pitch is a multiple of four.
 template <typename A>
 SumPartials<A> weight_sums(const A* partial, int64_t blocks, int64_t outputs, int64_t channels,
-                           int taps, int64_t pitch, A* dweight) {
+                           int taps, int64_t pitch, A* dweight, int64_t channel_step = 1,
+                           int64_t tap_step = 1) {
   return {.partial = partial,
           .blocks = static_cast<int>(blocks),
           .rows = static_cast<int>(outputs),
           .channels = static_cast<int>(channels),
           .pitch = static_cast<int>(pitch),
           .block_stride = outputs * taps * pitch,
-          .out = {dweight, channels * taps}};
+          .out = {dweight, channels * taps},
+          .channel_step = static_cast<int>(channel_step),
+          .tap_step = static_cast<int>(tap_step)};
 }
 
 // What a thread takes of a block's partials: neighbouring values, with all their taps.
@@ -268,7 +273,8 @@ __device__ __forceinline__ void finish_values(const SumPartials<A>& args, int in
       sum += shared_load<A>(shared + of_group * args.span * kTaps + i);
     const int at = begin + i / kTaps, to_channel = at % args.pitch;
     if (to_channel >= args.channels) continue;
-    A* const out = args.out[at / args.pitch] + to_channel * kTaps + i % kTaps;
+    A* const out =
+        args.out[at / args.pitch] + to_channel * args.channel_step + i % kTaps * args.tap_step;
     global_store(out, args.accumulate ? global_load<A>(out) + sum : sum);
   }
 }
