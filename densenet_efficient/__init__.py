@@ -15,6 +15,7 @@ from .conversion import (
 )
 from .conversion.registry import register_models
 from .core.arena import release
+from .memory.budget import fit_memory
 from .memory.planner import Plan, max_batch, plan
 from .models.densenet import (
     EfficientDenseNet,
@@ -72,6 +73,7 @@ __all__ = [
     "fc_densenet56",
     "fc_densenet67",
     "fc_densenet103",
+    "fit_memory",
     "info",
     "inspect_conversion",
     "load_weights",

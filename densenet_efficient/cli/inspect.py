@@ -94,7 +94,8 @@ def _execution_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the activations")
     parser.add_argument(
         "--memory", choices=MEMORY_MODES, default=MEMORY_MODES[0],
-        help="compute bottlenecks again in backward, or store them",
+        help="keep the bottlenecks that the peak has room for, compute all again in backward, or "
+        "store all",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda:0")
 

@@ -71,7 +71,8 @@ def _batch_size(text: str) -> int | str:
 def _execution_options(group: Any) -> None:
     group.add_argument(
         "--memory", choices=MEMORY_MODES,
-        help=f"compute bottlenecks again in backward, or store them (default: {MEMORY_MODES[0]})",
+        help="keep the bottlenecks that the peak has room for, compute all again in backward, or "
+        f"store all (default: {MEMORY_MODES[0]})",
     )  # fmt: skip
     group.add_argument(
         "--reference", action="store_true", help="the plain PyTorch reference instead of ours"

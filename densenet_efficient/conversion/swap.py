@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..nn.auto_memory import assign
 from ..nn.classes import become, is_made, unmake
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.execution import Efficient
@@ -84,11 +85,11 @@ class Report:
 class Conversion:
     """Phase one, done by the constructor. `apply` is phase two."""
 
-    def __init__(self, model: nn.Module, memory: str = "recompute") -> None:
+    def __init__(self, model: nn.Module, memory: str = "auto") -> None:
         check_memory(memory)
         check_module("model", model)
         self.report = Report()
-        self._memory = memory
+        self._model, self._memory = model, memory
         self._views: dict[int, nn.Module] = {}
         self._found: list[tuple[nn.Module, Efficient]] = []
         self._modes: list[DenseBlockExecution] = []
@@ -100,6 +101,7 @@ class Conversion:
             block.memory = self._memory
         for source, view in self._found:
             become(source, view)
+        assign(self._model)
 
     def _note(self, path: str, module: nn.Module, outcome: str, reason: str = "") -> None:
         self.report.entries.append(Entry(path, qualified_name(type(module)), outcome, reason))
@@ -211,7 +213,7 @@ def _looks_dense(module: nn.Module) -> bool:
     return any(_DENSE_CHILD.search(name) for name, _ in module.named_modules())
 
 
-def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True) -> nn.Module:
+def convert(model: nn.Module, memory: str = "auto", *, strict: bool = True) -> nn.Module:
     """Makes every dense block of a model run in the least memory; in place, same results.
 
     Every module stays the same object with the same children, parameters, buffers, hooks and flags;
@@ -223,7 +225,9 @@ def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True)
         model: a DenseNet of a known library (docs/compatibility.md lists them), any module that
             contains its blocks, or blocks that an adapter is registered for.
         memory: "recompute" keeps only each block's output for the backward pass, "store" the
-            bottlenecks too.
+            bottlenecks too. "auto" keeps those bottlenecks for which a training step's peak has
+            room where the model is a classifier of one chain of blocks and transitions, and none
+            in others, whose peak may be elsewhere.
         strict: False converts what can be converted and leaves the rest as it is.
 
     Returns:
@@ -249,7 +253,7 @@ def convert(model: nn.Module, memory: str = "recompute", *, strict: bool = True)
     return model
 
 
-def inspect_conversion(model: nn.Module, memory: str = "recompute") -> Report:
+def inspect_conversion(model: nn.Module, memory: str = "auto") -> Report:
     """What `convert` would do, self-checks included; the model is not changed."""
     return Conversion(model, memory).report
 

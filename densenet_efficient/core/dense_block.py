@@ -14,8 +14,8 @@ backward reaches the layer that produced it.
     norm2 = fold(stats of b)                  db  = a2 dz2 - p2 - (b - mean2) q2
     F[slice] = conv3x3(relu(norm2 b))         dz1 = (db W1) [norm1 F > 0];  E[:C_l] += a1 dz1
 
-``store`` keeps b of every layer for backward; ``recompute`` keeps F and the statistics only and
-computes b again.
+F and the statistics are kept for backward, and b of as many of the last layers as the specification
+says (``kept_layers``); that of the others is computed again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Kept:
     """What a block's forward pass leaves for its backward pass, and for running statistics.
 
     features: F ``[N, *spatial, C_total]``. table: the statistics ``[2, C_total + sum of K]`` of F
-    and of every b. bottlenecks: every b (``store``), or empty.
+    and of every b. bottlenecks: every b that is kept, in order.
     """
 
     spec: BlockSpec
@@ -85,7 +85,7 @@ def _forward(
     scratch: dict[str, Tensor],
     parameters: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Fills F and returns the statistics' table, then every b (``store``)."""
+    """Fills F and returns the statistics' table, then every b that is kept."""
     image = features.shape[:-1]
     columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
     acc = accumulation_dtype(x.dtype)
@@ -113,7 +113,7 @@ def _forward(
         fused_stats = None if dropped else new_stats
         norm1 = layer.fold1(stats[:, spec.inputs(index)])
         if layer_spec.bottleneck:
-            if spec.memory == "store":
+            if spec.keeps(index):
                 shape = (*image, layer_spec.bottleneck)
                 b = torch.empty(shape, dtype=x.dtype, device=x.device)
                 kept.bottlenecks.append(b)
@@ -189,6 +189,7 @@ def _backward(
     if stats_gradient is not None:
         correction[1:3].copy_(correction_of(stats_gradient, count))
     gradients: list[Tensor | None] = [None] * len(parameters)
+    left = list(bottlenecks)
 
     own = weights.by_layer(
         spec, parameters, features.dtype, len(image) - 1, features.device, backward=True
@@ -212,8 +213,8 @@ def _backward(
         if layer_spec.bottleneck:
             width = layer_spec.bottleneck
             norm2 = layer.fold2(kept.bottleneck_stats[index])
-            if spec.memory == "store":
-                b = kept.bottlenecks[index]
+            if spec.keeps(index):
+                b = left.pop()
             else:
                 b = _front(scratch["bottleneck"], width)
                 layer.conv1_forward(inputs, norm1, b, None)

@@ -168,7 +168,7 @@ def _(call: str, given: str, x: Any, known: Any, running: Any, parameters: Any, 
     widths = [layer.bottleneck for layer in spec.layers]
     table = x.new_empty((2, spec.out_channels + sum(widths)), dtype=acc)
     constants = x.new_empty((2, sum(_constant_widths(spec))), dtype=acc)
-    kept = [w for w in widths if w] if spec.memory == "store" else []
+    kept = [width for index, width in enumerate(widths) if spec.keeps(index)]
     return features, table, constants, [x.new_empty((*_image(x), w)) for w in kept]
 
 

@@ -94,7 +94,7 @@ def run(
     assert isinstance(first, Tensor)
     absent = tuple(value is None for value in given)
     layout = first.dtype, first.shape, first.stride()
-    key = (function.__name__, spec.memory, options, absent, layout)
+    key = (function.__name__, spec.kept_layers, options, absent, layout)
     return spec.programs.run(call, key, given)
 
 

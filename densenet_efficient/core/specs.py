@@ -89,23 +89,29 @@ class LayerSpec:
 class BlockSpec:
     """Everything about one call of a block that is not a differentiable tensor.
 
-    operators: what runs it. memory: ``"store"`` or ``"recompute"``. seed: of the dropout masks,
-    which backward draws again. masks: those that are kept instead, by layer and whether they are of
-    its bottleneck; see `dropout`. newest_first: a layer's new channels stand in front of all
-    earlier ones instead of after them. exchange: with the processes that share the statistics, if
-    any. known_shared: whether the statistics known of the input are already those of all processes.
+    operators: what runs it. kept_layers: of how many layers, the last ones, the bottlenecks are
+    kept for backward; those of the others are computed again. seed: of the dropout masks, which
+    backward draws again. masks: those that are kept instead, by layer and whether they are of its
+    bottleneck; see `dropout`. newest_first: a layer's new channels stand in front of all earlier
+    ones instead of after them. exchange: with the processes that share the statistics, if any.
+    known_shared: whether the statistics known of the input are already those of all processes.
     programs: see `replay`; of all calls of these layers, None where a call is not to be recorded.
     """
 
     layers: tuple[LayerSpec, ...]
     operators: Operators
-    memory: str
+    kept_layers: int
     seed: int = 0
     newest_first: bool = False
     exchange: Exchange | None = None
     known_shared: bool = False
     masks: dict[tuple[int, bool], Tensor] | None = field(default=None, compare=False)
     programs: Any = field(default=None, compare=False)
+
+    def keeps(self, index: int) -> bool:
+        """Whether a layer's bottleneck is kept for backward."""
+        first = len(self.layers) - self.kept_layers
+        return index >= first and self.layers[index].bottleneck > 0
 
     def inputs(self, index: int) -> slice:
         """The channels of F that a layer reads; `inputs(0)` is the block's input."""
@@ -175,9 +181,11 @@ def scratch_table(
     image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
     """
     widest = max(layer.bottleneck for layer in spec.layers)
+    layers = enumerate(spec.layers)
+    lost = max((layer.bottleneck for i, layer in layers if not spec.keeps(i)), default=0)
     table = []
-    if widest and spec.memory == "recompute":
-        table.append(Buffer("bottleneck", (*image, widest), dtype, "scratch"))
+    if lost:
+        table.append(Buffer("bottleneck", (*image, lost), dtype, "scratch"))
     if widest and backward:
         table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))
     masked = [layer.growth for layer in spec.layers if layer.drop_rate > 0]
@@ -196,8 +204,7 @@ def kept_table(
     acc = accumulation_dtype(dtype)
     columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
     table.append(Buffer("statistics", (2, columns), acc, "kept"))
-    if spec.memory == "store":
-        for index, layer in enumerate(spec.layers):
-            if layer.bottleneck:
-                table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))
+    for index, layer in enumerate(spec.layers):
+        if spec.keeps(index):
+            table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))
     return table

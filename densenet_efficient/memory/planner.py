@@ -10,6 +10,7 @@ operator count with the sizes its own workspace functions give.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,12 +54,20 @@ class Plan:
         """What is live between forward and backward: outputs and other kept rows."""
         return sum(row.bytes for row in self.rows if row.lifetime in ("output", "kept"))
 
+    @property
+    def kept_bottlenecks(self) -> dict[str, int]:
+        """Of how many layers each block keeps the bottlenecks; blocks that keep none are left
+        out."""
+        kept = [row.name.split(" ") for row in self.rows if row.lifetime == "kept"]
+        return dict(Counter(name for name, *of in kept if of and of[-1][:1] == "b"))
+
     def describe(self) -> dict[str, Any]:
         """Peak, what is kept and every row as plain values, in bytes."""
         return {
             "peak_bytes": self.peak_bytes,
             "peak_at": self.peak_at,
             "kept_bytes": self.kept_bytes,
+            "kept_bottlenecks": self.kept_bottlenecks,
             "rows": [
                 {
                     "name": row.name,

@@ -256,7 +256,7 @@ class Block(Part):
             layers.append(layer)
             channels += layer.growth
         operators = choose(self.device, self.dtype, len(self.image) - 1).operators
-        return BlockSpec(tuple(layers), operators, block.memory)
+        return BlockSpec(tuple(layers), operators, block.kept_layers)
 
 
 def gradient_bytes(module: nn.Module) -> int:

@@ -123,9 +123,10 @@ def block(
     workspace and, in low precision, its weights in the activations' dtype with those that share
     their buffer."""
     worst = 0
-    recompute, dims = spec.memory == "recompute", len(image) - 1
+    dims = len(image) - 1
     held = weights.held_bytes(spec, dims, dtype, device)
-    for layer, cast in zip(spec.layers, held, strict=True):
+    for index, (layer, cast) in enumerate(zip(spec.layers, held, strict=True)):
+        recompute = not spec.keeps(index)
         packed = weights.is_packed(layer, dims, dtype, device)
         convolutions = (layer.conv1, layer.conv2, layer.tail)
         uses_fallback = any(other is not None for other in convolutions)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.architecture import CONFIGURATIONS, DenseNetBase, cifar_block_config
+from ..nn.auto_memory import assign
 from ..nn.dense_block import EfficientDenseBlock
 from ..nn.features import EfficientFeatures
 from ..nn.options import check_count, check_memory
@@ -48,7 +49,8 @@ class EfficientDenseNet(DenseNetBase):
         bottleneck: False: layers are one 3x3 convolution.
         in_channels: channels of the input.
         memory: "recompute" keeps only the feature buffers for the backward pass, "store" the
-            bottlenecks too: more memory, a little less time.
+            bottlenecks too: more memory, a little less time. "auto" keeps those bottlenecks for
+            which the step's peak has room, and none without a classifier, where more may follow.
 
     Keyword Args:
         global_pool (bool): False: logits (or features) at every place of the last map.
@@ -82,7 +84,7 @@ class EfficientDenseNet(DenseNetBase):
         compression: float = 0.5,
         bottleneck: bool = True,
         in_channels: int = 3,
-        memory: str = "recompute",
+        memory: str = "auto",
         **options: Any,
     ) -> None:
         self._memory = check_memory(memory)
@@ -100,6 +102,7 @@ class EfficientDenseNet(DenseNetBase):
             in_channels=in_channels,
             **options,
         )
+        assign(self)
 
     def _make_block(self, **options: Any) -> nn.Module:
         return EfficientDenseBlock(**options, memory=self._memory)
@@ -179,7 +182,7 @@ def densenet_cifar(
     compression: float | None = None,
     num_classes: int | None = 10,
     drop_rate: float = 0.0,
-    memory: str = "recompute",
+    memory: str = "auto",
     **options: Any,
 ) -> EfficientDenseNet:
     """The CIFAR networks: three blocks, a 3x3 stem, weights drawn with fan_out.

@@ -69,7 +69,7 @@ class EfficientFCDenseNet(FCDenseNetBase):
         drop_rate: float = 0.2,
         num_classes: int | None = 11,
         *,
-        memory: str = "recompute",
+        memory: str = "auto",
         **options: Any,
     ) -> None:
         self._memory = check_memory(memory)

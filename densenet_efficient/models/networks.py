@@ -1,7 +1,7 @@
 """A network by name and options, in each of its executions.
 
 Training, benchmarks and the command line all say which network they mean by a `NetworkSpec`, and
-how it is to run by an execution: ours in its two memory modes, the plain reference, or
+how it is to run by an execution: ours in its memory modes, the plain reference, or
 torchvision's own. All executions of one spec have the same parameters and state dict keys.
 """
 
@@ -25,6 +25,7 @@ CIFAR = "densenet_cifar"
 NETWORKS = (*CONFIGURATIONS, CIFAR)
 DENSE_NETWORKS = tuple(FC_CONFIGURATIONS)
 EXECUTIONS = {
+    "auto": "ours; bottlenecks are kept where the step's peak has room for them",
     "recompute": "ours; bottlenecks are computed again in backward",
     "store": "ours; bottlenecks are kept for backward",
     "reference": "the plain PyTorch reference",

@@ -22,7 +22,7 @@ from ..core.specs import BlockSpec, LayerSpec, NormSpec
 from ..ops.dispatch import Dispatch
 from . import execution, graph, handover
 from .block_call import BlockCall, LastCall, look
-from .execution import ORIGINAL, OVERFLOW, Efficient
+from .execution import ORIGINAL, OVERFLOW
 from .graph import GraphPlan
 from .layers import (
     LayerParts,
@@ -30,6 +30,7 @@ from .layers import (
     parameter_places,
     standard_parts,
 )
+from .memory_mode import KeepsBottlenecks
 from .norms import BatchNorm, begin_exchange
 from .options import check_memory, check_modules
 from .plain import PlainDenseBlock
@@ -39,7 +40,7 @@ Parts = Callable[[nn.Module], LayerParts]
 Question = Callable[[nn.Module], bool]
 
 
-class DenseBlockExecution(Efficient):
+class DenseBlockExecution(KeepsBottlenecks):
     """The execution of a dense block, whatever holds its layers.
 
     A class of this kind derives from `DenseBlockExecution` and from the class of the block, and its
@@ -70,27 +71,9 @@ class DenseBlockExecution(Efficient):
             newest_first=newest_first,
         )
 
-    @property
-    def memory(self) -> str:
-        """What is kept for the backward pass, one of `options.MEMORY_MODES`; may be set."""
-        return self._efficient.memory
-
-    @memory.setter
-    def memory(self, value: str) -> None:
-        self._efficient.memory = check_memory(value)
-
-    def dense_layers(self) -> Mapping[str, nn.Module]:
-        """The layers by name, in order."""
-        layers = self._efficient.layers
-        return self._modules if layers is None else layers(self)  # type: ignore[return-value]
-
     def parts(self) -> list[LayerParts]:
         """The parts of every layer, in order."""
         return [self._efficient.parts(layer) for layer in self.dense_layers().values()]  # type: ignore[misc]
-
-    def extra_repr(self) -> str:
-        """The memory mode."""
-        return f"memory={self.memory!r}"
 
     def path(self, x: Tensor | list[Tensor]) -> Dispatch:
         """How this block would run on x, and why."""
@@ -119,7 +102,7 @@ class DenseBlockExecution(Efficient):
         self, parts: list[LayerParts], specs: tuple[LayerSpec, ...]
     ) -> Iterator[tuple[BatchNorm, NormSpec, slice]]:
         """Every norm, and the columns of its statistics in the table that a call gives."""
-        block = BlockSpec(specs, None, "", newest_first=self._efficient.newest_first)  # type: ignore[arg-type]
+        block = BlockSpec(specs, None, 0, newest_first=self._efficient.newest_first)  # type: ignore[arg-type]
         column = block.out_channels
         for index, (part, layer) in enumerate(zip(parts, specs, strict=True)):
             inputs = block.inputs(index)
@@ -166,7 +149,7 @@ class DenseBlockExecution(Efficient):
         last, or None where the next operator of ours alone sees it.
         """
         dtype = execution.working_dtype(x)
-        plan = self._graph_plan(id(self), self.memory, dtype)
+        plan = self._graph_plan(id(self), self.kept_layers, dtype)
         graph.guard(self, plan)
         if plan.kind == graph.ORIGINAL:
             return self._original(x), None
@@ -186,13 +169,13 @@ class DenseBlockExecution(Efficient):
         return y if contiguous is None else graph.leave(y, contiguous), stats
 
     @torch.compiler.assume_constant_result
-    def _graph_plan(self, ident: int, memory: str, dtype: torch.dtype) -> GraphPlan:
+    def _graph_plan(self, ident: int, kept: int, dtype: torch.dtype) -> GraphPlan:
         """How `in_graph` runs. ident: guards on this very module."""
         problem, parts, specs = self._specification(dtype)
         if problem is not None:
             return graph.make_plan(self.named_modules(), graph.ORIGINAL)
         state = self._efficient
-        spec = BlockSpec(specs, None, memory, newest_first=state.newest_first)  # type: ignore[arg-type]
+        spec = BlockSpec(specs, None, kept, newest_first=state.newest_first)  # type: ignore[arg-type]
         new = None
         if state.with_input is not None and not state.with_input(self):
             new = spec.new.start, spec.new.stop
@@ -238,7 +221,7 @@ class DenseBlockExecution(Efficient):
         spec = BlockSpec(
             specs,
             chosen.operators,
-            self.memory,
+            self.kept_layers,
             newest_first=self._efficient.newest_first,
             exchange=exchange,
             known_shared=known is not None,
@@ -277,7 +260,8 @@ class EfficientDenseBlock(DenseBlockExecution, PlainDenseBlock):  # type: ignore
         drop_rate: dropout after every layer's last convolution, 0 to 1.
         memory_efficient: accepted for torchvision's signature; every mode here is.
         memory: ``"recompute"`` keeps the output only (Pleiss et al., arXiv 1707.06990, and less);
-            ``"store"`` also keeps every bottleneck and saves recomputing it.
+            ``"store"`` also keeps every bottleneck and saves recomputing it; ``"auto"`` those of
+            the last ``kept_layers``, which a network sets and is 0 at first.
 
     Keyword Args:
         with_input (bool): False: only the new channels come out, as on the way up of an

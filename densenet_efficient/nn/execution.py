@@ -65,14 +65,15 @@ class State:
     """What an efficient module knows beyond what its children are.
 
     structure: the children that the execution was made for. warned: the last reason for an original
-    forward that was told. parts: of a dense block or a transition. memory, layers, with_input,
-    newest_first: of a dense block, see `nn.dense_block`. last_call: what the next call of a block
-    need not find again; not copied, and not stored.
+    forward that was told. parts: of a dense block or a transition. memory, kept_layers, layers,
+    with_input, newest_first: of a dense block, see `nn.dense_block`. last_call: what the next call
+    of a block need not find again; not copied, and not stored.
     """
 
     structure: watch.Structure
     warned: str | None = None
     memory: str = ""
+    kept_layers: int = 0
     parts: Callable[[nn.Module], Any] | None = None
     layers: Callable[[nn.Module], Any] | None = None
     with_input: Callable[[nn.Module], bool] | None = None

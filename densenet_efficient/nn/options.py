@@ -13,14 +13,16 @@ from typing import Any
 
 from torch import nn
 
-MEMORY_MODES = ("recompute", "store")
-"""What a dense block keeps for the backward pass: its output, or the bottlenecks, too."""
+AUTO = "auto"
+MEMORY_MODES = (AUTO, "recompute", "store")
+"""What a dense block keeps for the backward pass: its output, or the bottlenecks, too, or as many
+of these as the network's peak has room for, see `nn.auto_memory`."""
 
 
 def check_memory(value: Any) -> str:
     """One of `MEMORY_MODES`."""
     if value not in MEMORY_MODES:
-        raise ValueError(f"memory must be 'recompute' or 'store', got {value!r}")
+        raise ValueError(f"memory must be 'auto', 'recompute' or 'store', got {value!r}")
     return value
 
 

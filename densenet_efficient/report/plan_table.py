@@ -38,10 +38,16 @@ def plan_text(plan: Plan, *, every_row: bool = False) -> str:
     each = plan.peak_bytes / max(plan.batch, 1)
     return (
         f"{text}\n\n"
-        f"kept for backward {_megabytes(plan.kept_bytes)} MB\n"
+        f"kept for backward {_megabytes(plan.kept_bytes)} MB{_bottlenecks(plan)}\n"
         f"predicted peak {_megabytes(plan.peak_bytes)} MB above the baseline before the step, "
         f"{_megabytes(each)} MB per image, at {plan.peak_at}"
     )
+
+
+def _bottlenecks(plan: Plan) -> str:
+    """How many layers' bottlenecks that includes, by block."""
+    blocks = [f"{layers} in {name}" for name, layers in plan.kept_bottlenecks.items()]
+    return f", with the bottlenecks of layers: {', '.join(blocks)}" if blocks else ""
 
 
 def _groups(plan: Plan) -> Iterator[tuple[str, str, int, str]]:

@@ -22,7 +22,7 @@ def document(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[s
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     plan = document(["plan", *SMALL, "--budget", "10MB"], capsys)
-    assert plan["batch"] == 2 and plan["network"]["depth"] == 10 and plan["memory"] == "recompute"
+    assert plan["batch"] == 2 and plan["network"]["depth"] == 10 and plan["memory"] == "auto"
     assert 0 < plan["kept_bytes"] < plan["peak_bytes"] < 10e6 and plan["largest_batch"] > 2
     kept = [row["bytes"] for row in plan["rows"] if row["lifetime"] in ("kept", "output")]
     assert sum(kept) == plan["kept_bytes"]

@@ -93,7 +93,7 @@ def _spec(block, origin):
         assert problem is None
         layers.append(found)
         channels += found.growth
-    return BlockSpec(tuple(layers), compiled, "recompute", **origin)
+    return BlockSpec(tuple(layers), compiled, 0, **origin)
 
 
 def _mask(spec, index, values, bottleneck):

@@ -7,6 +7,7 @@ import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.models.densenet import EfficientDenseNet, densenet121, densenet_cifar
 from densenet_efficient.models.fc_densenet import EfficientFCDenseNet
+from densenet_efficient.nn.options import MEMORY_MODES
 from tests.support.kept_memory import kept_bytes
 
 GIB = 2**30
@@ -34,7 +35,7 @@ def test_peak_per_image_is_the_floor_of_the_design():
 
 def test_store_costs_the_bottlenecks():
     shape = (4, 3, 64, 64)
-    lean = de.plan(densenet121(), shape).kept_bytes
+    lean = de.plan(densenet121(memory="recompute"), shape).kept_bytes
     stored = de.plan(densenet121(memory="store"), shape).kept_bytes
     bottlenecks = 4 * 128 * 4 * sum(n * (16 // 2**i) ** 2 for i, n in enumerate((6, 12, 24, 16)))
     assert stored - lean == bottlenecks
@@ -50,7 +51,8 @@ def test_kept_memory_is_linear_in_depth():
     """BC, k = 12, 32 pixels: the quadratic term stays below 1 % of the linear one at depth 400."""
     depths = torch.tensor([100.0, 196.0, 298.0, 400.0], dtype=torch.float64)
     kept = [
-        de.plan(densenet_cifar(int(d), 12), (64, 3, 32, 32)).kept_bytes for d in depths.tolist()
+        de.plan(densenet_cifar(int(d), 12, memory="recompute"), (64, 3, 32, 32)).kept_bytes
+        for d in depths.tolist()
     ]
     powers = torch.stack((torch.ones(4), depths, depths**2), 1)
     fit = torch.linalg.lstsq(powers, torch.tensor(kept, dtype=torch.float64)[:, None]).solution
@@ -66,9 +68,10 @@ def test_max_batch_inverts_the_plan():
     assert de.max_batch(model, (3, 32, 32), torch.float32, budget=1000) == 0
 
 
-def test_plan_counts_what_autograd_keeps():
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_plan_counts_what_autograd_keeps(memory):
     """Between forward and backward the live tensors are the plan's kept rows."""
-    model = EfficientDenseNet(8, (4, 4), 16, 4, num_classes=10)
+    model = EfficientDenseNet(8, (4, 4), 16, 4, num_classes=10, memory=memory)
     x = torch.randn(4, 3, 64, 64)
     kept = {}
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from densenet_efficient.models.networks import NETWORKS, NetworkSpec, check_image_size
+from densenet_efficient.nn.options import MEMORY_MODES
 from tools.machine_code.document import replaced
 
 from . import counts, document, fit, operators, steps, timeline, waves
@@ -93,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--growth-rate", type=int, help="of densenet_cifar")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--image-size", type=int)
-    parser.add_argument("--memory", choices=("store", "recompute"), default="store")
+    parser.add_argument("--memory", choices=MEMORY_MODES, default="store")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument(

@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from densenet_efficient.models.networks import NetworkSpec
+from densenet_efficient.nn.dense_block import DenseBlockExecution
+from densenet_efficient.nn.options import check_memory
 from tools.op_cases import Sizes
 
 # PyTorch's own kernels: small ones (casts, copies, zeros, the head, the optimiser), whose number
@@ -29,8 +33,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step: the batch's images of so many pixels a side, by memory mode store or
-    recompute."""
+    """A training step: the batch's images of so many pixels a side, by memory mode."""
 
     network: NetworkSpec
     batch: int
@@ -44,8 +47,7 @@ class Step:
             )
         if self.batch < 1:
             raise ValueError(f"batch: expected a positive integer, got {self.batch}")
-        if self.memory not in ("store", "recompute"):
-            raise ValueError(f"memory: expected store or recompute, got {self.memory!r}")
+        check_memory(self.memory)
 
     @property
     def layers(self) -> int:
@@ -55,6 +57,12 @@ class Step:
     def stem_side(self) -> int:
         """Of the first convolution's result."""
         return self.image_size if self.network.small_inputs else (self.image_size + 1) // 2
+
+    def kept_layers(self) -> list[int]:
+        """Of how many layers each block keeps the bottlenecks."""
+        with torch.device("meta"):
+            network = self.network.build(self.memory)
+        return [m.kept_layers for m in network.modules() if isinstance(m, DenseBlockExecution)]
 
     def calls(self) -> list[Call]:
         """In the order of the step, forward and backward."""
@@ -83,7 +91,7 @@ class Step:
                 [Call("stem", "stem_backward", sizes), convolution, own],
             )
             side = (side + 1) // 2
-        blocks = options["block_config"]
+        blocks, kept = options["block_config"], self.kept_layers()
         for index, layers in enumerate(blocks):
             stage = f"block {index + 1}"
             rows, total = self.batch * side * side, _row(channels + growth * layers)
@@ -91,7 +99,8 @@ class Step:
             apply = Call(stage, "norm_correction_apply", (rows, channels), total)
             yield [own], [apply, own]
             for layer in range(layers):
-                yield self._layer(stage, side, channels + growth * layer, growth, total)
+                again = layer < layers - kept[index]
+                yield self._layer(stage, side, channels + growth * layer, growth, total, again)
             channels += growth * layers
             if index + 1 < len(blocks):
                 half = int(channels * options.get("compression", 0.5))
@@ -104,7 +113,7 @@ class Step:
                 channels, side = half, side // 2
 
     def _layer(
-        self, stage: str, side: int, inputs: int, growth: int, total: int
+        self, stage: str, side: int, inputs: int, growth: int, total: int, again: bool
     ) -> tuple[list[Call], list[Call]]:
         width = 4 * growth
         flat = (self.batch * side * side, inputs, width)
@@ -115,9 +124,9 @@ class Step:
             Call(stage, PYTORCH, (), times=2), folds[0], first, folds[1],
             Call(stage, "norm_relu_conv3x3_forward", image),
         ]  # fmt: skip
-        again = [dataclasses.replace(first, stats=False)] if self.memory == "recompute" else []
+        second = [dataclasses.replace(first, stats=False)] if again else []
         backward = [
-            Call(stage, PYTORCH, (), times=3), *folds, *again,
+            Call(stage, PYTORCH, (), times=3), *folds, *second,
             Call(stage, "norm_relu_conv3x3_backward", image),
             Call(stage, "norm_correction", (width,)),
             Call(stage, "norm_relu_conv1x1_backward", flat, total),

@@ -14,9 +14,10 @@ from torch import nn
 import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.bench.accuracy import moved_norms
+from densenet_efficient.nn.options import AUTO, MEMORY_MODES
 from tests.support.networks import network
 
-MEMORY = st.sampled_from(["recompute", "store"])
+MEMORY = st.sampled_from(MEMORY_MODES)
 
 
 class Subject(Protocol):
@@ -105,7 +106,10 @@ class Block:
 
     def ours(self, plain: nn.Module) -> nn.Module:
         layers = dict(copy.deepcopy(plain).named_children())
-        return de.EfficientDenseBlock.from_layers(layers, memory=self.memory)
+        block = de.EfficientDenseBlock.from_layers(layers, memory=self.memory)
+        if self.memory == AUTO:
+            block.kept_layers = self.layers // 2
+        return block
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def conversions() -> Iterator[WrongUse]:
         )  # fmt: skip
     yield from each(
         GROUP, "convert(memory={!r})", de.convert, ("least", None, 0), ValueError,
-        "memory must be 'recompute' or 'store', got", plain,
+        "memory must be 'auto', 'recompute' or 'store', got", plain,
     )  # fmt: skip
     for error in (AttributeError("norm1"), KeyError("norm1"), IndexError("3"), TypeError("no")):
         yield use(

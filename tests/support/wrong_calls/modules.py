@@ -184,7 +184,7 @@ def inputs() -> Iterator[WrongUse]:
             "memory = 'least'",
             lambda m: setattr(m.features.denseblock1, "memory", "least"),
             ValueError,
-            "memory must be 'recompute' or 'store', got 'least'",
+            "memory must be 'auto', 'recompute' or 'store', got 'least'",
         ),
     ):
         yield WrongUse("networks", what, call, error, message, own)
