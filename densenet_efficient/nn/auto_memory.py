@@ -53,7 +53,7 @@ def assign(model: nn.Module) -> None:
         if block.memory == AUTO:
             block.kept_layers = 0
     places = list(_chain(model))
-    if len(places) != len(blocks):
+    if not places or len(places) != len(blocks):
         return
     room = _room(places)
     for index, layer in by_worth([place.block for place in places]):
