@@ -157,8 +157,7 @@ class Launcher {
 
   template <auto kernel, typename... Args>
   void launch(const LaunchShape& shape, const Args&... args) const {
-    constexpr int64_t kDefaultShared = 48 * 1024;
-    if (shape.shared_bytes > kDefaultShared) allow_shared<kernel>();
+    if (shape.shared_bytes > 0) ask_for_shared<kernel>(shape.shared_bytes);
     report_occupancy(__PRETTY_FUNCTION__, reinterpret_cast<const void*>(kernel), shape);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
@@ -172,15 +171,22 @@ class Launcher {
   }
 
  private:
-  // The limit is a property of kernel and device; raised to the device's maximum once and for all.
+  // Properties of kernel and device, asked once and for all: a block's limit, raised to the
+  // device's, and that shared memory comes before the L1 cache, which shares its place.
   template <auto kernel>
-  void allow_shared() const {
-    static std::atomic<bool> allowed[kMaxDevices];
-    if (allowed[index_].load(std::memory_order_relaxed)) return;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(device_.shared_bytes)),
-          "asking for shared memory");
-    allowed[index_].store(true, std::memory_order_relaxed);
+  void ask_for_shared(int64_t bytes) const {
+    constexpr int64_t kDefaultLimit = 48 * 1024;
+    static std::atomic<int64_t> asked[kMaxDevices];
+    const int64_t limit = bytes > kDefaultLimit ? device_.shared_bytes : kDefaultLimit;
+    if (asked[index_].load(std::memory_order_relaxed) >= limit) return;
+    if (limit > kDefaultLimit)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(limit)),
+            "asking for shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "asking for shared memory before the L1 cache");
+    asked[index_].store(limit, std::memory_order_relaxed);
   }
   void check(cudaError_t error, const char* what) const { check_cuda(error, op_, what); }
 
