@@ -10,14 +10,22 @@
 
 namespace densenet_efficient {
 
-// Rows of the tensors `norm` and `correction` [4, C], `stats` and `dnorm` [2, C].
-enum NormRow { kScale = 0, kShift = 1, kMean = 2, kRstd = 3, kNormRows = 4 };
+// Rows of the tensors `norm` [5, C], `correction` [4, C], `stats` and `dnorm` [2, C].
+enum NormRow { kScale = 0, kShift = 1, kMean = 2, kRstd = 3, kBeta = 4, kNormRows = 5 };
 enum CorrectionRow { kA = 0, kP = 1, kQ = 2, kCenter = 3, kCorrectionRows = 4 };
 enum StatsRow { kStatsMean = 0, kStatsVar = 1, kStatsRows = 2 };
 enum DnormRow { kDgamma = 0, kDbeta = 1, kDnormRows = 2 };
 
-// The norm's value before the ReLU. One fused multiply-add wherever the hardware has it, so
-// that forward and backward see the same sign and the mask is exactly the forward's.
+// The norm's value before the ReLU. A channel whose mean is large next to its deviation keeps its
+// digits, and a constant one is exactly beta.
+template <typename A>
+DE_HOST_DEVICE A normalise(A x, A scale, A mean, A beta) {
+  return (x - mean) * scale + beta;
+}
+
+// The same in one fused multiply-add, with shift = beta - mean * scale: in the CUDA kernels, where
+// an instruction a value counts. Forward and backward of a layer use the same one of the two, so
+// that both see the same sign and the mask is exactly the forward's.
 template <typename A>
 DE_HOST_DEVICE A normalise(A x, A scale, A shift) {
   return x * scale + shift;

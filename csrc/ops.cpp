@@ -6,8 +6,9 @@
 //              larger feature buffer. Images are [N, H, W, C] likewise; on the CPU they may also
 //              have one or three spatial dimensions, and kernels and windows as many: then read
 //              3x3 as 3 or 3x3x3.
-//   norm       [4, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd.
-//              A normalised value is a * x + s; x_hat is (x - mean) * rstd.
+//   norm       [5, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd, beta.
+//              A normalised value is a * x + s, on the CPU computed as (x - mean) * a + beta;
+//              x_hat is (x - mean) * rstd.
 //   stats      [2, C]: mean and biased variance over the rows, of the values as stored.
 //   dnorm      [2, C]: dgamma = sum dz * x_hat and dbeta = sum dz over the rows.
 //   correction [4, C]: a, p, q, mean. The gradient through a norm is a * dz - p - (x - mean) * q.

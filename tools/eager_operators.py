@@ -39,10 +39,10 @@ class _Norm:
     """nn.BatchNorm's parameters and statistics out of a `norm` table; gradients of the former."""
 
     def __init__(self, norm: Tensor) -> None:
-        scale, shift, self.mean, rstd = norm
+        scale, _, self.mean, rstd, beta = norm
         self.var = rstd.double().square().reciprocal().sub(EPS).to(norm.dtype)
         self.gamma = (scale / rstd).requires_grad_()
-        self.beta = (shift + self.mean * scale).requires_grad_()
+        self.beta = beta.clone().requires_grad_()
 
     def __call__(self, x: Tensor, training: bool = False) -> Tensor:
         buffers = self.mean.clone(), self.var.clone()

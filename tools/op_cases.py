@@ -134,14 +134,14 @@ def _channel_stats(m: _Maker, M: int, C: int) -> Made:
 def _norm_fold(m: _Maker, C: int) -> Made:
     stats = torch.stack([m.draw(C), m.draw(C).abs()])
     gamma, beta = m.draw(2, C)
-    arguments = {"stats": stats, "gamma": gamma, "beta": beta, "eps": EPS, "norm": m.table(4, C)}
+    arguments = {"stats": stats, "gamma": gamma, "beta": beta, "eps": EPS, "norm": m.table(5, C)}
     return arguments, ("norm",)
 
 
 def _norm_correction(m: _Maker, C: int) -> Made:
     arguments = {
         "dnorm": m.draw(2, C),
-        "norm": m.draw(4, C),
+        "norm": m.draw(5, C),
         "count": 49,
         "accumulate": False,
         "correction": m.table(4, C),

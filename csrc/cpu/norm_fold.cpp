@@ -1,4 +1,4 @@
-// norm_fold: norm [4, C] (scale, shift, mean, rstd) from stats [2, C], gamma and beta [C].
+// norm_fold: norm [5, C] (scale, shift, mean, rstd, beta) from stats [2, C], gamma and beta [C].
 //
 //   rstd = 1 / sqrt(var + eps), scale = gamma * rstd, shift = beta - mean * scale
 //
@@ -18,11 +18,13 @@ void run(Rows<const A> stats, const A* gamma, const A* beta, double eps, int64_t
     const double mean = stats[kStatsMean][c];
     const double rstd = 1.0 / std::sqrt(static_cast<double>(stats[kStatsVar][c]) + eps);
     const A scale = static_cast<A>((gamma ? static_cast<double>(gamma[c]) : 1.0) * rstd);
+    const A offset = beta ? beta[c] : A(0);
     norm[kScale][c] = scale;
-    norm[kShift][c] = static_cast<A>((beta ? static_cast<double>(beta[c]) : 0.0) -
-                                     mean * static_cast<double>(scale));
+    norm[kShift][c] =
+        static_cast<A>(static_cast<double>(offset) - mean * static_cast<double>(scale));
     norm[kMean][c] = stats[kStatsMean][c];
     norm[kRstd][c] = static_cast<A>(rstd);
+    norm[kBeta][c] = offset;
   }
 }
 

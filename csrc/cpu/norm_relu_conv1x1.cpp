@@ -19,12 +19,10 @@ void forward(const arguments::NormReluConv1x1Forward& call) {
   const int64_t C = call.C, padded = round_up(C, kGroup<T>);
   const auto x = input_rows<T>(call.x);
   const auto norm = input_rows<A>(call.norm);
-  const A* scale = norm[kScale];
-  const A* shift = norm[kShift];
   product_forward<T>(call.weight, call.M, output_rows<T>(call.y), output_rows<A>(call.stats),
                      [=](int64_t row, Element<T>* out) {
                        prefetch_row(x[row + 8], C);
-                       norm_relu_row<T>(x[row], scale, shift, C, padded, out);
+                       norm_relu_row<T>(x[row], norm, C, padded, out);
                      });
 }
 

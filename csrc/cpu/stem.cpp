@@ -72,11 +72,12 @@ struct Stem {
   void winners(const Pixels& w, const Visit& visit) const {
     for_vectors<A>(C, [&](int64_t c, int64_t count) {
       const V scale = load_vector(norm[kScale] + c, count);
-      const V shift = load_vector(norm[kShift] + c, count);
+      const V mean = load_vector(norm[kMean] + c, count);
+      const V beta = load_vector(norm[kBeta] + c, count);
       V best = V{} - std::numeric_limits<A>::infinity(), chosen = {}, tap = {};
       for (int i = 0; i < w.count; ++i) {
         const V value = load_vector(w.pixels[i] + c, count);
-        const V z = normalise(value, scale, shift);
+        const V z = normalise(value, scale, mean, beta);
         const auto loses = z <= best;
         best = loses ? best : z;
         chosen = loses ? chosen : value;

@@ -57,11 +57,12 @@ inline void pooled_row(Rows<const T> x, int64_t corner, const Pooling& pool,
   for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t count) {
     const int64_t left = channels - c;
     const V scale = load_vector(norm[kScale] + c, left);
-    const V shift = load_vector(norm[kShift] + c, left);
+    const V mean = load_vector(norm[kMean] + c, left);
+    const V beta = load_vector(norm[kBeta] + c, left);
     V h[kMostPixels];
     for (int64_t i = 0; i < pool.pixels; ++i) {
       const V value = load_vector(x[corner + pool.offsets[i]] + c, left);
-      h[i] = relu_vector(normalise(value, scale, shift));
+      h[i] = relu_vector(normalise(value, scale, mean, beta));
     }
     store_vector(sum_by_halves(h, pool.pixels) * share, out + c, count);
   });
@@ -153,8 +154,8 @@ struct Backward {
       for_vectors<A>(part.width, [&](int64_t c, int64_t) {
         const int64_t at = part.column + c, left = part.columns - c;
         const V scale = load_vector(norm[kScale] + at, left);
-        const V shift = load_vector(norm[kShift] + at, left);
         const V mean = load_vector(norm[kMean] + at, left);
+        const V beta = load_vector(norm[kBeta] + at, left);
         V sum_dz_x = {}, sum_dz = {};
         V pooled[kGroup<T>] = {};
         for (int64_t i = 0; i < unit_rows; ++i) {
@@ -162,7 +163,7 @@ struct Backward {
           V relu[kMostPixels];
           for (int64_t pixel = 0; pixel < pool.pixels; ++pixel) {
             const V value = load_vector(pixels[pool.pixels * i + pixel] + c, left);
-            const V z = normalise(value, scale, shift);
+            const V z = normalise(value, scale, mean, beta);
             const V dz = relu_mask_vector(part_of, z);
             sum_dz_x += dz * (value - mean);
             sum_dz += dz;

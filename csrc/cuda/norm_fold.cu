@@ -1,4 +1,4 @@
-// norm_fold: norm [4, C] (scale, shift, mean, rstd) from stats [2, C], gamma and beta [C].
+// norm_fold: norm [5, C] (scale, shift, mean, rstd, beta) from stats [2, C], gamma and beta [C].
 //
 //   rstd = 1 / sqrt(var + eps), scale = gamma * rstd, shift = beta - mean * scale
 //
@@ -24,12 +24,13 @@ __global__ void __launch_bounds__(kThreads)
   const double variance = global_load<A>(stats[kStatsVar] + c);
   const double rstd = 1.0 / sqrt(variance + eps);
   const A scale = A((gamma ? double(global_load<A>(gamma + c)) : 1.0) * rstd);
-  const double shift =
-      (beta ? double(global_load<A>(beta + c)) : 0.0) - double(mean) * double(scale);
+  const A offset = beta ? global_load<A>(beta + c) : A(0);
+  const double shift = double(offset) - double(mean) * double(scale);
   global_store(norm[kScale] + c, scale);
   global_store(norm[kShift] + c, A(shift));
   global_store(norm[kMean] + c, mean);
   global_store(norm[kRstd] + c, A(rstd));
+  global_store(norm[kBeta] + c, offset);
 }
 
 void norm_fold(Tensor stats, OptionalTensor gamma, OptionalTensor beta, double eps, Tensor norm) {

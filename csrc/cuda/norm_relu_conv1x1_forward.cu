@@ -30,7 +30,7 @@ constexpr int kStep = kThreads / 4;  // rows that a block's threads copy at a ti
 
 struct Forward {
   device::RowTensor x;       // [M, C]
-  device::Table norm;        // [4, C]
+  device::Table norm;        // [5, C]
   device::RowTensor weight;  // [K, C]
   device::RowTensor y;       // [M, K]
   float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats

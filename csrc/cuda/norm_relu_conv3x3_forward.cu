@@ -28,7 +28,7 @@ constexpr int kStages = Layout::kStages;
 
 struct Forward {
   device::RowTensor x;       // [N * H * W, C]
-  device::Table norm;        // [4, C]
+  device::Table norm;        // [5, C]
   device::RowTensor weight;  // [9 K, C]
   device::RowTensor y;       // [N * H * W, K]
   float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats

@@ -31,7 +31,7 @@ constexpr int kWarps = Tiling::kWarps, kThreads = 32 * kWarps, kWarpRows = Tilin
 
 struct Forward {
   device::RowTensor x;       // [N * H * W, C]
-  device::Table norm;        // [4, C]
+  device::Table norm;        // [5, C]
   device::RowTensor weight;  // [K, C]
   device::RowTensor y;       // [M, K]
   float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats

@@ -222,7 +222,7 @@ def _backward(
                     drop(spec, index, b, scratch, bottleneck=True)
             dz2 = _front(scratch["bottleneck gradient"], width)
             dnorm2 = layer.conv2_backward(outer, b, norm2, dz2)
-            correction2 = torch.empty_like(norm2)
+            correction2 = norm2.new_empty((4, width))
             assert layer_spec.norm2 is not None
             constant = layer_spec.norm2.running is not None
             operators.norm_correction(dnorm2, norm2, 0 if constant else count, False, correction2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import fallback
 from ..ops.convolution import ConvOptions
 from ..ops.dtypes import accumulation_dtype
-from ..ops.interface import Operators
+from ..ops.interface import NORM_ROWS, Operators
 from .layout import flat
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, LayerSpec, NormSpec
 from .weights import Weights, is_dense
@@ -71,18 +71,18 @@ class DenseLayerCall:
         self.tail_gradients: list[Tensor | None] = []
 
     def fold1(self, stats: Tensor) -> Tensor:
-        """norm1 [4, C_l] from the statistics of the layer's inputs."""
+        """norm1 [5, C_l] from the statistics of the layer's inputs."""
         return self._fold(self.spec.norm1, stats, *self.norm1)
 
     def fold2(self, stats: Tensor) -> Tensor:
-        """norm2 [4, K] from the statistics of b."""
+        """norm2 [5, K] from the statistics of b."""
         assert self.spec.norm2 is not None
         return self._fold(self.spec.norm2, stats, *self.norm2)
 
     def _fold(
         self, spec: NormSpec, stats: Tensor, gamma: Tensor | None, beta: Tensor | None
     ) -> Tensor:
-        norm = stats.new_empty((4, stats.shape[1]))
+        norm = stats.new_empty((NORM_ROWS, stats.shape[1]))
         source = stats if spec.running is None else spec.running
         self.operators.norm_fold(source, gamma, beta, spec.eps, norm)
         return norm

@@ -71,7 +71,7 @@ def statistics_gradient(dnorm: Tensor, norm: Tensor) -> Tensor:
     ``dnorm [2, C]``: so a norm leaves its part of the correction to where the channels were
     produced, which exchanges it together with everybody else's."""
     dgamma, dbeta = dnorm
-    scale, _, _, rstd = norm
+    scale, _, _, rstd, _ = norm
     return torch.stack((-scale * dbeta, -0.5 * scale * rstd * dgamma))
 
 

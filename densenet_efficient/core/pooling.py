@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import fallback
 from ..ops.dtypes import accumulation_dtype
+from ..ops.interface import NORM_ROWS
 from . import layout
 from .exchange import statistics_gradient
 from .specs import PoolSpec
@@ -37,7 +39,7 @@ def norm_statistics(spec: PoolSpec, x: Tensor, known: Tensor | None) -> Tensor:
 
 
 def _fold(spec: PoolSpec, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    norm = stats.new_empty((4, stats.shape[1]))
+    norm = stats.new_empty((NORM_ROWS, stats.shape[1]))
     gamma, beta = (None if t is None else t.detach().to(stats.dtype) for t in (gamma, beta))
     spec.operators.norm_fold(stats, gamma, beta, spec.norm.eps, norm)
     return norm
@@ -68,7 +70,7 @@ def _correct(
 ) -> None:
     """Adds to dx, the gradient for constant statistics, what statistics over ``count`` rows, of all
     processes that share them, bring."""
-    correction = torch.empty_like(norm)
+    correction = norm.new_empty((4, norm.shape[1]))
     spec.operators.norm_correction(dnorm, norm, count, False, correction)
     if spec.exchange is not None:
         spec.exchange.sums(correction[1:3])
@@ -253,7 +255,7 @@ def norm_forward(
     """The norm alone: x [N, *spatial, C], stats [2, C] of x -> y [N, C, *spatial]."""
     norm = _fold(spec, stats, gamma, beta)
     y = layout.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device, length=x.shape[-1])
-    y.movedim(1, -1).copy_(torch.addcmul(norm[1], x.to(norm.dtype), norm[0]))
+    y.movedim(1, -1).copy_(fallback.normalise(x, norm))
     return y
 
 

@@ -35,8 +35,8 @@ def chunks(x: Tensor, bound: int | None = None) -> Iterator[slice]:
 
 
 def normalise(x: Tensor, norm: Tensor) -> Tensor:
-    """a x + s in the accumulation dtype; the sign decides the ReLU mask."""
-    return torch.addcmul(norm[1], x.to(norm.dtype), norm[0])
+    """(x - mean) a + beta in the accumulation dtype; the sign decides the ReLU mask."""
+    return torch.addcmul(norm[4], x.to(norm.dtype) - norm[2], norm[0])
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -90,6 +90,7 @@ def norm_fold(
     norm[1].copy_(shift if beta is None else beta + shift)
     norm[2].copy_(mean)
     norm[3].copy_(rstd)
+    norm[4].copy_(torch.zeros_like(mean) if beta is None else beta)
 
 
 def norm_correction(
@@ -304,7 +305,7 @@ def transition_backward(
 
 def _through_norm(dx: Tensor, x: Tensor, norm: Tensor, count: int, dnorm: Tensor) -> None:
     """dx holds dz; make it the gradient in front of the norm."""
-    correction = torch.empty_like(norm)
+    correction = norm.new_empty((4, norm.shape[1]))
     norm_correction(dnorm, norm, count, False, correction)
     norm_correction_apply(dx, x, correction)
 

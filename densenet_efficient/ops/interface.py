@@ -2,10 +2,11 @@
 
 Every operator writes into tensors that its caller owns and returns nothing. Rows ``[M, C]`` and
 images ``[N, H, W, C]`` are channels last and may be channel slices of a larger buffer. ``norm`` is
-the table ``[4, C]`` of scale, shift, mean and rstd, ``correction`` the table ``[4, C]`` of a, p, q
-and mean, ``stats`` is ``[2, C]``, mean and biased variance, and ``dnorm`` ``[2, C]``, dgamma and
-dbeta. Tables have the accumulation dtype. `reference` specifies the values, ``csrc/ops.cpp`` holds
-the schemas of the compiled operators.
+the table ``[5, C]`` of scale a, shift s, mean, rstd and beta, with which a normalised value is
+``a x + s = (x - mean) a + beta``; ``correction`` is the table ``[4, C]`` of a, p, q and mean,
+``stats`` ``[2, C]``, mean and biased variance, ``dnorm`` ``[2, C]``, dgamma and dbeta. Tables have
+the accumulation dtype. `reference` specifies the values, ``csrc/ops.cpp`` holds the schemas of the
+compiled operators.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+NORM_ROWS = 5
 NAMES = (
     "channel_stats",
     "norm_fold",
@@ -43,7 +45,7 @@ class Operators(Protocol):
     def norm_fold(
         self, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, norm: Tensor
     ) -> None:
-        """Scale, shift, mean and rstd into ``norm [4, C]`` from ``stats [2, C]``."""
+        """Scale, shift, mean, rstd and beta into ``norm [5, C]`` from ``stats [2, C]``."""
 
     def norm_correction(
         self, dnorm: Tensor, norm: Tensor, count: int, accumulate: bool, correction: Tensor

@@ -8,7 +8,7 @@ Conventions, as in csrc/ops.cpp:
 
     rows        x is [M, C] or [N, H, W, C]: channels last, one row per pixel. Images may have one
                 or three spatial dimensions, too, and kernels and windows as many.
-    norm        [4, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd.
+    norm        [5, C]: scale a = gamma * rstd, shift s = beta - mean * a, mean, rstd, beta.
     stats       [2, C]: mean and biased variance over the rows, of the values as stored.
     dnorm       [2, C]: dgamma = sum dz * x_hat and dbeta = sum dz over the rows.
     correction  [4, C]: a, p, q, mean; the gradient through a norm is a * dz - p - (x - mean) * q.
@@ -74,8 +74,8 @@ def _mean_of_rows(x: Tensor) -> Tensor:
 
 
 def _norm_relu(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, relu(z)) with z = a * x + s, both in the wide dtype."""
-    z = _wide(x) * norm[0] + norm[1]
+    """(z, relu(z)) with z = (x - mean) * a + beta = a * x + s, both in the wide dtype."""
+    z = (_wide(x) - norm[2]) * norm[0] + norm[4]
     return z, torch.relu(z)
 
 
@@ -104,23 +104,21 @@ def channel_stats(x: Tensor) -> Tensor:
 
 
 def norm_fold(stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-    """norm [4, C] from stats [2, C]; gamma and beta [C] or None (1 and 0)."""
+    """norm [5, C] from stats [2, C]; gamma and beta [C] or None (1 and 0)."""
     mean, variance = stats
     rstd = (variance + eps).rsqrt()
     scale = rstd if gamma is None else gamma.to(stats.dtype) * rstd
-    shift = -mean * scale
-    if beta is not None:
-        shift = beta.to(stats.dtype) + shift
-    return torch.stack([scale, shift, mean, rstd])
+    beta = torch.zeros_like(mean) if beta is None else beta.to(stats.dtype)
+    return torch.stack([scale, beta - mean * scale, mean, rstd, beta])
 
 
 def norm_correction(dnorm: Tensor, norm: Tensor, count: int, accumulate: bool = False) -> Tensor:
-    """correction [4, C] from dnorm [2, C] and norm [4, C], for statistics taken over `count` rows
+    """correction [4, C] from dnorm [2, C] and norm [5, C], for statistics taken over `count` rows
     (0: constant statistics, p = q = 0).
 
     accumulate: the contribution to a correction shared by several norms: rows a and mean are zero.
     """
-    scale, _, mean, rstd = norm
+    scale, _, mean, rstd, _ = norm
     dgamma, dbeta = dnorm
     zero = torch.zeros_like(scale)
     p = scale * dbeta / count if count else zero

@@ -77,6 +77,7 @@ def check(
 ) -> None:
     """One procedure on both; what PyTorch refuses ours refuses, unchanged."""
     wanted = wanted or "reentrant" in procedure  # which differentiates nothing without
+    torch.manual_seed(seed)
     plain = subject.plain()
     ours = subject.ours(plain)
     for model in (plain, ours):

@@ -41,6 +41,7 @@ def check(
     training: bool,
     seed: int,
 ) -> None:
+    torch.manual_seed(seed)
     plain = subject.plain()
     set_gammas(plain, gammas)
     plain = precision.module(plain)

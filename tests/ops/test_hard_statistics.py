@@ -16,15 +16,38 @@ OPERATORS = pytest.mark.parametrize("operators", [compiled, fallback], ids=["ker
 
 
 def test_the_shift_belongs_to_the_scale_as_rounded() -> None:
-    """A constant channel of 1e4 is normalised to beta, up to half a step of what cancels there. A
-    shift made of the unrounded scale is off by x times the scale's rounding as well."""
+    """One fused multiply-add takes a constant channel of 1e4 to beta, up to half a step of what
+    cancels there. A shift made of the unrounded scale is off by x times the scale's rounding as
+    well."""
     gamma, beta = torch.rand(1000) + 0.5, torch.randn(1000)
     stats = torch.stack((torch.full((1000,), 1e4), torch.zeros(1000)))
-    norm = torch.empty(4, 1000)
+    norm = torch.empty(5, 1000)
     compiled.norm_fold(stats, gamma, beta, 1e-5, norm)
-    scale, shift, mean, _ = norm.double()
+    scale, shift, mean, *_ = norm.double()
     step = torch.finfo(torch.float32).eps * (mean * scale).abs()
     assert ((mean * scale + shift - beta.double()).abs() <= 0.51 * step + 1e-6).all()
+
+
+@OPERATORS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_constant_channel_is_beta(operators: ModuleType, dtype: torch.dtype) -> None:
+    """Whatever its value and its scale: what cancels there is 300 times the value. A product that
+    is not rounded, next to a shift that is, would leave beta 0 on either side of the ReLU."""
+    C = 200
+    x = (torch.rand(C) * 1e4).to(dtype).expand(12, C).contiguous()
+    beta = torch.where(torch.arange(C) % 2 == 0, torch.rand(C), 0.0)
+    stats, norm, dnorm = torch.empty(2, C), torch.empty(5, C), torch.empty(2, C)
+    operators.channel_stats(x, stats)
+    operators.norm_fold(stats, torch.rand(C) + 0.5, beta, 1e-5, norm)
+    y, weight = torch.empty(12, C, dtype=dtype), torch.eye(C, dtype=dtype)
+    operators.norm_relu_conv1x1_forward(x, norm, weight, y, None)
+    assert torch.equal(y, beta.to(dtype).expand(12, C))
+    plain = torch.zeros(4, C)
+    plain[0] = 1
+    operators.norm_relu_conv1x1_backward(
+        torch.ones_like(y), y, plain, x, norm, weight, torch.zeros_like(x), None, dnorm
+    )
+    assert torch.equal(dnorm[1], torch.where(beta > 0, 12.0, 0.0))
 
 
 def test_long_sums_are_not_rounded_at_every_row() -> None:
@@ -36,7 +59,7 @@ def test_long_sums_are_not_rounded_at_every_row() -> None:
         arguments[name].abs_()
     arguments["dx"].zero_()
     arguments["correction"].zero_()[0] = 1
-    arguments["norm"][:2] = torch.tensor([[1.0], [9.0]])
+    arguments["norm"][:] = torch.tensor([[1.0], [9.0], [0.0], [1.0], [9.0]])
     compiled.norm_relu_conv1x1_backward(*arguments.values())
     exact = arguments["dx"].double().sum(0)
     error = (arguments["dnorm"][1].double() - exact).abs() / exact
@@ -75,7 +98,7 @@ def test_a_small_correction_of_a_bfloat16_gradient_passes_a_convolution(
     correction[0] = 1
     correction[1] = torch.linspace(0.1, 0.4, C) * step
     arguments["weight"].zero_()[:, :, 1, 1].fill_diagonal_(1)
-    arguments["norm"].zero_()[1] = 1  # relu(0 x + 1): nothing is masked
+    arguments["norm"].zero_()[[1, 4]] = 1  # relu(0 x + 1): nothing is masked
     count = N * H * W
     exact = arguments["dy"].double().sum((0, 1, 2)) - count * correction[1].double()
     operators.norm_relu_conv3x3_backward(*arguments.values())

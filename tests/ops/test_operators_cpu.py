@@ -198,7 +198,8 @@ def test_shared_correction_accumulates(dtype: torch.dtype) -> None:
 def test_relu_mask_is_the_forwards_and_nan_passes() -> None:
     """Exact zeros are cut in both directions, as in eager PyTorch; a NaN is not hidden."""
     x = torch.tensor([[0.0, -1.0, 2.0, math.nan]], dtype=torch.float64)
-    norm = torch.tensor([[1.0] * 4, [0.0] * 4, [0.0] * 4, [1.0] * 4], dtype=torch.float64)
+    rows = [[1.0] * 4, [0.0] * 4, [0.0] * 4, [1.0] * 4, [0.0] * 4]
+    norm = torch.tensor(rows, dtype=torch.float64)
     y = torch.empty(1, 4, dtype=torch.float64)
     compiled.norm_relu_conv1x1_forward(x[:, :3], norm[:, :3], torch.eye(4, 3).double(), y, None)
     assert y.tolist() == [[0.0, 0.0, 2.0, 0.0]]
@@ -248,7 +249,7 @@ def test_bad_input_is_named_and_nothing_is_written(
 def test_slices_of_one_buffer_may_lie_between_each_other() -> None:
     """As features do: x in front of y or after it, in the same rows or in others, and with a single
     row."""
-    norm, weight = torch.rand(4, 6), torch.rand(5, 6)
+    norm, weight = torch.rand(5, 6), torch.rand(5, 6)
     for rows in (1, 7):
         for first, second in ((0, 6), (5, 0), (2, 9), (8, 3)):
             for begin in (0, 1, rows):

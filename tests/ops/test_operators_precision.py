@@ -47,7 +47,7 @@ def our_layer(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, dy: Tensor
     rows, dy = x.permute(0, 2, 3, 1).contiguous(), dy.permute(0, 2, 3, 1).contiguous()
     N, H, W, C = rows.shape
     K, M = weight.shape[0], N * H * W
-    stats, norm, dnorm = torch.empty(2, C), torch.empty(4, C), torch.empty(2, C)
+    stats, norm, dnorm = torch.empty(2, C), torch.empty(5, C), torch.empty(2, C)
     compiled.channel_stats(rows.view(M, C), stats)
     compiled.norm_fold(stats, gamma, beta, 1e-5, norm)
     y, dx, dweight = torch.empty_like(dy), torch.zeros_like(rows), torch.empty(weight.shape)

@@ -52,8 +52,10 @@ def test_channel_stats_match_torch_and_survive_a_large_mean() -> None:
 def test_norm_fold_is_batch_norm_with_and_without_affine() -> None:
     x, gamma, beta = leaf(40, 5), leaf(5), leaf(5)
     for g, b in ((gamma, beta), (gamma, None), (None, None)):
-        scale, shift, *_ = norm_of(x, g, b)
-        close(scale * x + shift, F.batch_norm(x, None, None, g, b, True, 0.1, EPS))
+        scale, shift, mean, _, offset = norm_of(x, g, b)
+        expected = F.batch_norm(x, None, None, g, b, True, 0.1, EPS)
+        close(scale * x + shift, expected)
+        close((x - mean) * scale + offset, expected)
 
 
 def test_norm_correction_gives_the_gradient_of_batch_norm() -> None:
@@ -173,7 +175,7 @@ def test_stem_both_directions(size: tuple[int, int]) -> None:
 
 def test_low_precision_keeps_wide_statistics_and_weight_gradients() -> None:
     x = torch.randn(2, 4, 4, 8).bfloat16()
-    weight, norm = torch.randn(4, 8, 3, 3).bfloat16(), torch.rand(4, 8)
+    weight, norm = torch.randn(4, 8, 3, 3).bfloat16(), torch.rand(5, 8)
     y, stats = reference.norm_relu_conv3x3_forward(x, norm, weight)
     dx, dweight, dnorm = reference.norm_relu_conv3x3_backward(y, None, None, x, norm, weight)
     assert (y.dtype, dx.dtype) == (torch.bfloat16, torch.bfloat16)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-X, NORM, W1, W3 = (10, 6), (4, 6), (5, 6), (5, 6, 3, 3)
+X, NORM, W1, W3 = (10, 6), (5, 6), (5, 6), (5, 6, 3, 3)
 
-BUFFER, TABLES = torch.zeros(10, 16), torch.zeros(4, 40)
+BUFFER, TABLES = torch.zeros(10, 16), torch.zeros(5, 40)
 
 # (operator, arguments, message)
 BAD_CALLS: list[tuple[str, tuple, str]] = [

@@ -17,7 +17,8 @@ inline Vector<A> norm_backward(Vector<A> dh, Vector<A> x, Rows<const A> norm,
     return load_vector(rows[row] + column, count);
   };
   const Vector<A> scale = table(norm, kScale);
-  const Vector<A> dz = relu_mask_vector(dh, normalise(x, scale, table(norm, kShift)));
+  const Vector<A> z = normalise(x, scale, table(norm, kMean), table(norm, kBeta));
+  const Vector<A> dz = relu_mask_vector(dh, z);
   return correct(dz, x, scale, table(correction, kP), table(correction, kQ),
                  table(correction, kCenter));
 }
@@ -42,8 +43,8 @@ void data_gradient_epilogue(const Arithmetic<T>* dh, int64_t width, Rows<const T
     for_vectors<Arithmetic<T>>(columns, [&](int64_t c, int64_t count) {
       const int64_t at = column + c;
       const V scale = load_vector(norm[kScale] + at, count);
-      const V shift = load_vector(norm[kShift] + at, count);
       const V mean = load_vector(norm[kMean] + at, count);
+      const V beta = load_vector(norm[kBeta] + at, count);
       V sum_dz_x = {}, sum_dz = {};
       for (int64_t r = first; r < last; r += kGroup<T>) {
         V unit[kGroup<T>];
@@ -53,7 +54,7 @@ void data_gradient_epilogue(const Arithmetic<T>* dh, int64_t width, Rows<const T
           __builtin_prefetch(x[r + i + kBlock] + at);
           __builtin_prefetch(dx[r + i + kBlock] + at, 1);
           const V value = load_vector(x[r + i] + at, count);
-          const V z = normalise(value, scale, shift);
+          const V z = normalise(value, scale, mean, beta);
           V dz = relu_mask_vector(load_whole(dh + (r + i) * width + c), z);
           if constexpr (epilogue == Epilogue::kWrite) dz = as_stored<T>(dz);
           sum_dz_x += dz * (value - mean);

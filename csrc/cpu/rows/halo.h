@@ -36,7 +36,7 @@ struct Source {
     return ((image * of.D + plane) * of.H + row) * of.W;
   }
 
-  // One image row of relu(a * x + s) between its margins, padded to `width` elements a pixel; all
+  // One image row, normalised and rectified, between its margins, padded to `width` elements; all
   // zero outside the image.
   void halo_row(int64_t image, int64_t plane, int64_t row, int64_t width, Element<T>* out) const {
     const int64_t W = of.W;
@@ -46,8 +46,7 @@ struct Source {
     std::fill(out, first, Element<T>(0));
     std::fill_n(first + W * width, margin() * width, Element<T>(0));
     const int64_t at = pixel(image, plane, row);
-    for (int64_t w = 0; w < W; ++w)
-      norm_relu_row<T>(x[at + w], norm[kScale], norm[kShift], C, width, first + w * width);
+    for (int64_t w = 0; w < W; ++w) norm_relu_row<T>(x[at + w], norm, C, width, first + w * width);
   }
 
   // The same as units of a reduction over pixels, `columns` channels from `column` on: `low` and,
@@ -62,8 +61,7 @@ struct Source {
       const T* pixels[kGroup<T>];
       for (int64_t i = 0; i < kGroup<T>; ++i)
         pixels[i] = inside(plane, rows[i]) ? x[pixel(image, plane, rows[i]) + w] + column : nullptr;
-      norm_relu_units<T>(pixels, norm[kScale] + column, norm[kShift] + column, columns, width,
-                         first + w * width);
+      norm_relu_units<T>(pixels, norm, column, columns, width, first + w * width);
     }
   }
 };

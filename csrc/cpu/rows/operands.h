@@ -16,31 +16,34 @@ inline void prefetch_row(const T* row, int64_t channels) {
     __builtin_prefetch(row + c);
 }
 
-// One row as an operand: relu(scale * x + shift), zero up to `padded` columns.
+// One row as an operand: relu((x - mean) * a + beta), zero up to `padded` columns.
 template <typename T>
-inline void norm_relu_row(const T* x, const Arithmetic<T>* scale, const Arithmetic<T>* shift,
-                          int64_t channels, int64_t padded, Element<T>* out) {
+inline void norm_relu_row(const T* x, Rows<const Arithmetic<T>> norm, int64_t channels,
+                          int64_t padded, Element<T>* out) {
   for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t count) {
     const int64_t left = channels - c;
-    const auto z = normalise(load_vector(x + c, left), load_vector(scale + c, left),
-                             load_vector(shift + c, left));
+    const auto z =
+        normalise(load_vector(x + c, left), load_vector(norm[kScale] + c, left),
+                  load_vector(norm[kMean] + c, left), load_vector(norm[kBeta] + c, left));
     store_vector(relu_vector(z), out + c, count);
   });
 }
 
 // The same as units of a reduction over rows: x holds the row, or two, that a unit holds, or null
-// for a row of zeros. `padded` is a multiple of the vector's length.
+// for a row of zeros; the norm's columns begin at `column`. `padded` is a multiple of the vector's
+// length.
 template <typename T>
-inline void norm_relu_units(const T* const* x, const Arithmetic<T>* scale,
-                            const Arithmetic<T>* shift, int64_t channels, int64_t padded,
-                            Unit<T>* out) {
+inline void norm_relu_units(const T* const* x, Rows<const Arithmetic<T>> norm, int64_t column,
+                            int64_t channels, int64_t padded, Unit<T>* out) {
   using V = Vector<Arithmetic<T>>;
   for_vectors<Arithmetic<T>>(padded, [&](int64_t c, int64_t) {
     const int64_t left = channels - c;
-    const V a = load_vector(scale + c, left), s = load_vector(shift + c, left);
+    const V scale = load_vector(norm[kScale] + column + c, left);
+    const V mean = load_vector(norm[kMean] + column + c, left);
+    const V beta = load_vector(norm[kBeta] + column + c, left);
     V rows[kGroup<T>];
     for (int64_t i = 0; i < kGroup<T>; ++i)
-      rows[i] = x[i] ? relu_vector(normalise(load_vector(x[i] + c, left), a, s)) : V{};
+      rows[i] = x[i] ? relu_vector(normalise(load_vector(x[i] + c, left), scale, mean, beta)) : V{};
     store_units<T>(rows, out + c);
   });
 }

@@ -18,7 +18,7 @@ struct Backward {
   device::RowTensor dz_y, y;  // [M, K]
   device::Table correction;   // [4, K]
   device::RowTensor x;        // [M, C]
-  device::Table norm;         // [4, C]
+  device::Table norm;         // [5, C]
   device::RowTensor weight;   // [K, C]
   device::RowTensor dx;       // [M, C]
   float* partial;             // [row blocks, K + 2, pitch]: dweight, dgamma, dbeta

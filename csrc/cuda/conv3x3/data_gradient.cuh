@@ -21,7 +21,7 @@ namespace densenet_efficient {
 struct DataGradient {
   OutputGradient gradient;   // [M, K]
   device::RowTensor x;       // [M, C]
-  device::Table norm;        // [4, C]
+  device::Table norm;        // [5, C]
   device::RowTensor weight;  // [9 K, C]
   device::RowTensor dx;      // [M, C]
   float* partial;            // [blocks, 2, pitch]: dgamma, dbeta

@@ -18,7 +18,7 @@ namespace densenet_efficient {
 struct WeightGradient {
   OutputGradient gradient;  // [M, K]
   device::RowTensor x;      // [M, C]
-  device::Table norm;       // [4, C]
+  device::Table norm;       // [5, C]
   float* partial;           // [row blocks, 9 K, pitch]
   int64_t pitch;            // C, padded to panels
   int channels, outputs;    // C, K

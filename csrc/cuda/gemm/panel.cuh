@@ -139,12 +139,12 @@ __device__ __forceinline__ void copy_scale_shift(unsigned char* shared, Table no
   }
 }
 
-// All four rows of a norm for a panel's channels, as [channels][4].
+// The rows of a norm down to rstd for a panel's channels, as [channels][4].
 template <typename T>
 __device__ __forceinline__ void copy_norm(unsigned char* shared, Table norm, int channel,
                                           int channels, int threads) {
-  for (int i = thread_index(); i < kNormRows * kPanelChannels<T>; i += threads) {
-    const int row = i % kNormRows, c = i / kNormRows;
+  for (int i = thread_index(); i < kBeta * kPanelChannels<T>; i += threads) {
+    const int row = i % kBeta, c = i / kBeta;
     const bool exists = channel + c < channels;
     cp_async<4>(shared + 4 * i, norm.data + (exists ? row * norm.stride + channel + c : 0),
                 exists ? 4 : 0);

@@ -158,7 +158,7 @@ struct DataGradientLayout3x3 {
 
   DE_HOST_DEVICE int channels() const { return panel_channels(size); }
   DE_HOST_DEVICE int norm_offset() const { return kTaps * channels() * kPanelRowBytes; }
-  DE_HOST_DEVICE int x_offset() const { return norm_offset() + kNormRows * channels() * 4; }
+  DE_HOST_DEVICE int x_offset() const { return norm_offset() + kBeta * channels() * 4; }
   DE_HOST_DEVICE int x_bytes() const { return groups * Tile3x3::kGroup * kPanelRowBytes; }
   DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_bytes(); }
   DE_HOST_DEVICE int stage_bytes() const { return x_offset() + (accumulate ? 2 : 1) * x_bytes(); }

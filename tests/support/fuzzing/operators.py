@@ -54,6 +54,8 @@ class Call:
                 table = given.get(name)
                 if name not in case.written and table is not None:
                     table.copy_(torch.randn_like(table))
+                    if name == "norm":
+                        table[1] = table[4] - table[2] * table[0]
         if not self.wanted:
             for name in {"stats", "dweight"} & set(case.written):
                 if self.op != "channel_stats":
