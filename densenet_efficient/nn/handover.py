@@ -119,8 +119,9 @@ def hand_over(
     else:
         given = sharing.share(given)
     if stats is not None:
-        # Without copy-on-write nothing would tell of a write through `.data`.
-        trusted = asked.to_ours and not _is_cow_tensor(given)
+        # Without copy-on-write nothing would tell of a write through `.data`, nor of any write to a
+        # tensor of inference mode.
+        trusted = asked.to_ours and not _is_cow_tensor(given) and not given.is_inference()
         version = given._version if trusted else None
         setattr(given, _STATS, (stats, _data_address(given), version, exchange))
     return given

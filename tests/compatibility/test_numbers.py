@@ -11,6 +11,7 @@ from torch.nn.modules import module as global_hooks
 import densenet_efficient as de
 from densenet_efficient import reference
 from densenet_efficient.bench.accuracy import relative_error
+from densenet_efficient.core import arena
 from densenet_efficient.ops.convolution import ConvOptions
 from tests.support.block_pair import pair
 from tests.support.converted_pair import (
@@ -241,3 +242,20 @@ def test_two_backwards_over_one_graph() -> None:
         return y
 
     assert_close(training_step(plain, x, twice), training_step(ours, x, twice))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inference_mode(training: bool, layout: torch.memory_format) -> None:
+    """Its tensors count no writes, and what is kept from call to call must not be one of them."""
+    plain, ours = converted_pair()
+    x = images().contiguous(memory_format=layout)
+    arena.release()
+    for _ in range(3):
+        found = []
+        for model in (plain.train(training), ours.train(training)):
+            with torch.inference_mode():
+                y = model(x)
+            found.append([y.clone(), dict(model.named_buffers())])
+        assert_close(*found)
+    assert_same_step(plain, ours, x)
