@@ -53,6 +53,14 @@ def unusual_for_modules() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export is tracing. Dynamo runs this as ordinary Python: in what it traces the
+    one of torch 2.10 and 2.11 takes `torch.compiler.is_exporting()` to be true for torch.compile as
+    well."""
+    return torch.compiler.is_exporting()
+
+
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import eager
 from ..core.functions import PointwiseFunction
 from ..nn import execution, handover, watch
 from ..nn.dense_block import EfficientDenseBlock
@@ -93,7 +94,7 @@ class EfficientFCDenseNet(FCDenseNetBase):
 
     def _traced_forward(self, x: Tensor) -> Tensor:
         self.check_images(x)
-        if torch.compiler.is_exporting() or not handover.prefers_contiguous(x):
+        if eager.is_exporting() or not handover.prefers_contiguous(x):
             return super().forward(x)
         return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 

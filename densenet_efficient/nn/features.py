@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..core import graph_pooling
+from ..core import eager, graph_pooling
 from ..core.functions import Result, StemFunction
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
@@ -89,7 +89,7 @@ class FeaturesExecution(Efficient):
     def forward(self, input: Tensor) -> Tensor:
         """x ``[N, C_in, *spatial]`` -> the last child's output."""
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() or not graph.is_usual(input):
+            if eager.is_exporting() or not graph.is_usual(input):
                 return self._original(input)
             return self._in_graph(input, {}, ())
         return self._efficient_forward(input)
@@ -99,7 +99,7 @@ class FeaturesExecution(Efficient):
         of the stem as "stem", and the last child's."""
         if torch.compiler.is_compiling():
             outputs: dict[str, Tensor] = {}
-            if torch.compiler.is_exporting() or not graph.is_usual(input):
+            if eager.is_exporting() or not graph.is_usual(input):
                 return plain_outputs(self, input, wanted)
             self._in_graph(input, outputs, wanted)
             return outputs

@@ -153,7 +153,7 @@ def is_usual(x: Any) -> bool:
 def forward(module: Any, given: Any, x: Any) -> Tensor:
     """The forward of a module of ours as torch.compile or torch.export traces it. given: its input.
     x: that as one tensor."""
-    if torch.compiler.is_exporting() or not is_usual(x):
+    if eager.is_exporting() or not is_usual(x):
         return module.original_class.forward(module, given)
     return module.in_graph(x, None, handover.prefers_contiguous(x))[0]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import eager
 from ..core.residual_dense_block import LAYERS, ResidualDenseBlockFunction, ResidualSpec
 from ..ops.dispatch import Dispatch
 from . import execution, watch
@@ -70,7 +71,7 @@ class ResidualDenseBlockExecution(Efficient):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape."""
-        if torch.compiler.is_exporting():
+        if eager.is_exporting():
             return self.original_class.forward(self, x)
         return self._efficient_forward(x)
 

@@ -166,6 +166,10 @@ import torch
 from densenet_efficient import EfficientDenseBlock
 
 assert False, "assertions are left out"
+try:  # a condition of nobody's: the Dynamo of torch 2.10 and 2.11 looks for assertions in each
+    torch.compile(lambda x: -x if x.is_meta or x.is_cuda else x, backend="eager")(torch.ones(1))
+except torch._dynamo.exc.InternalTorchDynamoError:
+    raise SystemExit("Dynamo traces no condition under python -O")
 block = EfficientDenseBlock(2, 3, 2, 4, 0.0).double()
 graph = torch.compile(block, backend="eager", fullgraph=True)
 x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -185,6 +189,8 @@ def test_changes_compile_again_under_python_without_assertions() -> None:
         capture_output=True,
         text=True,
     )
+    if "Dynamo traces no condition" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
 
 
