@@ -171,7 +171,8 @@ def guard(module: nn.Module, plan: GraphPlan) -> None:
     for way, pairs in plan.options:
         child = at(module, way)
         for name, value in pairs:
-            if getattr(child, name) != value:
+            same = getattr(child, name) == value  # the Dynamo of torch 2.11 fails at != of tuples
+            if not same:
                 raise RuntimeError(
                     f"{name} of {'.'.join(way) or 'the module'} must be {value!r} as when it was "
                     f"traced, got {getattr(child, name)!r}"
