@@ -22,7 +22,7 @@ from ..core.specs import BlockSpec, LayerSpec, NormSpec
 from ..ops.dispatch import Dispatch
 from . import execution, graph, handover
 from .block_call import BlockCall, LastCall, look
-from .execution import ORIGINAL, OVERFLOW
+from .execution import FEW, ORIGINAL, OVERFLOW
 from .graph import GraphPlan
 from .layers import (
     LayerParts,
@@ -96,6 +96,8 @@ class DenseBlockExecution(KeepsBottlenecks):
             last = state.last_call = LastCall.of(self, dtype, call, self._watched().values())
             if last is not None:
                 call = replace(call, programs=last.programs)
+        if execution.has_few_values(x, dtype) and _defers(call):
+            return Dispatch(ORIGINAL, FEW), None
         return execution.choose(x, len(call.parts[0].conv1.kernel_size)), call
 
     def _norms(
@@ -157,6 +159,8 @@ class DenseBlockExecution(KeepsBottlenecks):
             return self._efficient_forward(x), None
         constants, parameters = graph.tensors(self, plan)
         graph.check_input(x, plan, parameters)
+        if plan.has_stats and execution.has_few_values(x, dtype):
+            return self._original(x), None
         x, known = handover.as_dtype(x, known, dtype)
         y, table, _, _ = core_graph.dense_block(
             plan.call, plan.given, x, known, constants, parameters, graph.seed(plan)
@@ -332,3 +336,12 @@ def _joined(x: Any) -> Any:
     if isinstance(x, (list, tuple)) and x and all(isinstance(part, Tensor) for part in x):
         return torch.cat(list(x), 1)
     return x
+
+
+def _defers(call: BlockCall) -> bool:
+    """Whether statistics of the batch bring something to the gradient of a call's features, which
+    is left until later. Not said of SyncBatchNorm, which has no original forward on the CPU."""
+    norms = [norm for part in call.parts for norm in part.norms()]
+    return not any(type(norm) is nn.SyncBatchNorm for norm in norms) and any(
+        layer.norm1.running is None for layer in call.specs
+    )

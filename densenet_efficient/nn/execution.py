@@ -28,6 +28,8 @@ ORIGINAL = "original"
 EMPTY = "the input is empty"
 # On the CPU PyTorch sums in float64 and may stay finite where float32 does not.
 OVERFLOW = "the statistics of this batch are not finite in float32"
+FEWEST = 8
+FEW = f"batch statistics of fewer than {FEWEST} values, in which most of a gradient cancels"
 
 
 class _Recorder(threading.local):
@@ -140,7 +142,8 @@ class Efficient(nn.Module):
         x = args[0]
         if type(x) is Tensor and first is not None and x.is_meta != first.is_meta:
             raise ValueError(f"input must be on {first.device} like the parameters, got {x.device}")
-        if chosen.reason != self._efficient.warned and input_problem(args[0]) is None:
+        in_input = chosen.reason is FEW or input_problem(x) is not None
+        if chosen.reason != self._efficient.warned and not in_input:
             self._efficient.warned = chosen.reason
             warnings.warn(
                 f"{type(self).__name__} runs its original forward: {chosen.reason}", stacklevel=4
@@ -170,6 +173,13 @@ def input_problem(x: Any) -> str | None:
     if x.numel() == 0:
         return EMPTY
     return None
+
+
+def has_few_values(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a block that takes batch statistics of x, in a dtype, must not leave what they bring
+    to a gradient until later: between two values it is all of the gradient, and the sum that waits
+    for it would be rounded where little is left of it. A single value is refused anyway."""
+    return dtype != torch.float64 and x.dim() > 2 and 1 < x.numel() // x.shape[1] < FEWEST
 
 
 def check_is_tensor(x: Any) -> None:

@@ -152,7 +152,7 @@ def test_convolutions_of_one_and_three_dimensions_get_contiguous_operands(
     block.to(torch.bfloat16)
     wide = reference.DenseBlock(2, 1, 3, 8, 0.0, bottleneck=bottleneck, **options).double()
     wide.load_state_dict(block.state_dict())
-    x = torch.randn(3, *size, 1).bfloat16().movedim(-1, 1)  # strides of channels last
+    x = torch.randn(8, *size, 1).bfloat16().movedim(-1, 1)  # strides of channels last
     y = block(x)
     assert relative_error(y.detach(), wide(x.double()).detach()) < 0.05
     y.float().square().sum().backward()

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
 
 collect_ignore_glob = [] if importlib.util.find_spec("hypothesis") else ["test_*.py"]
-# Low precision still has examples that err more than PyTorch's (float16 and means far from zero, of
-# a few pixels): `make fuzz` looks for them, and fails where it finds one.
-if "FUZZ_EXAMPLES" not in os.environ:
-    collect_ignore_glob.append("test_precision.py")
 COUNT = "examples"
 
 

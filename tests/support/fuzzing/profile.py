@@ -1,7 +1,7 @@
 """How many examples a property gets, and how a failure is replayed.
 
 `make fuzz N=2000 SEED=1` sets FUZZ_EXAMPLES and passes the seed to hypothesis; without it the
-ordinary suite takes each property's share of 200 examples, derandomised, and none in low precision.
+ordinary suite takes each property's share of 200 examples, derandomised.
 A failure prints its example, smallest first, and a `@reproduce_failure` line that replays it
 without searching.
 """
