@@ -42,10 +42,16 @@ DE_HOST_DEVICE A norm_relu(A x, A scale, A shift) {
   return relu(normalise(x, scale, shift));
 }
 
+// Whether the ReLU is inactive there: no gradient goes through. A NaN's does.
+template <typename A>
+DE_HOST_DEVICE bool relu_blocks(A z) {
+  return z <= A(0);
+}
+
 // dz: the gradient through the ReLU, zero where the ReLU is inactive; a NaN passes here too.
 template <typename A>
 DE_HOST_DEVICE A relu_mask(A dh, A z) {
-  return z <= A(0) ? A(0) : dh;
+  return relu_blocks(z) ? A(0) : dh;
 }
 
 // The gradient through the norm and its batch statistics.

@@ -80,6 +80,11 @@ __device__ __forceinline__ uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }
 
+// The upper halves of two words, or the lower ones, side by side: the first one's is the lower.
+__device__ __forceinline__ uint32_t same_half(uint32_t first, uint32_t second, bool upper) {
+  return __byte_perm(first, second, upper ? 0x7632 : 0x5410);
+}
+
 // Bits that are set.
 __device__ __forceinline__ int population(uint32_t bits) { return __popc(bits); }
 
@@ -164,6 +169,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
+}
+// An 8x8 matrix of 16-bit elements that lies in registers as ldmatrix leaves it, transposed.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t word) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
 }
 // d [16, 8] += a [16, 16] @ b [16, 8], fp32 accumulation. With g = lane / 4 and t = lane % 4:
 //   a[0] = A(g, 2t..2t+1)   a[1] = A(g+8, 2t..)   a[2] = A(g, 2t+8..)   a[3] = A(g+8, 2t+8..)

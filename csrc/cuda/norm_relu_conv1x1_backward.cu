@@ -5,11 +5,11 @@
 //
 // Tile: 32 rows. Who owns what: a warp owns 16 channels: their columns of the weight (in registers
 // as tensor-core operands for the whole run), their dx, their sums, and their columns of dweight
-// (K x 16 accumulators in registers). A block of up to six warps owns up to 96 channels and a
+// (K x 16 accumulators in registers). A block of up to twelve warps owns up to 192 channels and a
 // static range of row tiles; its warps share the tile of dy, which they form in place from dz_y.
 // Nothing else passes between warps, so one barrier a tile is enough; cp.async runs up to two tiles
 // ahead.
-// Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 96 channels (2 * 2 M K,
+// Bytes: x and dx in, dx out (2 * 3 M C), dz_y and y once for every 192 channels (2 * 2 M K,
 // from the L2 cache after the first: blocks of the same rows are neighbours), partial sums
 // 4 (K + 2) C for each row block, twice.
 // Sums: fp32 in registers over the block's rows, in row order; blocks in a second pass.
@@ -25,19 +25,8 @@ namespace {
 
 using namespace conv1x1_backward;
 
-// Blocks on a multiprocessor, by registers: before Hopper, shared memory holds one of the largest.
 template <typename T, int kOutputs>
-constexpr int resident_blocks() {
-  constexpr int kAll = Tiling::resident_warps(kOutputs, sizeof(T));
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if (kOutputs > 64) return 1;
-#endif
-  return kAll / Tiling::max_warps(kOutputs, sizeof(T));
-}
-
-template <typename T, int kOutputs>
-__global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)),
-                                  resident_blocks<T, kOutputs>())
+__global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)), 1)
     norm_relu_conv1x1_backward_kernel(Backward args) {
   using namespace device;
   const Layout layout{sizeof(T), kOutputs, args.warps};
@@ -50,9 +39,10 @@ __global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)),
   const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
   const int64_t first_tile = tiles * row_block / row_blocks, row0 = first_tile * kTileRows;
   const int count = static_cast<int>(tiles * (row_block + 1) / row_blocks - first_tile);
-  // All tiles are whole but the last one of all.
-  const int last_rows =
-      static_cast<int>(min(args.rows - row0 - (count - 1) * kTileRows, int64_t(kTileRows)));
+  // All tiles are whole but, of the last range, the last one: it has so many rows.
+  const int64_t rows = args.rows - row0;
+  const int whole_tiles = rows < int64_t(count) * kTileRows ? count - 1 : count;
+  const int last_rows = static_cast<int>(rows - int64_t(count - 1) * kTileRows);
   unsigned char* shared = shared_memory();
 
   unsigned char* correction = shared + args.correction_offset;
@@ -69,10 +59,9 @@ __global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)),
                      : 0.0f);
   }
   WarpChannels<T, kOutputs> own(args, norm + 16 * warp, channel0, row0);
-  TileLoader<T, kOutputs> loader(args, layout, row0, block_channel0);
-  loader.clear(shared);
+  TileLoader<T, kOutputs> loader(args, layout, row0, block_channel0, shared);
   const auto load = [&](int tile, int stage) {
-    if (tile < count) loader.load(shared + stage, tile == count - 1 ? last_rows : kTileRows);
+    if (tile < count) loader.load(shared + stage, tile != whole_tiles, last_rows);
     cp_async_commit();
   };
 #pragma unroll
@@ -81,25 +70,25 @@ __global__ void __launch_bounds__(32 * Tiling::max_warps(kOutputs, sizeof(T)),
 
   int stage = 0, free_stage = (kStages - 1) * args.stage_bytes;
   for (int tile = 0; tile < count; ++tile) {
-    const int rows = tile == count - 1 ? last_rows : kTileRows;
+    const bool all_rows = tile != whole_tiles;
     cp_async_wait<kStages - 2>();
-    loader.form_dy(shared + stage, correction, rows);
+    loader.form_dy(shared + stage, correction, all_rows, last_rows);
     sync_threads();
     load(tile + kStages - 1, free_stage);
-    const auto data_gradient = [&]<bool kWhole>(std::bool_constant<kWhole>) {
+    const int rows = all_rows ? kTileRows : last_rows;
+    const auto multiply = [&]<bool kWhole>(std::bool_constant<kWhole>) {
 #pragma unroll
-      for (int row = 0; row < kTileRows; row += 16)
-        own.template data_gradient<kWhole>(shared + stage, layout, row, rows - own.lane_row, args);
+      for (int row = 0; row < kTileRows; row += 16) {
+        uint32_t h[4];
+        own.template data_gradient<kWhole>(shared + stage, layout, row, rows - own.lane_row, args,
+                                           h);
+        if (args.weight_gradient) own.weight_gradient(shared + stage, layout, row, h);
+      }
     };
-    if (args.whole_chunks)
-      data_gradient(std::true_type{});
+    if (all_rows && own.whole && args.whole_chunks)
+      multiply(std::true_type{});
     else
-      data_gradient(std::false_type{});
-    if (args.weight_gradient) {
-#pragma unroll
-      for (int row = 0; row < kTileRows; row += 16)
-        own.weight_gradient(shared + stage, layout, row);
-    }
+      multiply(std::false_type{});
     own.dx = advance(own.dx, kTileRows, args.pitch);
     free_stage = stage;
     stage = stage == (kStages - 1) * args.stage_bytes ? 0 : stage + args.stage_bytes;

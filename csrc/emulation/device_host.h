@@ -101,6 +101,11 @@ P* advance(P* pointer, int count, int pitch) {
 
 inline int kept(int value) { return value; }
 
+inline uint32_t same_half(uint32_t first, uint32_t second, bool upper) {
+  const int shift = upper ? 16 : 0;
+  return (first >> shift & 0xffffu) | (second >> shift) << 16;
+}
+
 inline int population(uint32_t bits) { return std::popcount(bits); }
 
 inline uint32_t ballot(bool predicate, Site site = Site::current()) {
@@ -170,6 +175,12 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::cur
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix(r, row, -4, site);
+}
+inline uint32_t transpose_8x8(uint32_t word, Site site = Site::current()) {
+  uint32_t result = 0;
+  emulation::warp_rendezvous(WarpOp::kTranspose, &word, &result, &emulation::combine_transpose, 0,
+                             0, site);
+  return result;
 }
 inline float to_float_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t to_bits(float value) { return std::bit_cast<uint32_t>(value); }

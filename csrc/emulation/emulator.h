@@ -139,7 +139,7 @@ void note(Access access, const void* pointer, int bytes, const Site& site);
 
 void block_barrier(const Site& site);
 
-enum class WarpOp { kSync, kShuffle, kBallot, kLdmatrix, kMma };
+enum class WarpOp { kSync, kShuffle, kBallot, kLdmatrix, kTranspose, kMma };
 
 // Waits until all 32 lanes are here; the last one runs combine over every lane's input and output.
 using Combine = void (*)(void* const* inputs, void* const* outputs, int argument);
@@ -155,6 +155,8 @@ struct MmaOperands {
 
 // Inputs: the address of a row; argument: the number of matrices, negative: transposed.
 void combine_ldmatrix(void* const* inputs, void* const* outputs, int argument);
+// Inputs: two 16-bit elements of an 8x8 matrix.
+void combine_transpose(void* const* inputs, void* const* outputs, int argument);
 // Inputs: MmaOperands.
 void combine_mma_bfloat16(void* const* inputs, void* const* outputs, int argument);
 void combine_mma_half(void* const* inputs, void* const* outputs, int argument);

@@ -27,6 +27,17 @@ void combine_ldmatrix(void* const* inputs, void* const* outputs, int argument) {
     }
   }
 }
+
+void combine_transpose(void* const* inputs, void* const* outputs, int) {
+  const auto at = [&](int row, int column) {
+    const uint32_t word = *static_cast<const uint32_t*>(inputs[4 * row + column / 2]);
+    return word >> 16 * (column % 2) & 0xffffu;
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = 2 * (lane % 4);
+    *static_cast<uint32_t*>(outputs[lane]) = at(t, g) | at(t + 1, g) << 16;
+  }
+}
 namespace {
 
 using BFloat16 = torch::headeronly::BFloat16;

@@ -80,11 +80,8 @@ struct NormReluConv1x1Backward {
   static constexpr int together(int64_t outputs, int64_t size) {
     return outputs <= 64 ? 64 : outputs <= 128 ? 128 : max_outputs(size);
   }
-  // Warps that a multiprocessor's registers hold, and the most of them in a block.
-  static constexpr int resident_warps(int outputs, int size) {
-    return outputs * size <= 256 ? 12 : 8;
-  }
-  static constexpr int max_warps(int outputs, int size) { return outputs * size <= 256 ? 6 : 4; }
+  // Warps that a multiprocessor's registers hold: one block may have all of them.
+  static constexpr int max_warps(int outputs, int size) { return outputs * size <= 256 ? 12 : 8; }
 
   int warps;               // of a block; a warp owns 16 channels
   int64_t channel_blocks;  // blocks side by side
@@ -96,30 +93,33 @@ struct NormReluConv1x1Backward {
                           const Device& device) {
     const int bytes_each = static_cast<int>(size), columns = together(outputs, size);
     const int64_t groups = std::max<int64_t>(1, ceil_div(channels, 16));
-    // The wider a block, the fewer warps copy and form the same dy; but ten must be busy on a
-    // multiprocessor, as far as its registers and shared memory allow.
-    constexpr int kEnough = 10;
-    int busy = 0, resident = 0;
-    for (int most = max_warps(columns, bytes_each); most >= 4; --most) {
+    tiles = ceil_div(rows, kTileRows);
+    int64_t best = 0;
+    for (int most = max_warps(columns, bytes_each); most > 0; --most) {
       const int64_t beside = ceil_div(groups, most);
       // Two warps at least for more than 256 bytes of outputs: one could not load a row of dy.
       const int candidate =
           std::max(static_cast<int>(ceil_div(groups, beside)), outputs * size > 256 ? 2 : 1);
       const Layout layout{bytes_each, columns, candidate};
-      const int blocks = std::max(1, std::min(resident_warps(columns, bytes_each) / candidate,
-                                              device.blocks_by_shared(layout.shared_bytes())));
-      // Of the warps side by side the last ones may have no channels.
-      const int working = static_cast<int>(blocks * groups / beside);
-      if (busy && (working <= busy || busy >= kEnough)) continue;
-      busy = working;
-      resident = blocks;
+      const int resident = std::min(max_warps(columns, bytes_each) / candidate,
+                                    device.blocks_by_shared(layout.shared_bytes()));
+      if (resident == 0 && most > 1) continue;
+      const int64_t blocks = int64_t(device.multiprocessors) * std::max(1, resident);
+      // At least eight tiles a block, or the partial sums outweigh the rows.
+      const int64_t ranges = std::min(std::max<int64_t>(1, blocks / beside), ceil_div(tiles, 8));
+      // The turns of the busiest block, by what a warp executes for a tile, the wider the block the
+      // less of it for the dy that its warps share, by the time of an instruction, which grows with
+      // the warps of a multiprocessor; by times measured on an H200.
+      const int64_t row_bytes = columns * size, turns = ranges ? ceil_div(tiles, ranges) : 1;
+      const int64_t busy = ceil_div(ranges * beside, device.multiprocessors) * candidate;
+      const int64_t time =
+          turns * ((192 + row_bytes) * candidate + 4 * row_bytes) * (5 + busy) / candidate;
+      if (best && time >= best) continue;
+      best = time;
       warps = candidate;
       channel_blocks = beside;
+      row_blocks = ranges;
     }
-    tiles = ceil_div(rows, kTileRows);
-    const int64_t blocks = int64_t(device.multiprocessors) * resident;
-    // At least eight tiles a block, or the partial sums outweigh the rows.
-    row_blocks = std::min(std::max<int64_t>(1, blocks / channel_blocks), ceil_div(tiles, 8));
     pitch = channel_blocks * warps * 16;
     bytes = partial_bytes(row_blocks, outputs + kNormSumRows, pitch, 4);
   }
