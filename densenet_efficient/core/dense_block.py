@@ -228,8 +228,11 @@ def _backward(
             operators.norm_correction(dnorm2, norm2, 0 if constant else count, False, correction2)
             if exchange is not None and not constant:
                 exchange.sums(correction2[1:3])
-            outer = Incoming(dz2, b, correction2)
-            if layer_spec.bottleneck_drop_rate > 0:
+            # Constant statistics bring nothing of b, where float16 may hold infinities, and 0 times
+            # one is no number. Any other values will do.
+            dropped = layer_spec.bottleneck_drop_rate > 0
+            outer = Incoming(dz2, dz2 if constant and not dropped else b, correction2)
+            if dropped:
                 outer.apply_correction(operators)
                 drop(spec, index, dz2, scratch, bottleneck=True)
                 correction2.zero_()[0].fill_(1)

@@ -259,3 +259,23 @@ def test_inference_mode(training: bool, layout: torch.memory_format) -> None:
             found.append([y.clone(), dict(model.named_buffers())])
         assert_close(*found)
     assert_same_step(plain, ours, x)
+
+
+def test_what_overflows_before_a_relu_that_cuts_it_leaves_gradients_finite() -> None:
+    """In float16, with constant statistics: bottlenecks of -inf are 0 after norm and ReLU, and
+    nothing comes back through them."""
+    plain = reference.DenseBlock(1, 2, 2, 4, 0.0).half().eval()
+    with torch.no_grad():
+        plain.denselayer1.norm1.weight.fill_(100)
+        plain.denselayer1.conv1.weight.copy_(-plain.denselayer1.conv1.weight.abs() - 0.1)
+    block = de.EfficientDenseBlock.from_layers(dict(plain.named_children()))
+    x = torch.rand(2, 2, 3, 3).half()
+    x[0, :, 1, 1] = 6e4
+    gradients = []
+    for model in (plain, block):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        assert y.isfinite().all()
+        gradients += torch.autograd.grad(y, leaf, torch.ones_like(y))
+    assert gradients[0].isfinite().all()
+    torch.testing.assert_close(*gradients)
