@@ -3,6 +3,8 @@
 // the order of the checks; ops.cpp says what the tensors are.
 #pragma once
 
+#include <vector>
+
 #include "checks.h"
 #include "image.h"
 #include "overlap.h"
@@ -46,11 +48,21 @@ struct Arguments {
   Strided table(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
     return tensor ? table(name, *tensor, shape) : Strided{};
   }
-  Strided contiguous(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
-    if (!tensor) return {};
-    const Arg arg = checked(name, *tensor, shape, arithmetic);
+  Strided contiguous(const char* name, const Tensor& tensor, const Shape& shape) const {
+    const Arg arg = checked(name, tensor, shape, arithmetic);
     check_contiguous(arg);
     return check_rows(arg);
+  }
+  Strided contiguous(const char* name, const OptionalTensor& tensor, const Shape& shape) const {
+    return tensor ? contiguous(name, *tensor, shape) : Strided{};
+  }
+  // One whole number of 64 bits.
+  const Tensor& counter(const char* name, const Tensor& tensor) const {
+    const Arg arg{lead.op, name, tensor};
+    if (tensor.numel() != 1) fail(arg, "must be one value, got shape ", shape_text(tensor));
+    check_dtype(arg, ScalarType::Long);
+    check_device(arg, lead, place_);
+    return tensor;
   }
 
   StridedWeight weight_gradient(const OptionalTensor& tensor, const Shape& shape) const {
@@ -183,6 +195,38 @@ struct NormFold : TableArguments {
         beta(contiguous("beta", beta, {C})),
         norm(table("norm", norm, {kNormRows, C})) {
     apart({this->norm}, {this->stats, this->gamma, this->beta});
+  }
+};
+
+struct RunningUpdate : TableArguments {
+  struct Norm {
+    Strided mean, variance;
+    const Tensor* batches;
+    int64_t first;
+  };
+  Strided table;
+  std::vector<Norm> norms;
+
+  RunningUpdate(const Tensor& table, const std::vector<Tensor>& means,
+                const std::vector<Tensor>& variances, const std::vector<Tensor>& batches,
+                const std::vector<int64_t>& first)
+      : TableArguments({"running_update", "table", table}),
+        table(Arguments::table("table", table, {kStatsRows, C})) {
+    const size_t count = means.size();
+    if (variances.size() != count || batches.size() != count || first.size() != count)
+      fail(lead, "and the lists must be of equally many norms, got ", count, " means, ",
+           variances.size(), " variances, ", batches.size(), " batches, ", first.size(), " first");
+    norms.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      check_dim({lead.op, "means", means[i]}, 1);
+      const int64_t own = means[i].size(0);
+      if (first[i] < 0 || first[i] > C - own)
+        fail(lead, "must have the columns ", first[i], " to ", first[i] + own, ", has ", C);
+      norms.push_back({contiguous("means", means[i], {own}),
+                       contiguous("variances", variances[i], {own}),
+                       &counter("batches", batches[i]), first[i]});
+      apart({norms.back().mean, norms.back().variance}, {this->table});
+    }
   }
 };
 

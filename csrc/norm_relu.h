@@ -60,6 +60,12 @@ DE_HOST_DEVICE A correct(A dz, A x, A a, A p, A q, A mean) {
   return a * dz - p - (x - mean) * q;
 }
 
+// What a running statistic becomes with a batch's; factor: of the batch's, which is 1 for a mean.
+template <typename A>
+DE_HOST_DEVICE A mixed_statistic(A running, A batch, double momentum, double factor) {
+  return A((1.0 - momentum) * double(running) + momentum * factor * double(batch));
+}
+
 // (count, mean, M2): a running mean and sum of squared deviations, merged by Chan's formula.
 // Merging in a fixed order gives the same bits on every run; no difference of large sums appears.
 template <typename A>

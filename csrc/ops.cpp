@@ -84,4 +84,11 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "stem_backward(Tensor dy, Tensor x, Tensor norm, int count, Tensor(a!) dx, "
       "Tensor(b!) dnorm) -> ()");
+
+  // Several norms' running statistics, after a step. Of norm i, mean and variance [C_i] are mixed
+  // with those in the columns of table [2, C] from first[i] on, `momentum` of the new ones and the
+  // rest of the old, the variance times `unbiased`; batches (int64, one value) counts one more.
+  library.def(
+      "running_update(Tensor table, Tensor(a!)[] means, Tensor(b!)[] variances, "
+      "Tensor(c!)[] batches, int[] first, float momentum, float unbiased) -> ()");
 }

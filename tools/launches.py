@@ -65,6 +65,8 @@ class _Counting(TorchDispatchMode):
 
 def _hollow(value: Any) -> Any:
     """Its layout alone: launches of such tensors are listed, and nothing runs."""
+    if isinstance(value, list):
+        return [_hollow(one) for one in value]
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

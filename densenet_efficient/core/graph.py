@@ -274,18 +274,18 @@ def update_running_statistics(
 ) -> None:
     """Mixes statistics of a batch of ``count`` values a channel into running ones.
 
-    columns: encoded, for every norm: the columns of the table that are its statistics, its
+    columns: encoded, for every norm: the first of the table's columns that are its statistics, its
     momentum, and which of running moments and counter it has.
     """
     moments = iter(zip(means, variances, strict=True))
     counters = iter(batches)
-    norms, stats = [], []
-    for first, last, momentum, has_moments, has_counter in json.loads(columns):
+    norms, starts = [], []
+    for first, momentum, has_moments, has_counter in json.loads(columns):
         mean, variance = next(moments) if has_moments else (None, None)
         counter = next(counters) if has_counter else None
-        norms.append(running.Running(mean, variance, counter, momentum))
-        stats.append(table[:, first:last])
-    running.update(norms, stats, count)
+        norms.append((mean, variance, counter, momentum))
+        starts.append(first)
+    running.update(running.Running(*zip(*norms, strict=True)), table, starts, count)
 
 
 @update_running_statistics.register_fake

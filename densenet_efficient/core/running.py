@@ -8,11 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import compiled, dispatch
+
 
 class Running(NamedTuple):
-    """What one norm keeps: mean and variance ``[C]``, the number of batches, each None where there
-    is none, and its momentum, None for the average over all batches."""
+    """What some norms keep: means and variances ``[C]`` and the numbers of batches, each None where
+    a norm has none, and momenta, None for the average over all batches."""
 
+    means: Sequence[Tensor | None]
+    variances: Sequence[Tensor | None]
+    batches: Sequence[Tensor | None]
+    momenta: Sequence[float | None]
+
+
+class _Norm(NamedTuple):
     mean: Tensor | None
     variance: Tensor | None
     batches: Tensor | None
@@ -29,41 +38,80 @@ def is_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def update(norms: Sequence[Running], stats: Sequence[Tensor], count: int) -> None:
+def update(norms: Running, table: Tensor, first: Sequence[int], count: int) -> None:
     """Mixes the statistics of a batch into the running ones of every norm, in place.
 
-    stats: mean and biased variance ``[2, C]`` for each norm, over ``count`` values; the running
-    variance takes the unbiased one. ``momentum=None`` is the cumulative average. The moments are
-    mixed in the accumulation dtype before they are stored: the variance of a float16 batch need not
-    fit float16. Nothing happens in a recomputation, or without values. Whatever fails or
-    interrupts, all are updated or none.
+    table: mean and biased variance ``[2, ...]`` over ``count`` values; a norm's are in the columns
+    from its number in first on. The running variance takes the unbiased one. ``momentum=None`` is
+    the cumulative average. The moments are mixed in the accumulation dtype before they are stored:
+    the variance of a float16 batch need not fit float16. Nothing happens in a recomputation, or
+    without values. Whatever fails or interrupts, all are updated or none.
     """
     if count == 0 or is_recomputation():
         return
-    first: dict[int, tuple[Running, Tensor]] = {}
-    again: list[tuple[Running, Tensor]] = []  # of a norm that stands in several places
-    for norm, values in zip(norms, stats, strict=True):
+    if _has_operator(norms, table):
+        _update_together(norms, table, first, count)
+        return
+    every = [_Norm(*norm) for norm in zip(*norms, strict=True)]
+    columns = []
+    for norm, start in zip(every, first, strict=True):
+        width = None if norm.mean is None else len(norm.mean)
+        columns.append(table[:, start : None if width is None else start + width])
+    with torch.no_grad():
+        _update_one_by_one(every, columns, count)
+
+
+def _has_operator(norms: Running, table: Tensor) -> bool:
+    """Whether the operator takes these norms: one momentum, one dtype, nothing left out, no norm
+    in two places, and on this device."""
+    if norms.momenta[0] is None or norms.momenta.count(norms.momenta[0]) != len(norms.momenta):
+        return False
+    dtype = table.dtype
+    for mean, variance, batches in zip(*norms[:3], strict=True):
+        if mean is None or variance is None or batches is None:
+            return False
+        same = mean.dtype == dtype and variance.dtype == dtype and batches.dtype == torch.int64
+        if not (same and mean.is_contiguous() and variance.is_contiguous()):
+            return False
+    if len(set(map(id, norms.means))) != len(norms.means):
+        return False
+    return dispatch.choose(table.device, torch.bfloat16, 2).operators is compiled
+
+
+def _update_together(norms: Running, table: Tensor, first: Sequence[int], count: int) -> None:
+    """By one operator, which writes when it has checked all."""
+    means, variances, batches, momenta = norms
+    torch.autograd.graph.increment_version((*means, *variances, *batches))  # type: ignore[arg-type]
+    torch.ops.densenet_efficient.running_update.default(
+        table, means, variances, batches, first, momenta[0], count / (count - 1)
+    )
+
+
+def _update_one_by_one(every: Sequence[_Norm], stats: Sequence[Tensor], count: int) -> None:
+    """By PyTorch's operators, those of one momentum and dtype together."""
+    first: dict[int, tuple[_Norm, Tensor]] = {}
+    again: list[tuple[_Norm, Tensor]] = []  # of a norm that stands in several places
+    for norm, values in zip(every, stats, strict=True):
         owner = id(norm.batches if norm.mean is None else norm.mean)
         if owner in first:
             again.append((norm, values))
         else:
             first[owner] = norm, values
-    groups: dict[tuple[float | None, torch.dtype], list[tuple[Running, Tensor]]] = {}
+    groups: dict[tuple[float | None, torch.dtype], list[tuple[_Norm, Tensor]]] = {}
     for norm, values in first.values():
         counts = norm.momentum is not None or norm.batches is not None
         if norm.mean is not None and norm.variance is not None and counts:
             groups.setdefault((norm.momentum, norm.mean.dtype), []).append((norm, values))
-    with torch.no_grad():
-        replaced = [_mixed(group, count) for group in groups.values()]
-        counters = [norm.batches for norm, _ in first.values() if norm.batches is not None]
-        if counters:
-            replaced.append((counters, torch.stack(counters).add_(1).unbind()))
-        _replace(replaced)
+    replaced = [_mixed(group, count) for group in groups.values()]
+    counters = [norm.batches for norm, _ in first.values() if norm.batches is not None]
+    if counters:
+        replaced.append((counters, torch.stack(counters).add_(1).unbind()))
+    _replace(replaced)
     if again:
-        update([norm for norm, _ in again], [values for _, values in again], count)
+        _update_one_by_one([norm for norm, _ in again], [values for _, values in again], count)
 
 
-def _mixed(group: Sequence[tuple[Running, Tensor]], count: int) -> Replacement:
+def _mixed(group: Sequence[tuple[_Norm, Tensor]], count: int) -> Replacement:
     """The running means and then variances of norms of one momentum and dtype, and what they are to
     become. Computed on all channels together: one operation for each moment, not for each norm."""
     norms, stats = zip(*group, strict=True)

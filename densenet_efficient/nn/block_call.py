@@ -19,6 +19,7 @@ from .norms import BatchNorm, running_of, tracks
 from .snapshot import Snapshot
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_NOTHING = Running((), (), (), ())
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,16 @@ class BlockCall:
     """The layers of a call.
 
     parts, specs: of each. parameters: in the order of `core.dense_block`. norms: those whose
-    running statistics the call updates. running: what these keep. columns: where the batch's are in
-    `core.dense_block.Kept.table`. programs: of all calls like this one, see `core.replay`.
+    running statistics the call updates. running: what these keep. first: where the batch's begin
+    in `core.dense_block.Kept.table`. programs: of all calls like this one, see `core.replay`.
     """
 
     parts: Sequence[LayerParts]
     specs: tuple[LayerSpec, ...]
     parameters: Sequence[Tensor | None]
     norms: Sequence[BatchNorm]
-    running: Sequence[Running]
-    columns: Sequence[slice]
+    running: Running
+    first: Sequence[int]
     programs: Programs | None = None
 
 
@@ -54,8 +55,8 @@ def look(
         specs,
         parameters,
         [norm for norm, _ in tracked],
-        [running_of(norm) for norm, _ in tracked],
-        [columns for _, columns in tracked],
+        running_of([norm for norm, _ in tracked]),
+        [columns.start for _, columns in tracked],
     )
 
 
@@ -69,14 +70,12 @@ class LastCall:
         self._block, self._dtype = weakref.ref(block), dtype  # a replica shares this with its model
         self.programs = Programs()
         # Without its tensors: those that a model exchanges for others are freed.
-        self._call = replace(call, parameters=(), running=(), programs=self.programs)
+        self._call = replace(call, parameters=(), running=_NOTHING, programs=self.programs)
         self._snapshot = snapshot
         places = [place for part in call.parts for place in parameter_places(part)]
         self._parameters = itemgetter(*(snapshot.place(*place) for place in places))
-        self._running = [
-            (norm.momentum, itemgetter(*(snapshot.place(norm, name) for name in _BUFFERS)))
-            for norm in call.norms
-        ]
+        self._running = [[snapshot.place(norm, name) for norm in call.norms] for name in _BUFFERS]
+        self._momenta = call.running.momenta
 
     @classmethod
     def of(
@@ -106,5 +105,6 @@ class LastCall:
         tensors = self._snapshot.tensors()
         if tensors is None:
             return None
-        running = [Running._make((*kept(tensors), momentum)) for momentum, kept in self._running]
+        means, variances, batches = ([tensors[at] for at in places] for places in self._running)
+        running = Running(means, variances, batches, self._momenta)
         return replace(self._call, parameters=self._parameters(tensors), running=running)

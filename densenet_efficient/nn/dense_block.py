@@ -241,10 +241,9 @@ class DenseBlockExecution(KeepsBottlenecks):
             )
         elif result.has_overflowed():
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
-        if call.running:
+        if call.norms:
             assert result.table is not None
-            values = [result.table.narrow(1, at.start, at.stop - at.start) for at in call.columns]
-            running.update(call.running, values, count)
+            running.update(call.running, result.table, call.first, count)
         stats = result.stats
         with_input = self._efficient.with_input
         if with_input is not None and not with_input(self):

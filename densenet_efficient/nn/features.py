@@ -262,7 +262,7 @@ class FeaturesExecution(Efficient):
         execution.record(self, "stem", chosen, [norm])
         if want:
             assert result.used is not None
-            update_running_statistics([norm], [result.used], count)
+            update_running_statistics(norm, result.used, count)
         asked = handover.Asked(contiguous and not to_ours, to_ours=to_ours)
         return handover.hand_over(*handover.as_dtype(y, result.stats, answer), asked)
 

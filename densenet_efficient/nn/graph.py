@@ -21,7 +21,7 @@ from ..core import eager, graph
 from ..core.encoding import encode
 from ..core.specs import NormSpec
 from . import execution, handover
-from .norms import BatchNorm, check_count, process_group, running_of, tracks
+from .norms import BatchNorm, check_count, process_group, tracks
 
 Path = tuple[str, ...]
 Options = tuple[tuple[Path, tuple[tuple[str, Any], ...]], ...]
@@ -95,12 +95,11 @@ def make_plan(
     except TypeError:  # a layer that ends with a function of somebody else's
         return GraphPlan(EAGER, options)
     given = [m is not None and getattr(m, name) is not None for m, name in parameters]
-    updated = [(n, first, last) for n, s, first, last in norms if s.running is None and tracks(n)]
+    updated = [(n, first) for n, s, first, _ in norms if s.running is None and tracks(n)]
     columns, moments, counters = [], [], []
-    for norm, first, last in updated:
-        kept = running_of(norm)
-        has = kept.mean is not None, kept.batches is not None
-        columns.append((first, last, kept.momentum, *has))
+    for norm, first in updated:
+        has = norm.running_mean is not None, norm.num_batches_tracked is not None
+        columns.append((first, norm.momentum, *has))
         moments += [ways[norm]] * has[0]
         counters += [ways[norm]] * has[1]
     return GraphPlan(

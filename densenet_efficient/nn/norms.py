@@ -115,21 +115,24 @@ def norm_spec(norm: BatchNorm, dtype: torch.dtype) -> NormSpec:
     return NormSpec(norm.eps, moments.to(accumulation_dtype(dtype)))
 
 
-def running_of(norm: BatchNorm) -> Running:
-    """What the norm keeps of the batches it has seen."""
-    return Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+def running_of(norms: Sequence[BatchNorm]) -> Running:
+    """What the norms keep of the batches they have seen."""
+    return Running(
+        [norm.running_mean for norm in norms],
+        [norm.running_var for norm in norms],
+        [norm.num_batches_tracked for norm in norms],
+        [norm.momentum for norm in norms],
+    )
 
 
-def update_running_statistics(
-    norms: Sequence[BatchNorm], stats: Sequence[Tensor], count: int
-) -> None:
-    """One training step's update of every norm, after the whole call has succeeded.
+def update_running_statistics(norm: BatchNorm, stats: Tensor, count: int) -> None:
+    """One training step's update, after the whole call has succeeded.
 
-    stats: mean and biased variance ``[2, C]`` for each norm, over ``count`` values. Norms in eval
-    mode or without running statistics are left alone.
+    stats: mean and biased variance ``[2, C]`` over ``count`` values. A norm in eval mode or without
+    running statistics is left alone.
     """
-    tracked = [pair for pair in zip(norms, stats, strict=True) if tracks(pair[0])]
-    running.update([running_of(n) for n, _ in tracked], [values for _, values in tracked], count)
+    if tracks(norm):
+        running.update(running_of([norm]), stats, (0,), count)
 
 
 def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
                 dims = [d for d in range(x.dim()) if d != 1]
                 var, mean = torch.var_mean(values, dim=dims, correction=0)
                 stats = torch.stack((mean, var))
-        update_running_statistics([norm], [stats], count)
+        update_running_statistics(norm, stats, count)
     return norm.act(norm.drop(y)) if _includes_activation(norm) else y  # type: ignore[operator]
 
 
@@ -164,7 +167,7 @@ def _shared_batch_norm(norm: BatchNorm, x: Tensor, group: Any) -> Tensor:
     result = Result()
     y = SharedNormFunction.apply(spec, x, stats, result, norm.weight, norm.bias)
     assert result.used is not None
-    update_running_statistics([norm], [result.used], exchange.total)
+    update_running_statistics(norm, result.used, exchange.total)
     return y
 
 

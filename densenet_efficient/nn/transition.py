@@ -243,7 +243,7 @@ class TransitionExecution(Efficient):
             return self._run_original(Dispatch(ORIGINAL, OVERFLOW), handover.own(original))
         if want:
             assert result.used is not None
-            update_running_statistics([norm], [result.used], count)
+            update_running_statistics(norm, result.used, count)
         if takes_largest:
             y = MaxPoolFunction.apply(y, parts.drop_rate)
         elif drops:  # it does not commute with the pooling, which is fused otherwise

@@ -13,11 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from .build import EmulationError, Mutation, build, sanitizer_runtime
 from .report import Launch
-from .worker import receive, send
+from .worker import receive, send, tensors
 
 WORKER = Path(__file__).with_name("worker.py")
 # Fresh heap memory is NaN; the interpreter itself leaks at exit.
@@ -146,5 +144,5 @@ class Emulator:
 def _copy_back(before: Sequence[Any], after: Sequence[Any]) -> None:
     """Copies whole storages, so that a stray write outside a view is seen by the caller, too."""
     for old, new in zip(before, after, strict=True):
-        if isinstance(old, torch.Tensor):
-            old.untyped_storage().copy_(new.untyped_storage())
+        for own, written in zip(tensors(old), tensors(new), strict=True):
+            own.untyped_storage().copy_(written.untyped_storage())

@@ -46,6 +46,8 @@ def on_exact_heap(arguments: list[Any]) -> list[Any]:
     storages: dict[int, torch.UntypedStorage] = {}
 
     def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(one) for one in value]
         if not isinstance(value, torch.Tensor):
             return value
         if value.is_meta:
@@ -59,12 +61,18 @@ def on_exact_heap(arguments: list[Any]) -> list[Any]:
     return [move(value) for value in arguments]
 
 
+def tensors(argument: Any) -> list[torch.Tensor]:
+    """Those of an argument: itself, or those of a list."""
+    given = argument if isinstance(argument, list) else [argument]
+    return [value for value in given if isinstance(value, torch.Tensor)]
+
+
 def call(library: ctypes.CDLL, op: str, arguments: list[Any]) -> None:
     """Calls the operator, its tensors' memory known to the counters by the schema's names."""
     function = getattr(torch.ops.densenet_efficient, op).default
     library.de_emulation_name_range(None, None, ctypes.c_longlong(0))
-    for parameter, value in zip(function._schema.arguments, arguments, strict=True):
-        if isinstance(value, torch.Tensor):
+    for parameter, argument in zip(function._schema.arguments, arguments, strict=True):
+        for value in tensors(argument):
             storage = value.untyped_storage()
             library.de_emulation_name_range(
                 parameter.name.encode(),
@@ -84,7 +92,7 @@ def main() -> None:
     library.de_emulation_report.restype = ctypes.c_char_p
     while (request := receive(requests)) is not None:
         op, arguments, seed, figures = request
-        listing = any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments)
+        listing = any(value.is_meta for a in arguments for value in tensors(a))
         arguments = on_exact_heap(arguments)
         library.de_emulation_set_listing(int(listing))
         library.de_emulation_set_seed(ctypes.c_ulonglong(seed))
