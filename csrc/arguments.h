@@ -12,6 +12,21 @@
 
 namespace densenet_efficient::arguments {
 
+// The norm of channels among which are those that an operator makes, as its caller names it: see
+// norm_fold. Nothing where norm is not given.
+struct NextNorm {
+  const OptionalTensor &stats, &gamma, &beta;
+  double eps;
+  const OptionalTensor& norm;
+};
+
+// The same, checked: of C channels, those that the operator makes from `first` on.
+struct FoldedNext {
+  Strided stats, gamma, beta, norm;
+  double eps = 0.0;
+  int64_t C = 0, first = 0;
+};
+
 // The leading tensor, x or a table, decides about the dtype and the device of all others.
 struct Arguments {
   Arg lead;
@@ -70,6 +85,27 @@ struct Arguments {
                   : StridedWeight{};
   }
 
+  // own [2, K]: the statistics that the operator takes, some columns of those that are folded.
+  FoldedNext folded_next(const Strided& own, const NextNorm& next) const {
+    if (!next.norm) return {};
+    const Arg arg{lead.op, "next_norm", *next.norm};
+    if (!own || !next.stats) fail(arg, "needs stats and next_stats");
+    check_dim({lead.op, "next_stats", *next.stats}, 2);
+    const int64_t C = next.stats->size(1);
+    const FoldedNext found{table("next_stats", next.stats, {kStatsRows, C}),
+                           contiguous("next_gamma", next.gamma, {C}),
+                           contiguous("next_beta", next.beta, {C}),
+                           table("next_norm", next.norm, {kNormRows, C}),
+                           next.eps,
+                           C,
+                           columns_between(*own.tensor, *next.stats)};
+    const bool inside =
+        own.stride == found.stats.stride && found.first >= 0 && found.first + own.channels <= C;
+    if (!inside) fail({lead.op, "stats", *own.tensor}, "must be columns of next_stats");
+    apart({found.norm}, {found.stats});
+    return found;
+  }
+
   // The weight's outputs give the shape it is checked for in its turn. Any layout will do.
   int64_t outputs(const Tensor& weight, int64_t dim) const {
     const Arg arg{lead.op, "weight", weight};
@@ -86,12 +122,34 @@ struct Arguments {
   void apart(std::initializer_list<Strided> written, std::initializer_list<Strided> read) const {
     check_apart(lead.op, written, read);
   }
+  // Elements from one table's first to another's.
+  static int64_t columns_between(const Tensor& to, const Tensor& from) {
+    const auto address = [](const Tensor& table) {
+      return reinterpret_cast<intptr_t>(table.mutable_data_ptr());
+    };
+    return (address(to) - address(from)) / static_cast<int64_t>(from.element_size());
+  }
   // From a weight's first element to its last, as one row.
   static Strided whole(const Tensor& weight) {
     const auto sizes = weight.sizes(), strides = weight.strides();
     int64_t last = 0;
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
     return {&weight, last + 1, 1, last + 1, "weight"};
+  }
+
+  // [4, C] that a norm's gradient is put into, or added to the first columns of.
+  Strided correction_of(const char* name, const Tensor& correction, int64_t C,
+                        bool accumulate) const {
+    const Arg arg{lead.op, name, correction};
+    check_dim(arg, 2);
+    const int64_t width = correction.size(1);
+    if (accumulate ? width < C : width != C)
+      fail(arg, "must have ", accumulate ? "at least " : "", C, " columns, got ", width);
+    return table(name, correction, {kCorrectionRows, width});
+  }
+  Strided correction_of(const char* name, const OptionalTensor& correction, int64_t C,
+                        bool accumulate) const {
+    return correction ? correction_of(name, *correction, C, accumulate) : Strided{};
   }
 
   int64_t checked_count(int64_t count) const {
@@ -240,20 +298,9 @@ struct NormCorrection : TableArguments {
       : TableArguments({"norm_correction", "norm", norm}),
         norm(table("norm", norm, {kNormRows, C})),
         dnorm(table("dnorm", dnorm, {kDnormRows, C})),
-        correction(
-            table("correction", correction, {kCorrectionRows, width(correction, accumulate)})),
+        correction(correction_of("correction", correction, C, accumulate)),
         count(checked_count(count)) {
     apart({this->correction}, {this->norm, this->dnorm});
-  }
-
- private:
-  int64_t width(const Tensor& correction, bool accumulate) const {
-    const Arg arg{lead.op, "correction", correction};
-    check_dim(arg, 2);
-    const int64_t width = correction.size(1);
-    if (accumulate ? width < C : width != C)
-      fail(arg, "must have ", accumulate ? "at least " : "", C, " columns, got ", width);
-    return width;
   }
 };
 
@@ -274,17 +321,20 @@ struct NormReluConv1x1Forward : RowArguments {
   Strided x, norm;
   const Tensor& weight;
   Strided y, stats;
+  FoldedNext next;
 
   NormReluConv1x1Forward(const Tensor& x, const Tensor& norm, const Tensor& weight, const Tensor& y,
-                         const OptionalTensor& stats)
+                         const OptionalTensor& stats, const NextNorm& next)
       : RowArguments("norm_relu_conv1x1_forward", x),
         K(outputs(weight, 2)),
         x(leading_activation()),
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, {K, C})),
         y(activation("y", y, {M, K})),
-        stats(table("stats", stats, {kStatsRows, K})) {
-    apart({this->y, this->stats}, {this->x, this->norm, whole(weight)});
+        stats(table("stats", stats, {kStatsRows, K})),
+        next(folded_next(this->stats, next)) {
+    apart({this->y, this->stats, this->next.norm},
+          {this->x, this->norm, whole(weight), this->next.gamma, this->next.beta});
   }
 };
 
@@ -293,10 +343,13 @@ struct NormReluConv1x1Backward : RowArguments {
   Strided x, dz_y, y, correction, norm;
   const Tensor& weight;
   Strided dx, dweight, dnorm;
+  int64_t count;
+  Strided x_correction;
 
   NormReluConv1x1Backward(const Tensor& dz_y, const Tensor& y, const Tensor& correction,
                           const Tensor& x, const Tensor& norm, const Tensor& weight,
-                          const Tensor& dx, const OptionalTensor& dweight, const Tensor& dnorm)
+                          const Tensor& dx, const OptionalTensor& dweight, const Tensor& dnorm,
+                          int64_t count, const OptionalTensor& x_correction)
       : RowArguments("norm_relu_conv1x1_backward", x),
         K(outputs(weight, 2)),
         x(leading_activation()),
@@ -307,8 +360,10 @@ struct NormReluConv1x1Backward : RowArguments {
         weight(checked_weight(weight, {K, C})),
         dx(activation("dx", dx, {M, C})),
         dweight(contiguous("dweight", dweight, {K, C})),
-        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {
-    apart({this->dx, this->dweight, this->dnorm},
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})),
+        count(checked_count(count)),
+        x_correction(correction_of("x_correction", x_correction, C, true)) {
+    apart({this->dx, this->dweight, this->dnorm, this->x_correction},
           {this->x, this->dz_y, this->y, this->correction, this->norm, whole(weight)});
   }
 };
@@ -318,17 +373,20 @@ struct NormReluConv3x3Forward : ImageArguments {
   Strided x, norm;
   const Tensor& weight;
   Strided y, stats;
+  FoldedNext next;
 
   NormReluConv3x3Forward(const Tensor& x, const Tensor& norm, const Tensor& weight, const Tensor& y,
-                         const OptionalTensor& stats)
+                         const OptionalTensor& stats, const NextNorm& next)
       : ImageArguments("norm_relu_conv3x3_forward", x),
         K(outputs(weight, dims + 2)),
         x(leading_activation()),
         norm(table("norm", norm, {kNormRows, C})),
         weight(checked_weight(weight, kernel(K, 3))),
         y(activation("y", y, shape(K))),
-        stats(table("stats", stats, {kStatsRows, K})) {
-    apart({this->y, this->stats}, {this->x, this->norm, whole(weight)});
+        stats(table("stats", stats, {kStatsRows, K})),
+        next(folded_next(this->stats, next)) {
+    apart({this->y, this->stats, this->next.norm},
+          {this->x, this->norm, whole(weight), this->next.gamma, this->next.beta});
   }
 };
 
@@ -339,11 +397,14 @@ struct NormReluConv3x3Backward : ImageArguments {
   Strided dx;
   StridedWeight dweight;
   Strided dnorm;
+  int64_t count;
+  Strided x_correction;
 
   NormReluConv3x3Backward(const Tensor& dy, const OptionalTensor& y,
                           const OptionalTensor& correction, const Tensor& x, const Tensor& norm,
-                          const Tensor& weight, const Tensor& dx, const OptionalTensor& dweight,
-                          const Tensor& dnorm)
+                          const Tensor& weight, bool accumulate, const Tensor& dx,
+                          const OptionalTensor& dweight, const Tensor& dnorm, int64_t count,
+                          const OptionalTensor& x_correction)
       : ImageArguments("norm_relu_conv3x3_backward", x),
         K(outputs(weight, dims + 2)),
         x(leading_activation()),
@@ -354,8 +415,10 @@ struct NormReluConv3x3Backward : ImageArguments {
         weight(checked_weight(weight, kernel(K, 3))),
         dx(activation("dx", dx, shape(C))),
         dweight(weight_gradient(dweight, kernel(K, 3))),
-        dnorm(table("dnorm", dnorm, {kDnormRows, C})) {
-    apart({this->dx, this->dweight, this->dnorm},
+        dnorm(table("dnorm", dnorm, {kDnormRows, C})),
+        count(checked_count(count)),
+        x_correction(correction_of("x_correction", x_correction, C, accumulate)) {
+    apart({this->dx, this->dweight, this->dnorm, this->x_correction},
           {this->x, this->dy, this->y, this->correction, this->norm, whole(weight)});
   }
 

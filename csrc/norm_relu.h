@@ -2,6 +2,8 @@
 // share, once, for the host and the device. A is the arithmetic type: float, or double for float64.
 #pragma once
 
+#include <cmath>
+
 #if defined(__CUDACC__)
 #define DE_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -60,10 +62,24 @@ DE_HOST_DEVICE A correct(A dz, A x, A a, A p, A q, A mean) {
   return a * dz - p - (x - mean) * q;
 }
 
+// A norm from its channel's statistics, in double, rounded once. The shift belongs to the scale as
+// rounded: where the mean is large next to the deviation, mean * scale cancels what x * scale makes.
+template <typename A>
+struct FoldedNorm {
+  A scale, shift, mean, rstd, beta;
+};
+
+template <typename A>
+DE_HOST_DEVICE FoldedNorm<A> fold(A mean, A variance, A gamma, A beta, double eps) {
+  const double rstd = 1.0 / sqrt(double(variance) + eps);
+  const A scale = A(double(gamma) * rstd);
+  return {scale, A(double(beta) - double(mean) * double(scale)), mean, A(rstd), beta};
+}
+
 // What a running statistic becomes with a batch's; factor: of the batch's, which is 1 for a mean.
 template <typename A>
 DE_HOST_DEVICE A mixed_statistic(A running, A batch, double momentum, double factor) {
-  return A((1.0 - momentum) * double(running) + momentum * factor * double(batch));
+  return A(fma(momentum * factor, double(batch), (1.0 - momentum) * double(running)));
 }
 
 // (count, mean, M2): a running mean and sum of squared deviations, merged by Chan's formula.

@@ -38,31 +38,39 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
   // dx [M, C] := a * dx - p - (x - mean) * q, in place; 16-bit values by dithered rounding.
   library.def("norm_correction_apply(Tensor(a!) dx, Tensor x, Tensor correction) -> ()");
 
-  // y [M, K] = relu(a * x + s) @ weight^T, x [M, C], weight [K, C]; optionally the stats of y.
+  // y [M, K] = relu(a * x + s) @ weight^T, x [M, C], weight [K, C]; optionally the stats of y. Then
+  // optionally a norm that reads y, as norm_fold gives it: next_stats [2, C_next], in which stats is
+  // some columns, holds the statistics of all that it reads.
   library.def(
       "norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor(a!) y, "
-      "Tensor(b!)? stats) -> ()");
+      "Tensor(b!)? stats, Tensor? next_stats=None, Tensor? next_gamma=None, "
+      "Tensor? next_beta=None, float next_eps=0., Tensor(c!)? next_norm=None) -> ()");
 
   // dz_y [M, K] is the masked gradient of the norm that follows y; its correction [4, K] gives
   // dy = a * dz_y - p - (y - mean) * q. Then dz = (dy @ weight) * [a * x + s > 0], and
-  // dx [M, C] += a * dz, dweight [K, C] = dy^T @ relu(a * x + s), dnorm [2, C] of dz.
+  // dx [M, C] += a * dz, dweight [K, C] = dy^T @ relu(a * x + s), dnorm [2, C] of dz. Then, where
+  // x_correction is given, norm_correction of dnorm, accumulated.
   library.def(
       "norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm, "
-      "Tensor weight, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> ()");
+      "Tensor weight, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm, int count=0, "
+      "Tensor(d!)? x_correction=None) -> ()");
 
   // y [N, H, W, K] = conv3x3(relu(a * x + s), weight), padding 1 (zero after the ReLU), stride 1;
-  // x [N, H, W, C], weight [K, C, 3, 3] in any dense layout; optionally the stats of y.
+  // x [N, H, W, C], weight [K, C, 3, 3] in any dense layout; optionally the stats of y, and a norm
+  // that reads y, as in norm_relu_conv1x1_forward.
   library.def(
       "norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor(a!) y, "
-      "Tensor(b!)? stats) -> ()");
+      "Tensor(b!)? stats, Tensor? next_stats=None, Tensor? next_gamma=None, "
+      "Tensor? next_beta=None, float next_eps=0., Tensor(c!)? next_norm=None) -> ()");
 
   // dy := a * dy - p - (y - mean) * q first, where y and correction [4, K] are given (dy itself is
   // not written). dz = conv3x3^T(dy, weight) * [a * x + s > 0]. dx = dz, or, with accumulate,
-  // dx += a * dz. dweight [K, C, 3, 3] (contiguous or channels last), dnorm [2, C] of dz.
+  // dx += a * dz. dweight [K, C, 3, 3] (contiguous or channels last), dnorm [2, C] of dz. Then,
+  // where x_correction is given, norm_correction of dnorm, with the same accumulate.
   library.def(
       "norm_relu_conv3x3_backward(Tensor dy, Tensor? y, Tensor? correction, Tensor x, Tensor norm, "
-      "Tensor weight, bool accumulate, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm) -> "
-      "()");
+      "Tensor weight, bool accumulate, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!) dnorm, "
+      "int count=0, Tensor(d!)? x_correction=None) -> ()");
 
   // y [N, H/2, W/2, K] = avg_pool2x2(relu(a * x + s)) @ weight^T (the pooling commutes with the 1x1
   // convolution; odd edges are dropped); optionally the stats of y.

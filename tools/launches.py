@@ -30,6 +30,8 @@ aten = torch.ops.aten
 _NO_LAUNCH = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 _NO_LAUNCH |= {"detach", "_lazy_clone", "promote_types"}  # the same memory, or none
 
+_REAL = {"stats", "next_stats"}  # tables, one of them inside the other
+
 
 class Launches(NamedTuple):
     """By name, forward and backward: of each layer, and what the block has besides."""
@@ -56,7 +58,9 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name.partition("::")[2]
         if func.namespace == "densenet_efficient":
-            for launch in self._emulator.call(name, *map(_hollow, args)):
+            named = zip(func._schema.arguments, args, strict=False)
+            hollow = [value if of.name in _REAL else _hollow(value) for of, value in named]
+            for launch in self._emulator.call(name, *hollow):
                 self.found[f"{self.way}: {launch.kernel}"] += 1
         elif not (name in _NO_LAUNCH or _is_view(func)):
             self.found[f"{self.way}: PyTorch's {name}"] += 1

@@ -5,8 +5,6 @@
 //
 // norm_correction handles C elements on one thread, in double. norm_correction_apply reads and
 // writes dx and reads x once, rows shared out among the threads; 16-bit results are dithered.
-#include <vector>
-
 #include "../dither.h"
 #include "parallel.h"
 #include "rows/operands.h"
@@ -15,21 +13,11 @@
 namespace densenet_efficient::cpu {
 namespace {
 
-template <typename A>
-void run(Rows<const A> dnorm, Rows<const A> norm, int64_t count, bool accumulate, int64_t channels,
-         Rows<A> correction) {
-  if (!accumulate) return make_correction(dnorm, norm, count, channels, correction);
-  std::vector<A> own(kCorrectionRows * channels);
-  make_correction(dnorm, norm, count, channels, Rows<A>{own.data(), channels});
-  for (const auto row : {kP, kQ})
-    for (int64_t c = 0; c < channels; ++c) correction[row][c] += own[row * channels + c];
-}
-
 void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, Tensor correction) {
   const arguments::NormCorrection call(dnorm, norm, count, accumulate, correction);
   dispatch_arithmetic(call.arithmetic, [&]<typename A>(A) {
-    run<A>(input_rows<A>(call.dnorm), input_rows<A>(call.norm), call.count, accumulate, call.C,
-           output_rows<A>(call.correction));
+    put_correction<A>(input_rows<A>(call.dnorm), input_rows<A>(call.norm), call.count, accumulate,
+                      call.C, output_rows<A>(call.correction));
   });
 }
 

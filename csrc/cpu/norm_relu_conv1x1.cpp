@@ -26,10 +26,16 @@ void forward(const arguments::NormReluConv1x1Forward& call) {
                      });
 }
 
-void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
-                               OptionalTensor stats) {
-  const arguments::NormReluConv1x1Forward call(x, norm, weight, y, stats);
-  dispatch_activation(x.scalar_type(), [&]<typename T>(T) { forward<T>(call); });
+void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats,
+                               OptionalTensor next_stats, OptionalTensor next_gamma,
+                               OptionalTensor next_beta, double next_eps,
+                               OptionalTensor next_norm) {
+  const arguments::NormReluConv1x1Forward call(
+      x, norm, weight, y, stats, {next_stats, next_gamma, next_beta, next_eps, next_norm});
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
+    forward<T>(call);
+    fold_next<Arithmetic<T>>(call.next);
+  });
 }
 
 template <typename T>
@@ -50,10 +56,14 @@ void backward(const arguments::NormReluConv1x1Backward& call) {
 }
 
 void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm,
-                                Tensor weight, Tensor dx, OptionalTensor dweight, Tensor dnorm) {
+                                Tensor weight, Tensor dx, OptionalTensor dweight, Tensor dnorm,
+                                int64_t count, OptionalTensor x_correction) {
   const arguments::NormReluConv1x1Backward call(dz_y, y, correction, x, norm, weight, dx, dweight,
-                                                dnorm);
-  dispatch_activation(x.scalar_type(), [&]<typename T>(T) { backward<T>(call); });
+                                                dnorm, count, x_correction);
+  dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
+    backward<T>(call);
+    correct_x<Arithmetic<T>>(call, true);
+  });
 }
 
 }  // namespace

@@ -282,20 +282,25 @@ Source<T> source(const Call& call) {
   return {input_rows<T>(call.x), input_rows<Arithmetic<T>>(call.norm), call, call.C};
 }
 
-void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
-                               OptionalTensor stats) {
-  const arguments::NormReluConv3x3Forward call(x, norm, weight, y, stats);
+void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats,
+                               OptionalTensor next_stats, OptionalTensor next_gamma,
+                               OptionalTensor next_beta, double next_eps,
+                               OptionalTensor next_norm) {
+  const arguments::NormReluConv3x3Forward call(
+      x, norm, weight, y, stats, {next_stats, next_gamma, next_beta, next_eps, next_norm});
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     forward<T>(source<T>(call), weight, output_rows<T>(call.y),
                output_rows<Arithmetic<T>>(call.stats));
+    fold_next<Arithmetic<T>>(call.next);
   });
 }
 
 void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor correction, Tensor x,
                                 Tensor norm, Tensor weight, bool accumulate, Tensor dx,
-                                OptionalTensor dweight, Tensor dnorm) {
-  const arguments::NormReluConv3x3Backward call(dy, y, correction, x, norm, weight, dx, dweight,
-                                                dnorm);
+                                OptionalTensor dweight, Tensor dnorm, int64_t count,
+                                OptionalTensor x_correction) {
+  const arguments::NormReluConv3x3Backward call(dy, y, correction, x, norm, weight, accumulate, dx,
+                                                dweight, dnorm, count, x_correction);
   dispatch_activation(x.scalar_type(), [&]<typename T>(T) {
     using A = Arithmetic<T>;
     Backward<T>{source<T>(call),
@@ -309,6 +314,7 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
                 call.dweight.tap,
                 output_rows<A>(call.dnorm)}
         .run(weight);
+    correct_x<A>(call, accumulate);
   });
 }
 

@@ -10,6 +10,7 @@
 // Bytes moved: x once, dx twice (read and written), the correction once per block.
 #include "../dither.h"
 #include "launch.h"
+#include "reduce/tables.cuh"
 #include "tiling/columns.h"
 #include "vector.cuh"
 
@@ -23,27 +24,12 @@ constexpr int kThreads = 128;
 
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    norm_correction_kernel(Rows<const A> dnorm, Rows<const A> norm, int64_t count, bool accumulate,
-                           int channels, Rows<A> correction) {
+    norm_correction_kernel(Rows<const A> dnorm, NormCorrection<A> args, int channels) {
   using namespace device;
   const int c = block_x() * kThreads + thread_index();
   if (c >= channels) return;
-  const A scale = global_load<A>(norm[kScale] + c);
-  const double share = count > 0 ? double(scale) / double(count) : 0.0;
-  double p = 0.0, q = 0.0;
-  if (count > 0) {
-    p = share * global_load<A>(dnorm[kDbeta] + c);
-    q = share * global_load<A>(norm[kRstd] + c) * global_load<A>(dnorm[kDgamma] + c);
-  }
-  if (accumulate) {
-    p += global_load<A>(correction[kP] + c);
-    q += global_load<A>(correction[kQ] + c);
-  } else {
-    global_store(correction[kA] + c, scale);
-    global_store(correction[kCenter] + c, global_load<A>(norm[kMean] + c));
-  }
-  global_store(correction[kP] + c, A(p));
-  global_store(correction[kQ] + c, A(q));
+  store_correction(args, kDbeta, c, global_load<A>(dnorm[kDbeta] + c));
+  store_correction(args, kDgamma, c, global_load<A>(dnorm[kDgamma] + c));
 }
 
 void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, Tensor correction) {
@@ -53,8 +39,9 @@ void norm_correction(Tensor dnorm, Tensor norm, int64_t count, bool accumulate, 
   dispatch_arithmetic(call.arithmetic, [&]<typename A>(A) {
     launcher.launch<&norm_correction_kernel<A>>(
         {.grid_x = ceil_div(call.C, kThreads), .block = kThreads}, input_rows<A>(call.dnorm),
-        input_rows<A>(call.norm), call.count, accumulate, static_cast<int>(call.C),
-        output_rows<A>(call.correction));
+        NormCorrection<A>{input_rows<A>(call.norm), output_rows<A>(call.correction), call.count,
+                          accumulate},
+        static_cast<int>(call.C));
   });
 }
 

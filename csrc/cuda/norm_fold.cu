@@ -4,9 +4,8 @@
 //
 // One thread per channel, in double, rounded once; the shift belongs to the scale as rounded.
 // Bytes moved: the tables, once.
-#include <cmath>
-
 #include "launch.h"
+#include "reduce/tables.cuh"
 
 namespace densenet_efficient {
 namespace {
@@ -20,17 +19,8 @@ __global__ void __launch_bounds__(kThreads)
   using namespace device;
   const int c = block_x() * kThreads + thread_index();
   if (c >= channels) return;
-  const A mean = global_load<A>(stats[kStatsMean] + c);
-  const double variance = global_load<A>(stats[kStatsVar] + c);
-  const double rstd = 1.0 / sqrt(variance + eps);
-  const A scale = A((gamma ? double(global_load<A>(gamma + c)) : 1.0) * rstd);
-  const A offset = beta ? global_load<A>(beta + c) : A(0);
-  const double shift = double(offset) - double(mean) * double(scale);
-  global_store(norm[kScale] + c, scale);
-  global_store(norm[kShift] + c, A(shift));
-  global_store(norm[kMean] + c, mean);
-  global_store(norm[kRstd] + c, A(rstd));
-  global_store(norm[kBeta] + c, offset);
+  store_fold(norm, c, global_load<A>(stats[kStatsMean] + c), global_load<A>(stats[kStatsVar] + c),
+             gamma, beta, eps);
 }
 
 void norm_fold(Tensor stats, OptionalTensor gamma, OptionalTensor beta, double eps, Tensor norm) {

@@ -118,7 +118,7 @@ void launch_backward(const Launcher& launcher, const Backward& args, int64_t blo
 // ReLU's mask does not depend on them, so dx and dnorm accumulate.
 template <typename T>
 void backward(const Launcher& launcher, const Tensor& like, Backward args, int64_t first,
-              float* dweight, Rows<float> dnorm) {
+              float* dweight, Rows<float> dnorm, const NormCorrection<float>& correction) {
   const Tiling tiling(args.rows, args.channels, args.outputs, sizeof(T), launcher.device());
   const Workspace partial(like, tiling.bytes);
   args.partial = partial.data<float>();
@@ -151,13 +151,15 @@ void backward(const Launcher& launcher, const Tensor& like, Backward args, int64
                              args.channels, tiling.pitch, dnorm);
   of_weight.block_stride = of_norm.block_stride = block_stride;
   of_norm.accumulate = first > 0;
+  of_norm.correction = correction;
   launch_finish<&norm_relu_conv1x1_backward_finish_kernel, 1>(launcher, of_weight, of_norm);
 }
 
 void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor x, Tensor norm,
-                                Tensor weight, Tensor dx, OptionalTensor dweight, Tensor dnorm) {
+                                Tensor weight, Tensor dx, OptionalTensor dweight, Tensor dnorm,
+                                int64_t count, OptionalTensor x_correction) {
   const arguments::NormReluConv1x1Backward call(dz_y, y, correction, x, norm, weight, dx, dweight,
-                                                dnorm);
+                                                dnorm, count, x_correction);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
     Backward args{};
@@ -172,8 +174,10 @@ void norm_relu_conv1x1_backward(Tensor dz_y, Tensor y, Tensor correction, Tensor
       args.y = row_tensor(call.y).from_channel<T>(static_cast<int>(first));
       args.correction = float_table(call.correction).from_channel(static_cast<int>(first));
       args.weight = weight_rows(call).from_row<T>(first);
-      backward<T>(launcher, x, args, first, output_rows<float>(call.dweight).data,
-                  output_rows<float>(call.dnorm));
+      backward<T>(
+          launcher, x, args, first, output_rows<float>(call.dweight).data,
+          output_rows<float>(call.dnorm),
+          first + outputs == call.K ? correction_of<float>(call, true) : NormCorrection<float>{});
     });
   });
 }

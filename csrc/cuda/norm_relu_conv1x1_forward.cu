@@ -243,9 +243,12 @@ void launch_forward(const Launcher& launcher, const Forward& args, int64_t block
       args);
 }
 
-void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
-                               OptionalTensor stats) {
-  const arguments::NormReluConv1x1Forward call(x, norm, weight, y, stats);
+void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats,
+                               OptionalTensor next_stats, OptionalTensor next_gamma,
+                               OptionalTensor next_beta, double next_eps,
+                               OptionalTensor next_norm) {
+  const arguments::NormReluConv1x1Forward call(
+      x, norm, weight, y, stats, {next_stats, next_gamma, next_beta, next_eps, next_norm});
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
     const Tiling tiling(call.M, call.K, stats.has_value(), launcher.device());
@@ -263,8 +266,8 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
                         : tiling.split == 2    ? launch_forward<T, 64, 2>
                                                : launch_forward<T, 64, 1>;
     if (call.M > 0 && call.K > 0) launch(launcher, args, tiling.blocks);
-    launch_finish<&norm_relu_conv1x1_forward_finish_kernel>(launcher, partial.data<const float>(),
-                                                            tiling.blocks, call.K, call.stats);
+    launch_finish<&norm_relu_conv1x1_forward_finish_kernel>(
+        launcher, partial.data<const float>(), tiling.blocks, call.K, call.stats, call.next);
   });
 }
 

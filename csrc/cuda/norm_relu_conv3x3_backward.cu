@@ -75,8 +75,10 @@ void launch_weight_gradient(const Launcher& launcher, const tiling::WeightGradie
 
 void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor correction, Tensor x,
                                 Tensor norm, Tensor weight, bool accumulate, Tensor dx,
-                                OptionalTensor dweight, Tensor dnorm) {
-  const Call call(dy, y, correction, x, norm, weight, dx, dweight, dnorm);
+                                OptionalTensor dweight, Tensor dnorm, int64_t count,
+                                OptionalTensor x_correction) {
+  const Call call(dy, y, correction, x, norm, weight, accumulate, dx, dweight, dnorm, count,
+                  x_correction);
   check_two_dimensional(call);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
@@ -108,10 +110,12 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
                       device::kTaps, tiling.weight.pitch, output_rows<float>(call.dweight).data,
                       call.dweight.channel, call.dweight.tap);
     }
-    launch_finish<&norm_relu_conv3x3_backward_finish_kernel, device::kTaps>(
-        launcher, of_weight,
+    SumPartials<float> of_norm =
         norm_sums(sums.data<const float>(), tiling.data.tile.blocks, call.C, tiling.data.pitch,
-                  output_rows<float>(call.dnorm)));
+                  output_rows<float>(call.dnorm));
+    of_norm.correction = correction_of<float>(call, accumulate);
+    launch_finish<&norm_relu_conv3x3_backward_finish_kernel, device::kTaps>(launcher, of_weight,
+                                                                            of_norm);
   });
 }
 

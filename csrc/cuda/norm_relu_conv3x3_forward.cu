@@ -179,9 +179,12 @@ void launch_forward(const Launcher& launcher, const LaunchShape& shape, const Fo
   launcher.launch<&norm_relu_conv3x3_forward_kernel<T, kColumns>>(shape, args, images);
 }
 
-void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
-                               OptionalTensor stats) {
-  const arguments::NormReluConv3x3Forward call(x, norm, weight, y, stats);
+void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats,
+                               OptionalTensor next_stats, OptionalTensor next_gamma,
+                               OptionalTensor next_beta, double next_eps,
+                               OptionalTensor next_norm) {
+  const arguments::NormReluConv3x3Forward call(
+      x, norm, weight, y, stats, {next_stats, next_gamma, next_beta, next_eps, next_norm});
   check_two_dimensional(call);
   dispatch_operands(call.lead, [&]<typename T>(T) {
     if (call.K == 0) return;
@@ -211,8 +214,8 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y,
               .tiles = tiling.tile.tiles,
               .ranges = tiling.tile.blocks},
              args, Images(tiling.tile, of));
-    launch_finish<&norm_relu_conv3x3_forward_finish_kernel>(launcher, partial.data<const float>(),
-                                                            tiling.tile.blocks, call.K, call.stats);
+    launch_finish<&norm_relu_conv3x3_forward_finish_kernel>(
+        launcher, partial.data<const float>(), tiling.tile.blocks, call.K, call.stats, call.next);
   });
 }
 

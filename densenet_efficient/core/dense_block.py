@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from ..ops.dtypes import accumulation_dtype
-from . import arena, replay, weights
-from .dense_layer import Incoming
+from . import arena, folds, replay, weights
+from .dense_layer import Correction, Incoming
 from .dropout import drop
 from .exchange import correction_of
 from .layout import flat
-from .specs import PARAMETERS_PER_LAYER, BlockSpec, scratch_table
+from .specs import PARAMETERS_PER_LAYER, BlockSpec, norm_elements, scratch_table
 from .tail import layer_call
 
 
@@ -41,13 +41,15 @@ class Kept:
     """What a block's forward pass leaves for its backward pass, and for running statistics.
 
     features: F ``[N, *spatial, C_total]``. table: the statistics ``[2, C_total + sum of K]`` of F
-    and of every b. bottlenecks: every b that is kept, in order.
+    and of every b. bottlenecks: every b that is kept, in order. norms: all norms as folded, see
+    `folds`; None where backward folds them again.
     """
 
     spec: BlockSpec
     features: Tensor
     table: Tensor
     bottlenecks: list[Tensor] = field(default_factory=list)
+    norms: Tensor | None = None
 
     def __post_init__(self) -> None:
         widths = [layer.bottleneck for layer in self.spec.layers]
@@ -70,11 +72,11 @@ def block_forward(
     features = y.movedim(1, -1)
     rows = scratch_table(spec, features.shape[:-1], x.dtype, backward=False)
     with arena.lease(rows, x.device) as scratch:
-        table, *bottlenecks = replay.run(
+        table, norms, *bottlenecks = replay.run(
             spec, _forward, (), x, known_stats, features, scratch, parameters
         )
     assert table is not None
-    return Kept(spec, features, table, bottlenecks)  # type: ignore[arg-type]
+    return Kept(spec, features, table, bottlenecks, norms)  # type: ignore[arg-type]
 
 
 def _forward(
@@ -85,11 +87,13 @@ def _forward(
     scratch: dict[str, Tensor],
     parameters: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Fills F and returns the statistics' table, then every b that is kept."""
+    """Fills F and returns the statistics' table, the folded norms, then every b that is kept."""
     image = features.shape[:-1]
     columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
     acc = accumulation_dtype(x.dtype)
     kept = Kept(spec, features, torch.zeros((2, columns), dtype=acc, device=x.device))
+    kept.norms = torch.empty(norm_elements(spec), dtype=acc, device=x.device)
+    fold = folds.Folds(spec, kept.stats, kept.bottleneck_stats, parameters, kept.norms)
     stats, exchange = kept.stats, spec.exchange
 
     first = features[..., spec.inputs(0)]
@@ -104,6 +108,7 @@ def _forward(
             exchange.moments(first_stats)
 
     own = weights.by_layer(spec, parameters, x.dtype, len(image) - 1, x.device)
+    is_folded = False  # the next norm1
     for index, (layer_spec, of_layer) in enumerate(zip(spec.layers, own, strict=True)):
         layer = layer_call(spec, index, parameters, of_layer, x.dtype)
         inputs, slot = features[..., spec.inputs(index)], spec.slot(index)
@@ -111,7 +116,10 @@ def _forward(
         new_stats = stats[:, slot] if spec.batch_stats else None
         dropped = layer_spec.drop_rate > 0
         fused_stats = None if dropped else new_stats
-        norm1 = layer.fold1(stats[:, spec.inputs(index)])
+        fold1 = fold.first(index)
+        norm1 = fold1.norm if is_folded else fold1.run(spec.operators)
+        is_folded = exchange is None and not dropped and _uses_batch(spec, index + 1)
+        following = fold.first(index + 1) if is_folded else None
         if layer_spec.bottleneck:
             if spec.keeps(index):
                 shape = (*image, layer_spec.bottleneck)
@@ -122,25 +130,34 @@ def _forward(
             assert layer_spec.norm2 is not None
             b_stats = kept.bottleneck_stats[index]
             wanted = b_stats if layer_spec.norm2.running is None else None
-            if layer_spec.bottleneck_drop_rate > 0:
-                layer.conv1_forward(inputs, norm1, b, None)
+            fold2 = fold.second(index)
+            drops = layer_spec.bottleneck_drop_rate > 0
+            folds_itself = wanted is not None and exchange is None and not drops
+            if drops:
+                layer.conv1_forward(inputs, norm1, b, None, None)
                 drop(spec, index, b, scratch, bottleneck=True)
                 if wanted is not None:
                     spec.operators.channel_stats(flat(b), wanted)
             else:
-                layer.conv1_forward(inputs, norm1, b, wanted)
+                layer.conv1_forward(inputs, norm1, b, wanted, fold2 if folds_itself else None)
             if exchange is not None and wanted is not None:
                 exchange.moments(wanted)
-            layer.conv2_forward(b, layer.fold2(b_stats), new, fused_stats)
+            norm2 = fold2.norm if folds_itself else fold2.run(spec.operators)
+            layer.conv2_forward(b, norm2, new, fused_stats, following)
         else:
-            layer.conv1_forward(inputs, norm1, new, fused_stats)
+            layer.conv1_forward(inputs, norm1, new, fused_stats, following)
         if dropped:
             drop(spec, index, new, scratch)
             if new_stats is not None:
                 spec.operators.channel_stats(flat(new), new_stats)
         if exchange is not None and new_stats is not None:
             exchange.moments(new_stats)
-    return [kept.table, *kept.bottlenecks]
+    return [kept.table, kept.norms, *kept.bottlenecks]
+
+
+def _uses_batch(spec: BlockSpec, index: int) -> bool:
+    """Whether there is such a layer, and its norm1 uses the batch's statistics."""
+    return index < len(spec.layers) and spec.layers[index].norm1.running is None
 
 
 def block_backward(
@@ -162,7 +179,7 @@ def block_backward(
     with arena.lease(rows, gradient.device) as scratch:
         gradients = replay.run(
             spec, _backward, (tuple(wanted),), gradient, kept.features, kept.table,
-            kept.bottlenecks, stats_gradient, scratch, parameters,
+            kept.norms, kept.bottlenecks, stats_gradient, scratch, parameters,
         )  # fmt: skip
     return gradient[..., spec.inputs(0)], gradients
 
@@ -173,6 +190,7 @@ def _backward(
     gradient: Tensor,
     features: Tensor,
     table: Tensor,
+    norms: Tensor | None,
     bottlenecks: list[Tensor],
     stats_gradient: Tensor | None,
     scratch: dict[str, Tensor],
@@ -181,6 +199,9 @@ def _backward(
     """Overwrites the gradient and returns those of the parameters."""
     kept = Kept(spec, features, table, bottlenecks)
     operators, stats = spec.operators, kept.stats
+    if norms is None:
+        norms = _fold_again(kept, parameters)
+    of_layers = folds.norms_in(spec, norms)
     image, exchange = features.shape[:-1], spec.exchange
     count = image.numel() if exchange is None else exchange.total
     correction = torch.zeros((4, spec.out_channels), dtype=stats.dtype, device=stats.device)
@@ -209,23 +230,22 @@ def _backward(
             drop(spec, index, outer.dy, scratch)
 
         inputs, d_inputs = features[..., before], gradient[..., before]
-        norm1 = layer.fold1(stats[:, before])
+        norm1, norm2 = of_layers[index]
         if layer_spec.bottleneck:
             width = layer_spec.bottleneck
-            norm2 = layer.fold2(kept.bottleneck_stats[index])
             if spec.keeps(index):
                 b = left.pop()
             else:
                 b = _front(scratch["bottleneck"], width)
-                layer.conv1_forward(inputs, norm1, b, None)
+                layer.conv1_forward(inputs, norm1, b, None, None)
                 if layer_spec.bottleneck_drop_rate > 0:
                     drop(spec, index, b, scratch, bottleneck=True)
             dz2 = _front(scratch["bottleneck gradient"], width)
-            dnorm2 = layer.conv2_backward(outer, b, norm2, dz2)
             correction2 = norm2.new_empty((4, width))
             assert layer_spec.norm2 is not None
             constant = layer_spec.norm2.running is not None
-            operators.norm_correction(dnorm2, norm2, 0 if constant else count, False, correction2)
+            then = Correction(0 if constant else count, correction2)
+            layer.conv2_backward(outer, b, norm2, dz2, then)
             if exchange is not None and not constant:
                 exchange.sums(correction2[1:3])
             # Constant statistics bring nothing of b, where float16 may hold infinities, and 0 times
@@ -236,9 +256,9 @@ def _backward(
                 outer.apply_correction(operators)
                 drop(spec, index, dz2, scratch, bottleneck=True)
                 correction2.zero_()[0].fill_(1)
-        dnorm1 = layer.conv1_backward(outer, inputs, norm1, d_inputs)
-        if layer_spec.norm1.running is None:
-            operators.norm_correction(dnorm1, norm1, count, True, correction[:, before])
+        own_batch = layer_spec.norm1.running is None
+        shared = Correction(count, correction[:, before]) if own_batch else None
+        layer.conv1_backward(outer, inputs, norm1, d_inputs, shared)
         gradients[start : start + PARAMETERS_PER_LAYER] = layer.parameter_gradients()
         gradients[spec.tail_parameters(index)] = layer.tail_gradients
 
@@ -251,6 +271,18 @@ def _backward(
             flat(d_first), flat(features[..., first]), correction[:, first]
         )
     return gradients
+
+
+def _fold_again(kept: Kept, parameters: Sequence[Tensor | None]) -> Tensor:
+    """All norms, where forward has not kept them."""
+    spec, stats = kept.spec, kept.stats
+    norms = torch.empty(norm_elements(spec), dtype=stats.dtype, device=stats.device)
+    fold = folds.Folds(spec, stats, kept.bottleneck_stats, parameters, norms)
+    for index, layer in enumerate(spec.layers):
+        fold.first(index).run(spec.operators)
+        if layer.bottleneck:
+            fold.second(index).run(spec.operators)
+    return norms
 
 
 def _front(buffer: Tensor, channels: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from ..ops import fallback
 from ..ops.convolution import ConvOptions
 from ..ops.dtypes import accumulation_dtype
-from ..ops.interface import NORM_ROWS, Operators
+from ..ops.interface import Operators
+from .folds import Fold
 from .layout import flat
-from .specs import PARAMETERS_PER_LAYER, BlockSpec, LayerSpec, NormSpec
+from .specs import PARAMETERS_PER_LAYER, BlockSpec, LayerSpec
 from .weights import Weights, is_dense
 
 
@@ -44,6 +46,15 @@ class Incoming:
             total.mul_(a).sub_(count * p).sub_(q * centred)
 
 
+class Correction(NamedTuple):
+    """What a norm's gradient is made into, see `norm_correction`: the number of rows that its
+    statistics were taken over, 0 for constant ones; the table ``[4, ...]``, in whose first columns
+    it is put, or, by a layer's first convolution, added."""
+
+    rows: int
+    table: Tensor
+
+
 class DenseLayerCall:
     """One layer of a call: its parameters in the kernels' dtypes, and its two convolutions in
     either direction. weights: of `weights.by_layer`."""
@@ -62,46 +73,33 @@ class DenseLayerCall:
         self.acc = accumulation_dtype(dtype)
         own = slice(index * PARAMETERS_PER_LAYER, (index + 1) * PARAMETERS_PER_LAYER)
         self.parameters, self.wanted = parameters[own], wanted[own]
-        gamma1, beta1, _, bias1, gamma2, beta2, _, bias2 = self.parameters
-        self.norm1 = cast(gamma1, self.acc), cast(beta1, self.acc)
-        self.norm2 = cast(gamma2, self.acc), cast(beta2, self.acc)
         self.weight1, self.weight2 = weights
-        self.bias1, self.bias2 = cast(bias1, dtype), cast(bias2, dtype)
+        self.bias1, self.bias2 = (cast(self.parameters[place], dtype) for place in (3, 7))
         self.gradients: list[Tensor | None] = [None] * PARAMETERS_PER_LAYER
         self.tail_gradients: list[Tensor | None] = []
 
-    def fold1(self, stats: Tensor) -> Tensor:
-        """norm1 [5, C_l] from the statistics of the layer's inputs."""
-        return self._fold(self.spec.norm1, stats, *self.norm1)
-
-    def fold2(self, stats: Tensor) -> Tensor:
-        """norm2 [5, K] from the statistics of b."""
-        assert self.spec.norm2 is not None
-        return self._fold(self.spec.norm2, stats, *self.norm2)
-
-    def _fold(
-        self, spec: NormSpec, stats: Tensor, gamma: Tensor | None, beta: Tensor | None
-    ) -> Tensor:
-        norm = stats.new_empty((NORM_ROWS, stats.shape[1]))
-        source = stats if spec.running is None else spec.running
-        self.operators.norm_fold(source, gamma, beta, spec.eps, norm)
-        return norm
-
-    def conv1_forward(self, x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
-        """b from F[:C_l]; for a plain layer the new features."""
+    def conv1_forward(
+        self, x: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None, then: Fold | None
+    ) -> None:
+        """b from F[:C_l]; for a plain layer the new features. then: is folded when the statistics
+        are there, which are some of those that it folds."""
         assert self.weight1 is not None
-        if self.spec.conv1 is None and self.spec.bottleneck:
-            weight = self.weight1.view(self.weight1.shape[:2])
-            own_stats = stats if self.bias1 is None else None
-            self.operators.norm_relu_conv1x1_forward(flat(x), norm, weight, flat(y), own_stats)
-            self._add_bias(y, self.bias1, stats)
-        else:
-            self._conv_forward(x, norm, self.weight1, self.bias1, self.spec.conv1, y, stats)
+        if self.spec.conv1 is not None or not self.spec.bottleneck:
+            weight, bias = self.weight1, self.bias1
+            self._conv_forward(x, norm, weight, bias, self.spec.conv1, y, stats, then)
+            return
+        weight = self.weight1.view(self.weight1.shape[:2])
+        rest = self._rest(stats, then) if self.bias1 is None else (None,)
+        self.operators.norm_relu_conv1x1_forward(flat(x), norm, weight, flat(y), *rest)
+        self._add_bias(y, self.bias1, stats, then)
 
-    def conv2_forward(self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
-        """The new features from b."""
+    def conv2_forward(
+        self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None, then: Fold | None
+    ) -> None:
+        """The new features from b; then: as in `conv1_forward`."""
         assert self.weight2 is not None
-        self._conv_forward(b, norm, self.weight2, self.bias2, self.spec.conv2, y, stats)
+        weight, bias = self.weight2, self.bias2
+        self._conv_forward(b, norm, weight, bias, self.spec.conv2, y, stats, then)
 
     def _conv_forward(
         self,
@@ -112,30 +110,45 @@ class DenseLayerCall:
         options: ConvOptions | None,
         y: Tensor,
         stats: Tensor | None,
+        then: Fold | None,
     ) -> None:
         if options is None:
-            own_stats = stats if bias is None else None
-            self.operators.norm_relu_conv3x3_forward(x, norm, weight, y, own_stats)
-            self._add_bias(y, bias, stats)
+            rest = self._rest(stats, then) if bias is None else (None,)
+            self.operators.norm_relu_conv3x3_forward(x, norm, weight, y, *rest)
+            self._add_bias(y, bias, stats, then)
             return
         fallback.norm_relu_conv_forward(x, norm, weight, bias, options, y)
-        if stats is not None:
-            self.operators.channel_stats(flat(y), stats)
+        self._take_stats(y, stats, then)
 
-    def _add_bias(self, y: Tensor, bias: Tensor | None, stats: Tensor | None) -> None:
+    def _rest(self, stats: Tensor | None, then: Fold | None) -> tuple[Any, ...]:
+        """The last arguments of an operator that also takes the statistics and folds."""
+        return (stats,) if then is None else (stats, *then)
+
+    def _add_bias(
+        self, y: Tensor, bias: Tensor | None, stats: Tensor | None, then: Fold | None
+    ) -> None:
         if bias is not None:
             y.add_(bias)
-            if stats is not None:
-                self.operators.channel_stats(flat(y), stats)
+            self._take_stats(y, stats, then)
 
-    def conv1_backward(self, outer: Incoming, x: Tensor, norm: Tensor, dx: Tensor) -> Tensor:
-        """dx += a dz; the gradients of norm1 and conv1. Returns dnorm1."""
+    def _take_stats(self, y: Tensor, stats: Tensor | None, then: Fold | None) -> None:
+        if stats is not None:
+            self.operators.channel_stats(flat(y), stats)
+        if then is not None:
+            then.run(self.operators)
+
+    def conv1_backward(
+        self, outer: Incoming, x: Tensor, norm: Tensor, dx: Tensor, then: Correction | None
+    ) -> None:
+        """dx += a dz; the gradients of norm1 and conv1. then: what is corrected by norm1's
+        gradient."""
         if self.spec.conv1 is not None or not self.spec.bottleneck:
             assert self.weight1 is not None
             weight, bias = self.weight1, self.bias1
-            return self._conv_backward(
-                0, outer, x, norm, weight, bias, self.spec.conv1, accumulate=True, dx=dx
+            self._conv_backward(
+                0, outer, x, norm, weight, bias, self.spec.conv1, accumulate=True, dx=dx, then=then
             )
+            return
         assert self.weight1 is not None and outer.y is not None and outer.correction is not None
         shape = self.weight1.shape[:2]
         dnorm = norm.new_empty((2, norm.shape[1]))
@@ -143,20 +156,21 @@ class DenseLayerCall:
         self.operators.norm_relu_conv1x1_backward(
             flat(outer.dy), flat(outer.y), outer.correction, flat(x), norm,
             self.weight1.view(shape), flat(dx), None if dweight is None else dweight.view(shape),
-            dnorm,
+            dnorm, *(then or ()),
         )  # fmt: skip
         dbias = self._empty(3)
         if dbias is not None:
             outer.sum_over_rows(dbias)
         self._keep(0, dnorm, dweight, dbias)
-        return dnorm
 
-    def conv2_backward(self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor) -> Tensor:
-        """dz2; the gradients of norm2 and conv2. Returns dnorm2."""
+    def conv2_backward(
+        self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor, then: Correction
+    ) -> None:
+        """dz2; the gradients of norm2 and conv2, and the correction of norm2."""
         assert self.weight2 is not None
         weight, bias = self.weight2, self.bias2
-        return self._conv_backward(
-            4, outer, b, norm, weight, bias, self.spec.conv2, accumulate=False, dx=dz
+        self._conv_backward(
+            4, outer, b, norm, weight, bias, self.spec.conv2, accumulate=False, dx=dz, then=then
         )
 
     def _conv_backward(
@@ -171,14 +185,16 @@ class DenseLayerCall:
         *,
         accumulate: bool,
         dx: Tensor,
-    ) -> Tensor:
+        then: Correction | None,
+    ) -> None:
         dnorm = norm.new_empty((2, norm.shape[1]))
         dweight = self._empty(first + 2)
         dbias = None if bias is None else self._empty(first + 3)
         if options is None:
             self.operators.norm_relu_conv3x3_backward(
-                outer.dy, outer.y, outer.correction, x, norm, weight, accumulate, dx, dweight, dnorm
-            )
+                outer.dy, outer.y, outer.correction, x, norm, weight, accumulate, dx, dweight,
+                dnorm, *(then or ()),
+            )  # fmt: skip
             if dbias is not None:
                 outer.sum_over_rows(dbias)
         else:
@@ -186,8 +202,9 @@ class DenseLayerCall:
                 outer.dy, outer.y, outer.correction, x, norm, weight, options, accumulate, dx,
                 dweight, dbias, dnorm,
             )  # fmt: skip
+            if then is not None:
+                self.operators.norm_correction(dnorm, norm, then.rows, accumulate, then.table)
         self._keep(first, dnorm, dweight, dbias)
-        return dnorm
 
     def _empty(self, offset: int) -> Tensor | None:
         """For the gradient of a parameter, where it is wanted, in the parameter's layout, in which

@@ -66,7 +66,8 @@ class DenseBlockFunction(torch.autograd.Function):
     and where processes share them the statistics ``[2, C_total]`` of F, for a norm after the block
     that leaves its correction to this backward pass.
 
-    Saved for backward: F, its statistics and those of every b, in ``store`` mode every b.
+    Saved for backward: F, its statistics and those of every b, the folded norms, in ``store`` mode
+    every b.
     """
 
     @staticmethod
@@ -79,7 +80,7 @@ class DenseBlockFunction(torch.autograd.Function):
         result.bottleneck_stats, result.table = kept.bottleneck_stats, kept.table
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, kept.table, *kept.bottlenecks, *parameters)
+        ctx.save_for_backward(y, kept.table, kept.norms, *kept.bottlenecks, *parameters)
         return y if spec.exchange is None else (y, kept.stats.clone())
 
     @staticmethod
@@ -92,7 +93,7 @@ class DenseBlockFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         spec: BlockSpec = ctx.spec
         wanted = ctx.needs_input_grad[4:]
-        y, table, *others = ctx.saved_tensors  # checkpointing allows it once
+        y, table, norms, *others = ctx.saved_tensors  # checkpointing allows it once
         bottlenecks, parameters = others[: -len(wanted)], others[-len(wanted) :]
         if not _is_first_order(held[0], spec):
             x = y[:, spec.inputs(0)]
@@ -103,7 +104,8 @@ class DenseBlockFunction(torch.autograd.Function):
             )
             return _where(ctx.needs_input_grad, (None, found[0], None, None, *found[1:]))
         # Hooks on saved tensors may have brought them back in another layout.
-        kept = Kept(spec, layout.channels_last(y), table, [b.contiguous() for b in bottlenecks])
+        bottlenecks = [b.contiguous() for b in bottlenecks]
+        kept = Kept(spec, layout.channels_last(y), table, bottlenecks, norms.contiguous())
         e = gradient_buffer(held)
         held.clear()
         with torch.autocast(y.device.type, enabled=False):

@@ -249,8 +249,10 @@ class _Recorder(TorchDispatchMode):
     def _call(self, operator: Any, arguments: tuple[Any, ...]) -> None:
         name = operator._schema.name.partition("::")[2]
         used: list[int] = []
-        numbers = [_CALL, NAMES.index(name), len(arguments)]
-        for argument, value in zip(operator._schema.arguments, arguments, strict=True):
+        numbers = [_CALL, NAMES.index(name), len(operator._schema.arguments)]
+        left_out = operator._schema.arguments[len(arguments) :]  # those that have their defaults
+        values = (*arguments, *(argument.default_value for argument in left_out))
+        for argument, value in zip(operator._schema.arguments, values, strict=True):
             if value is None:
                 numbers.append(0)
             elif isinstance(value, Tensor):

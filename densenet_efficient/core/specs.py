@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.convolution import ConvOptions
 from ..ops.dtypes import accumulation_dtype
-from ..ops.interface import Operators
+from ..ops.interface import NORM_ROWS, Operators
 from . import layout
 from .arena import Buffer
 from .exchange import Exchange
@@ -79,6 +79,10 @@ class LayerSpec:
         """The norms that use the batch's statistics."""
         norms = (self.norm1, self.norm2)
         return [norm for norm in norms if norm is not None and norm.running is None]
+
+    def norm_widths(self) -> tuple[int, int]:
+        """Channels of norm1 and norm2."""
+        return self.in_channels, self.bottleneck
 
     def drops(self) -> bool:
         """Whether anything is dropped."""
@@ -195,6 +199,16 @@ def scratch_table(
     return table
 
 
+def norm_length(channels: int) -> int:
+    """Elements that a folded norm takes in the buffer of a block's: each begins at 16 bytes."""
+    return -(-NORM_ROWS * channels // 4) * 4
+
+
+def norm_elements(spec: BlockSpec) -> int:
+    """Of the buffer of a block's folded norms."""
+    return sum(norm_length(width) for layer in spec.layers for width in layer.norm_widths())
+
+
 def kept_table(
     spec: BlockSpec, image: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> list[Buffer]:
@@ -204,6 +218,7 @@ def kept_table(
     acc = accumulation_dtype(dtype)
     columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
     table.append(Buffer("statistics", (2, columns), acc, "kept"))
+    table.append(Buffer("norms", (norm_elements(spec),), acc, "kept"))
     for index, layer in enumerate(spec.layers):
         if spec.keeps(index):
             table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))

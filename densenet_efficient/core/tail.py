@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops import fallback
-from .dense_layer import DenseLayerCall, Incoming, cast
-from .layout import flat
+from .dense_layer import Correction, DenseLayerCall, Incoming, cast
+from .folds import Fold
 from .specs import BlockSpec, Tail
 from .weights import Weights
 
@@ -43,15 +43,18 @@ class TailLayerCall(DenseLayerCall):
         assert self.spec.tail is not None
         return self.spec.tail
 
-    def conv2_forward(self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None) -> None:
-        """The new features from b."""
+    def conv2_forward(
+        self, b: Tensor, norm: Tensor, y: Tensor, stats: Tensor | None, then: Fold | None
+    ) -> None:
+        """The new features from b; then: as in `DenseLayerCall`."""
         z = fallback.normalise(b, norm).relu_().to(b.dtype)
         y.copy_(self.tail.call(z.movedim(-1, 1), self.tensors).movedim(1, -1))
-        if stats is not None:
-            self.operators.channel_stats(flat(y), stats)
+        self._take_stats(y, stats, then)
 
-    def conv2_backward(self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor) -> Tensor:
-        """dz2; the gradients of norm2 and of the tail's parameters. Returns dnorm2."""
+    def conv2_backward(
+        self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor, then: Correction
+    ) -> None:
+        """dz2; the gradients of norm2 and of the tail's parameters, and norm2's correction."""
         dy = outer.apply_correction(self.operators).dy
         before_relu = fallback.normalise(b, norm)
         with torch.enable_grad():
@@ -66,13 +69,13 @@ class TailLayerCall(DenseLayerCall):
         masked = fallback.masked(dh.movedim(1, -1), before_relu)
         dnorm = fallback.norm_sums(masked, b, norm)
         dz.copy_(masked)
+        self.operators.norm_correction(dnorm, norm, then.rows, False, then.table)
         self._keep(4, dnorm, None, None)
         gradients = iter(found)
         self.tail_gradients = [
             cast(next(gradients), parameter.dtype) if need and parameter is not None else None
             for parameter, need in zip(self.given, self.wanted_of_tail, strict=True)
         ]
-        return dnorm
 
 
 def layer_call(

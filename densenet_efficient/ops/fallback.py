@@ -107,6 +107,17 @@ def norm_correction(
         correction.copy_(torch.stack((norm[0], p, q, norm[2])))
 
 
+def _fold_next(
+    stats: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    norm: Tensor | None,
+) -> None:
+    if norm is not None and stats is not None:
+        norm_fold(stats, gamma, beta, eps, norm)
+
+
 def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
     a, p, q, mean = correction
     centred = y.to(a.dtype) - mean
@@ -178,7 +189,16 @@ def norm_relu_conv_backward(
 
 
 def norm_relu_conv1x1_forward(
-    x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stats: Tensor | None,
+    next_stats: Tensor | None = None,
+    next_gamma: Tensor | None = None,
+    next_beta: Tensor | None = None,
+    next_eps: float = 0.0,
+    next_norm: Tensor | None = None,
 ) -> None:
     """See `interface.Operators.norm_relu_conv1x1_forward`."""
     for rows in chunks(x):
@@ -186,6 +206,7 @@ def norm_relu_conv1x1_forward(
         torch.mm(z, weight.t(), out=y[rows])
     if stats is not None:
         channel_stats(y, stats)
+    _fold_next(next_stats, next_gamma, next_beta, next_eps, next_norm)
 
 
 def norm_relu_conv1x1_backward(
@@ -198,6 +219,8 @@ def norm_relu_conv1x1_backward(
     dx: Tensor,
     dweight: Tensor | None,
     dnorm: Tensor,
+    count: int = 0,
+    x_correction: Tensor | None = None,
 ) -> None:
     """See `interface.Operators.norm_relu_conv1x1_backward`."""
     dnorm.zero_()
@@ -211,6 +234,8 @@ def norm_relu_conv1x1_backward(
         dz = masked(torch.mm(dy, weight), normalised)
         dnorm += norm_sums(dz, x[rows], norm)
         dx[rows] += dz.mul_(norm[0])
+    if x_correction is not None:
+        norm_correction(dnorm, norm, count, True, x_correction)
 
 
 def _conv3x3(x: Tensor) -> ConvOptions:
@@ -219,12 +244,22 @@ def _conv3x3(x: Tensor) -> ConvOptions:
 
 
 def norm_relu_conv3x3_forward(
-    x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stats: Tensor | None,
+    next_stats: Tensor | None = None,
+    next_gamma: Tensor | None = None,
+    next_beta: Tensor | None = None,
+    next_eps: float = 0.0,
+    next_norm: Tensor | None = None,
 ) -> None:
     """See `interface.Operators.norm_relu_conv3x3_forward`; any number of dimensions."""
     norm_relu_conv_forward(x, norm, weight, None, _conv3x3(x), y)
     if stats is not None:
         channel_stats(y, stats)
+    _fold_next(next_stats, next_gamma, next_beta, next_eps, next_norm)
 
 
 def norm_relu_conv3x3_backward(
@@ -238,11 +273,15 @@ def norm_relu_conv3x3_backward(
     dx: Tensor,
     dweight: Tensor | None,
     dnorm: Tensor,
+    count: int = 0,
+    x_correction: Tensor | None = None,
 ) -> None:
     """See `interface.Operators.norm_relu_conv3x3_backward`; any number of dimensions."""
     norm_relu_conv_backward(
         dy, y, correction, x, norm, weight, _conv3x3(x), accumulate, dx, dweight, None, dnorm
     )
+    if x_correction is not None:
+        norm_correction(dnorm, norm, count, accumulate, x_correction)
 
 
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

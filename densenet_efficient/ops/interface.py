@@ -58,9 +58,21 @@ class Operators(Protocol):
         neighbour so that sums are kept (dithering)."""
 
     def norm_relu_conv1x1_forward(
-        self, x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+        self,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        stats: Tensor | None,
+        next_stats: Tensor | None = None,
+        next_gamma: Tensor | None = None,
+        next_beta: Tensor | None = None,
+        next_eps: float = 0.0,
+        next_norm: Tensor | None = None,
     ) -> None:
-        """``y [M, K] = relu(a x + s) W^T`` of ``x [M, C]``, and the stats of y as stored."""
+        """``y [M, K] = relu(a x + s) W^T`` of ``x [M, C]``, and the stats of y as stored. Where
+        ``next_norm`` is given, then what `norm_fold` makes of ``next_stats``, ``next_gamma``,
+        ``next_beta`` and ``next_eps``; ``stats`` is some columns of ``next_stats``."""
 
     def norm_relu_conv1x1_backward(
         self,
@@ -73,13 +85,27 @@ class Operators(Protocol):
         dx: Tensor,
         dweight: Tensor | None,
         dnorm: Tensor,
+        count: int = 0,
+        x_correction: Tensor | None = None,
     ) -> None:
-        """``dx += a dz``, the weight gradient and the norm's two sums."""
+        """``dx += a dz``, the weight gradient and the norm's two sums. Where ``x_correction`` is
+        given, p and q of ``dnorm`` are added to it, as by `norm_correction`."""
 
     def norm_relu_conv3x3_forward(
-        self, x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
+        self,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        stats: Tensor | None,
+        next_stats: Tensor | None = None,
+        next_gamma: Tensor | None = None,
+        next_beta: Tensor | None = None,
+        next_eps: float = 0.0,
+        next_norm: Tensor | None = None,
     ) -> None:
-        """``y [N, H, W, K] = conv3x3(relu(a x + s))``, and the stats of y as stored."""
+        """``y [N, H, W, K] = conv3x3(relu(a x + s))``, and the stats of y as stored; ``next_norm``
+        as in `norm_relu_conv1x1_forward`."""
 
     def norm_relu_conv3x3_backward(
         self,
@@ -93,8 +119,11 @@ class Operators(Protocol):
         dx: Tensor,
         dweight: Tensor | None,
         dnorm: Tensor,
+        count: int = 0,
+        x_correction: Tensor | None = None,
     ) -> None:
-        """``dx = dz`` or ``dx += a dz``, the weight gradient and the norm's two sums."""
+        """``dx = dz`` or ``dx += a dz``, the weight gradient and the norm's two sums. Where
+        ``x_correction`` is given, what `norm_correction` makes of ``dnorm``, or adds."""
 
     def transition_forward(
         self, x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None

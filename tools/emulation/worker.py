@@ -68,10 +68,11 @@ def tensors(argument: Any) -> list[torch.Tensor]:
 
 
 def call(library: ctypes.CDLL, op: str, arguments: list[Any]) -> None:
-    """Calls the operator, its tensors' memory known to the counters by the schema's names."""
+    """Calls the operator, its tensors' memory known to the counters by the schema's names. Last
+    arguments may be left out."""
     function = getattr(torch.ops.densenet_efficient, op).default
     library.de_emulation_name_range(None, None, ctypes.c_longlong(0))
-    for parameter, argument in zip(function._schema.arguments, arguments, strict=True):
+    for parameter, argument in zip(function._schema.arguments, arguments, strict=False):
         for value in tensors(argument):
             storage = value.untyped_storage()
             library.de_emulation_name_range(

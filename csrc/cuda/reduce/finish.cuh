@@ -11,11 +11,13 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "../device.cuh"
 #include "../launch.h"
 #include "../tiling/partials.h"
 #include "../vector.cuh"
+#include "tables.cuh"
 
 namespace densenet_efficient {
 
@@ -28,14 +30,32 @@ constexpr int kMomentGroups = kMomentThreads / kMomentChannels;
 constexpr int kMomentWarps = kMomentThreads / 32, kWarpGroups = 32 / kMomentChannels;
 constexpr int kMomentBatch = 8;  // partials of a thread that are under way at once
 
-// partial [blocks][3][channels] to stats [2, channels]: mean, biased variance (0 of no rows).
+// partial [blocks][3][channels] to stats [2, channels]: mean, biased variance (0 of no rows). Then,
+// where there is one, the norm that reads these channels and others, whose statistics are there
+// already: by blocks of their own.
 template <typename A>
 struct MomentPartials {
   const A* partial;
   int blocks;
   int channels;
   Rows<A> stats;
+  NextFold<A> next{};
+
+  DE_HOST_DEVICE int own_grid() const { return (channels + kMomentChannels - 1) / kMomentChannels; }
 };
+
+// Of the channels that the next norm reads besides the operator's own, as many as a block has
+// threads.
+template <typename A>
+__device__ __forceinline__ void fold_others(const MomentPartials<A>& args) {
+  using namespace device;
+  const NextFold<A>& next = args.next;
+  const int other = (block_x() - args.own_grid()) * kMomentThreads + thread_index();
+  const int channel = other < next.first ? other : other + args.channels;
+  if (channel < next.channels)
+    store_fold(next.norm, channel, global_load<A>(next.stats[kStatsMean] + channel),
+               global_load<A>(next.stats[kStatsVar] + channel), next.gamma, next.beta, next.eps);
+}
 
 // The moments of all sets, by exact two-pass; an empty set's mean must be finite.
 template <typename A, int kSets>
@@ -73,6 +93,7 @@ __device__ __forceinline__ Moments<A> merge_groups(const Moments<A>& own) {
 template <typename A>
 __device__ __forceinline__ void finish_moments(const MomentPartials<A>& args) {
   using namespace device;
+  if (block_x() >= args.own_grid()) return fold_others(args);
   const int channel = block_x() * kMomentChannels + thread_index() % kMomentChannels;
   const int64_t pitch = args.channels;
   Moments<A> all{0, 0, 0};
@@ -120,21 +141,25 @@ __device__ __forceinline__ void finish_moments(const MomentPartials<A>& args) {
   }
   all = merge_groups(merge_all(sets));
   if (lane_index() >= kMomentChannels || channel >= args.channels) return;
-  global_store(args.stats[kStatsMean] + channel, pivot + all.mean);
-  global_store(args.stats[kStatsVar] + channel, all.count > A(0) ? all.m2 / all.count : A(0));
+  const A mean = pivot + all.mean, variance = all.count > A(0) ? all.m2 / all.count : A(0);
+  global_store(args.stats[kStatsMean] + channel, mean);
+  global_store(args.stats[kStatsVar] + channel, variance);
+  const NextFold<A>& next = args.next;
+  if (next.norm.data)
+    store_fold(next.norm, next.first + channel, mean, variance, next.gamma, next.beta, next.eps);
 }
 
 // Launches the operator's kernel, where the stats are wanted.
 template <auto kernel, typename A>
 void launch_finish(const Launcher& launcher, const A* partial, int64_t blocks, int64_t channels,
-                   const Strided& stats) {
+                   const Strided& stats, const arguments::FoldedNext& next = {}) {
   if (!stats || channels == 0) return;
+  const MomentPartials<A> args{partial, static_cast<int>(blocks), static_cast<int>(channels),
+                               output_rows<A>(stats), next_fold<A>(next)};
   constexpr int64_t kShared = kMomentWarps * kMomentChannels * tiling::kMomentRows * sizeof(A);
-  launcher.launch<kernel>({.grid_x = ceil_div(channels, kMomentChannels),
-                           .block = kMomentThreads,
-                           .shared_bytes = kShared},
-                          MomentPartials<A>{partial, static_cast<int>(blocks),
-                                            static_cast<int>(channels), output_rows<A>(stats)});
+  const int64_t others = next.norm ? ceil_div(next.C - channels, kMomentThreads) : 0;
+  launcher.launch<kernel>(
+      {.grid_x = args.own_grid() + others, .block = kMomentThreads, .shared_bytes = kShared}, args);
 }
 
 // ---- Sums ---------------------------------------------------------------------------------------
@@ -158,6 +183,7 @@ struct SumPartials {
   Rows<A> out{};
   int channel_step = 1, tap_step = 1;  // of out
   bool accumulate = false;             // add to what out holds
+  NormCorrection<A> correction{};      // of a norm's sums
   // Of this pass: teams that share a piece; values of a block, each with all taps; blocks; bytes
   // between the partials of a team.
   int groups = 1, span = 0, grid = 0, step_bytes = 0;
@@ -275,7 +301,12 @@ __device__ __forceinline__ void finish_values(const SumPartials<A>& args, int in
     if (to_channel >= args.channels) continue;
     A* const out =
         args.out[at / args.pitch] + to_channel * args.channel_step + i % kTaps * args.tap_step;
-    global_store(out, args.accumulate ? global_load<A>(out) + sum : sum);
+    if (args.accumulate) sum += global_load<A>(out);
+    global_store(out, sum);
+    if constexpr (std::is_same_v<Pass, NormPass>) {
+      if (args.correction.table.data)
+        store_correction(args.correction, static_cast<DnormRow>(at / args.pitch), to_channel, sum);
+    }
   }
 }
 
