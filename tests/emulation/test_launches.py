@@ -14,8 +14,8 @@ from tools import launches
 
 pytestmark = pytest.mark.slow
 
-MOST = 15
-MOST_OF_BLOCK = 24
+MOST = 9
+MOST_OF_BLOCK = 17
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
