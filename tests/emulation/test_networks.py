@@ -87,7 +87,8 @@ def assert_errs_no_more(ours: nn.Module, plain: nn.Module, exact: nn.Module) -> 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=identifier)
 def test_a_step_errs_no_more_than_eager(emulated: list[str], dtype: torch.dtype) -> None:
     assert_errs_no_more(*networks(dtype, "recompute"))
-    assert set(emulated) == set(compiled.NAMES)
+    # A convolution's second pass makes the corrections.
+    assert set(emulated) == set(compiled.NAMES) - {"norm_correction"}
 
 
 @pytest.mark.usefixtures("emulated")

@@ -96,16 +96,16 @@ def test_wave_factors(tiles: int, ranges: int, blocks: int, factor: float) -> No
 
 
 def test_a_step_has_every_launch_of_its_operators() -> None:
-    """As a profile of DenseNet-121 counts them: four folds and two corrections a layer, and those
-    of norm0, the transitions and norm5."""
+    """As `tools.launches` counts them in a block: the first layer's norm is folded by itself, as
+    are those of the transitions, all others in second passes."""
     step = Step(NetworkSpec("densenet121"), 2, 64, "recompute")
     calls = step.calls()
     number = {op: sum(call.op == op for call in calls) for op in {call.op for call in calls}}
     assert number["norm_relu_conv1x1_forward"] == 2 * 58
     assert number["norm_relu_conv3x3_backward"] == number["norm_relu_conv1x1_backward"] == 58
-    assert number["norm_fold"] == 4 * 58 + 2 * 3 and number["norm_correction"] == 2 * 58
+    assert number["norm_fold"] == 4 + 2 * 3 and "norm_correction" not in number
     assert number["norm_correction_apply"] == 4 and number["transition_forward"] == 3
-    assert 400 < sum(call.times for call in calls if call.op == PYTORCH) < 500
+    assert 150 < sum(call.times for call in calls if call.op == PYTORCH) < 250
     with pytest.raises(ValueError, match="memory must be 'auto', 'recompute' or 'store'"):
         Step(NetworkSpec("densenet121"), 2, 64, "least")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from densenet_efficient.core.weights import GROUP_BYTES
 from densenet_efficient.models.networks import NetworkSpec
 from densenet_efficient.nn.dense_block import DenseBlockExecution
 from densenet_efficient.nn.options import check_memory
@@ -95,12 +97,13 @@ class Step:
         for index, layers in enumerate(blocks):
             stage = f"block {index + 1}"
             rows, total = self.batch * side * side, _row(channels + growth * layers)
-            own = Call(stage, PYTORCH, (), times=4)
             apply = Call(stage, "norm_correction_apply", (rows, channels), total)
-            yield [own], [apply, own]
+            own = Call(stage, PYTORCH, (), times=3 + _casts(channels, growth, layers))
+            yield [own, Call(stage, "norm_fold", (channels,))], [apply, own]
             for layer in range(layers):
                 again = layer < layers - kept[index]
                 yield self._layer(stage, side, channels + growth * layer, growth, total, again)
+            yield [Call(stage, PYTORCH, ())], []  # the running statistics
             channels += growth * layers
             if index + 1 < len(blocks):
                 half = int(channels * options.get("compression", 0.5))
@@ -118,21 +121,22 @@ class Step:
         width = 4 * growth
         flat = (self.batch * side * side, inputs, width)
         image = (self.batch, side, side, width, growth)
-        folds = [Call(stage, "norm_fold", (channels,)) for channels in (inputs, width)]
         first = Call(stage, "norm_relu_conv1x1_forward", flat, total)
-        forward = [
-            Call(stage, PYTORCH, (), times=2), folds[0], first, folds[1],
-            Call(stage, "norm_relu_conv3x3_forward", image),
-        ]  # fmt: skip
+        forward = [first, Call(stage, "norm_relu_conv3x3_forward", image)]
         second = [dataclasses.replace(first, stats=False)] if again else []
         backward = [
-            Call(stage, PYTORCH, (), times=3), *folds, *second,
+            *second,
             Call(stage, "norm_relu_conv3x3_backward", image),
-            Call(stage, "norm_correction", (width,)),
             Call(stage, "norm_relu_conv1x1_backward", flat, total),
-            Call(stage, "norm_correction", (inputs,)),
-        ]  # fmt: skip
+        ]
         return forward, backward
+
+
+def _casts(channels: int, growth: int, layers: int) -> int:
+    """How often the weights of a block are cast to 16 bits, some layers' together."""
+    inputs = sum(channels + growth * layer for layer in range(layers))
+    elements = 4 * growth * inputs + layers * 36 * growth**2
+    return math.ceil(2 * elements / GROUP_BYTES)
 
 
 def _row(channels: int) -> int:
