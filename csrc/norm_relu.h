@@ -63,7 +63,8 @@ DE_HOST_DEVICE A correct(A dz, A x, A a, A p, A q, A mean) {
 }
 
 // A norm from its channel's statistics, in double, rounded once. The shift belongs to the scale as
-// rounded: where the mean is large next to the deviation, mean * scale cancels what x * scale makes.
+// rounded: where the mean is large next to the deviation, mean * scale cancels what x * scale
+// makes.
 template <typename A>
 struct FoldedNorm {
   A scale, shift, mean, rstd, beta;

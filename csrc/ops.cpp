@@ -39,8 +39,8 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
   library.def("norm_correction_apply(Tensor(a!) dx, Tensor x, Tensor correction) -> ()");
 
   // y [M, K] = relu(a * x + s) @ weight^T, x [M, C], weight [K, C]; optionally the stats of y. Then
-  // optionally a norm that reads y, as norm_fold gives it: next_stats [2, C_next], in which stats is
-  // some columns, holds the statistics of all that it reads.
+  // optionally a norm that reads y, as norm_fold gives it: next_stats [2, C_next], of which stats
+  // is some columns, holds the statistics of all that it reads.
   library.def(
       "norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor(a!) y, "
       "Tensor(b!)? stats, Tensor? next_stats=None, Tensor? next_gamma=None, "

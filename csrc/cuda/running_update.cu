@@ -2,8 +2,9 @@
 //
 //   mean := (1 - momentum) * mean + momentum * batch mean, the variance likewise, times `unbiased`
 //
-// One thread per channel of each norm, in double, rounded once (norm_relu.h). A launch takes as many
-// norms as its parameters hold. Bytes moved: the moments twice, the table's columns once a norm.
+// One thread per channel of each norm, in double, rounded once (norm_relu.h). A launch takes as
+// many norms as its parameters hold. Bytes moved: the moments twice, the table's columns once a
+// norm.
 #include <algorithm>
 
 #include "launch.h"

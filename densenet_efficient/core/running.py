@@ -82,7 +82,7 @@ def _update_together(norms: Running, table: Tensor, first: Sequence[int], count:
     """By one operator, which writes when it has checked all."""
     means, variances, batches, momenta = norms
     torch.autograd.graph.increment_version((*means, *variances, *batches))  # type: ignore[arg-type]
-    torch.ops.densenet_efficient.running_update.default(
+    compiled.running_update(
         table, means, variances, batches, first, momenta[0], count / (count - 1)
     )
 

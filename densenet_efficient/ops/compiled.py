@@ -15,11 +15,14 @@ from torch import Tensor
 from . import flops, library
 from .interface import NAMES
 
+RUNNING_UPDATE = "running_update"
+"""Of lists of tensors, which `core.running` alone calls: no other implementation offers it."""
+
 _negative_views = torch.library.Library(library.NAMESPACE, "IMPL")
 
 
 def __getattr__(name: str) -> Callable[..., None]:
-    if name not in NAMES:
+    if name not in NAMES and name != RUNNING_UPDATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     library.load()
     _register()
@@ -34,6 +37,9 @@ def _register() -> None:
         torch.library.register_fake(f"{library.NAMESPACE}::{name}", _fake(operator))
         _negative_views.impl(name, _for_negative_views(operator), "Negative")
         globals()[name] = operator
+    update = torch.ops.densenet_efficient.running_update.default
+    torch.library.register_fake(f"{library.NAMESPACE}::{RUNNING_UPDATE}", _fake(update))
+    globals()[RUNNING_UPDATE] = update
     flops.register()
 
 

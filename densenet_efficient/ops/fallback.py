@@ -10,6 +10,7 @@ statistics are taken in the accumulation dtype (float32, float64 for float64).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,17 +108,6 @@ def norm_correction(
         correction.copy_(torch.stack((norm[0], p, q, norm[2])))
 
 
-def _fold_next(
-    stats: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    norm: Tensor | None,
-) -> None:
-    if norm is not None and stats is not None:
-        norm_fold(stats, gamma, beta, eps, norm)
-
-
 def _corrected(dy: Tensor, y: Tensor, correction: Tensor) -> Tensor:
     a, p, q, mean = correction
     centred = y.to(a.dtype) - mean
@@ -189,16 +179,7 @@ def norm_relu_conv_backward(
 
 
 def norm_relu_conv1x1_forward(
-    x: Tensor,
-    norm: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    stats: Tensor | None,
-    next_stats: Tensor | None = None,
-    next_gamma: Tensor | None = None,
-    next_beta: Tensor | None = None,
-    next_eps: float = 0.0,
-    next_norm: Tensor | None = None,
+    x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None, *following: Any
 ) -> None:
     """See `interface.Operators.norm_relu_conv1x1_forward`."""
     for rows in chunks(x):
@@ -206,7 +187,8 @@ def norm_relu_conv1x1_forward(
         torch.mm(z, weight.t(), out=y[rows])
     if stats is not None:
         channel_stats(y, stats)
-    _fold_next(next_stats, next_gamma, next_beta, next_eps, next_norm)
+    if following and following[-1] is not None:
+        norm_fold(*following)
 
 
 def norm_relu_conv1x1_backward(
@@ -244,22 +226,14 @@ def _conv3x3(x: Tensor) -> ConvOptions:
 
 
 def norm_relu_conv3x3_forward(
-    x: Tensor,
-    norm: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    stats: Tensor | None,
-    next_stats: Tensor | None = None,
-    next_gamma: Tensor | None = None,
-    next_beta: Tensor | None = None,
-    next_eps: float = 0.0,
-    next_norm: Tensor | None = None,
+    x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None, *following: Any
 ) -> None:
     """See `interface.Operators.norm_relu_conv3x3_forward`; any number of dimensions."""
     norm_relu_conv_forward(x, norm, weight, None, _conv3x3(x), y)
     if stats is not None:
         channel_stats(y, stats)
-    _fold_next(next_stats, next_gamma, next_beta, next_eps, next_norm)
+    if following and following[-1] is not None:
+        norm_fold(*following)
 
 
 def norm_relu_conv3x3_backward(

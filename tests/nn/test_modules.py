@@ -16,7 +16,6 @@ from densenet_efficient.core import arena, gradients
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.nn.architecture import DenseNetBase
 from densenet_efficient.nn.fully_convolutional import FCDenseNetBase
-from densenet_efficient.ops import compiled, library
 from densenet_efficient.ops.interface import NORM_ROWS
 from tests.support.block_pair import MEMORY, assert_same, pair, step
 
@@ -321,32 +320,6 @@ def test_transition_children_can_be_called_one_by_one():
     x = torch.randn(2, 10, 6, 6, dtype=torch.float64)
     by_hand = ours.pool(ours.conv(ours.relu(ours.norm(x))))
     torch.testing.assert_close(ours(x), by_hand, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.skipif(not library.is_available(), reason="the compiled library is not built")
-@pytest.mark.parametrize("memory", MEMORY)
-def test_operators_pass_opcheck(memory, monkeypatch):
-    """Every operator, with the arguments of a real step: slices of larger buffers among them."""
-    calls = {}
-    for name in compiled.NAMES:
-        real = getattr(compiled, name)
-
-        def record(*args, real=real, name=name):
-            copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-            calls.setdefault(name, copies)
-            return real(*args)
-
-        monkeypatch.setattr(compiled, name, record)
-    model = EfficientDenseNet(4, (2, 2), 6, 2, num_classes=3, memory=memory).double()
-    model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
-    # A convolution's backward makes the corrections of such a network.
-    dnorm, norm, correction = torch.rand(2 + 5 + 4, 6, dtype=torch.float64).split((2, 5, 4))
-    compiled.norm_correction(dnorm, norm, 7, False, correction)
-    assert set(calls) == set(compiled.NAMES)
-    for name, args in calls.items():
-        if name.endswith("forward"):  # the next norm's statistics hold y's, which copies do not
-            args = args[:5]
-        torch.library.opcheck(getattr(torch.ops.densenet_efficient, name).default, args)
 
 
 @pytest.mark.parametrize("base", [DenseNetBase, FCDenseNetBase])

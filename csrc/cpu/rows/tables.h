@@ -90,8 +90,8 @@ inline void put_correction(Rows<const A> dnorm, Rows<const A> norm, int64_t coun
     for (int64_t c = 0; c < channels; ++c) correction[row][c] += own[row * channels + c];
 }
 
-// The correction that a convolution's backward adds to or makes of its dnorm, where its caller gives
-// one.
+// The correction that a convolution's backward makes of its dnorm, or adds to, where its caller
+// gives one.
 template <typename A, typename Call>
 inline void correct_x(const Call& call, bool accumulate) {
   if (call.x_correction)

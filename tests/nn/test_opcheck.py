@@ -1,0 +1,37 @@
+"""PyTorch's own check of custom operators, with the arguments of a network's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from densenet_efficient.models.densenet import EfficientDenseNet
+from densenet_efficient.ops import compiled, library
+
+
+@pytest.mark.skipif(not library.is_available(), reason="the compiled library is not built")
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+def test_operators_pass_opcheck(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operator, with the arguments of a real step: slices of larger buffers among them."""
+    calls: dict[str, tuple[Any, ...]] = {}
+    for name in compiled.NAMES:
+        real = getattr(compiled, name)
+
+        def record(*args: Any, real: Any = real, name: str = name) -> Any:
+            copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+            calls.setdefault(name, copies)
+            return real(*args)
+
+        monkeypatch.setattr(compiled, name, record)
+    model = EfficientDenseNet(4, (2, 2), 6, 2, num_classes=3, memory=memory).double()
+    model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
+    # A convolution's backward makes the corrections of such a network.
+    dnorm, norm, correction = torch.rand(2 + 5 + 4, 6, dtype=torch.float64).split((2, 5, 4))
+    compiled.norm_correction(dnorm, norm, 7, False, correction)
+    assert set(calls) == set(compiled.NAMES)
+    for name, args in calls.items():
+        if name.endswith("forward"):  # the next norm's statistics hold y's, which copies do not
+            args = args[:5]
+        torch.library.opcheck(getattr(torch.ops.densenet_efficient, name).default, args)
