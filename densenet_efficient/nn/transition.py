@@ -145,6 +145,10 @@ class TransitionExecution(Efficient):
             )
         return None
 
+    def _check_size(self, x: Tensor) -> None:
+        if _pools(self.parts()):
+            check_size(x)
+
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *spatial] -> [N, K, *(spatial // 2)]; without pooling [N, K, *spatial]."""
         if torch.compiler.is_compiling():
@@ -212,6 +216,9 @@ class TransitionExecution(Efficient):
         contiguous = asked.contiguous
         chosen = self.path(x)
         if chosen.kind == ORIGINAL:
+            # The original's norm would count an empty batch that its pooling then refuses.
+            if chosen.reason == execution.EMPTY and x.dim() > 2 and self._problem() is None:
+                self._check_size(x)
             return self._run_original(chosen, handover.own(x))
         parts = self.parts()
         norm, conv = parts.norm, parts.conv
@@ -221,8 +228,7 @@ class TransitionExecution(Efficient):
         execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
         pools, drops = _pools(parts), parts.drop_rate > 0
         takes_largest = is_max_pool_by_two(parts.pool)
-        if pools:
-            check_size(x)
+        self._check_size(x)
         want, (dtype, answer) = uses_batch_statistics(norm), _dtypes(x, pools)
         own = norm_spec(norm, dtype)
         stats, known = handover.known_stats(x, own.group)

@@ -76,6 +76,16 @@ def test_a_failed_call_leaves_running_statistics_alone(monkeypatch):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("images", [0, 2])
+def test_images_that_a_transition_leaves_nothing_of_are_refused_before_they_are_counted(images):
+    transition = de.EfficientTransition(3, 2).train()
+    before = copy.deepcopy(transition.state_dict())
+    with pytest.raises(ValueError, match="at least 2 pixels in every direction"):
+        transition(torch.zeros(images, 3, 1, 4))
+    for name, value in transition.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_empty_batch():
     _, ours = pair()
     before = copy.deepcopy(ours.state_dict())
