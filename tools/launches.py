@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densenet_efficient.core import eager, functions, layout, replay, weights
+from densenet_efficient.core import eager, functions, layout, replay, specs, weights
 from densenet_efficient.nn.dense_block import EfficientDenseBlock
 from tools.emulation import Emulator
 
@@ -102,6 +102,7 @@ def of_block(
         mock.patch.object(layout, "row_length", lambda c, dtype, _: on_gpu(c, dtype, device)),
         mock.patch.object(replay, "record", lambda *_: None),  # a program does the same
         mock.patch.object(weights, "are_shared", lambda device: True),
+        mock.patch.object(specs, "keeps_norms", lambda device: True),
         mock.patch.object(eager, "unusual_mode", lambda: None),
         mock.patch.object(functions, "has_overflowed", lambda table: False),  # asked on CPUs only
     ):

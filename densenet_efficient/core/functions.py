@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import differentiable, eager, layout, max_pool, pooling
+from . import differentiable, eager, layout, max_pool, pooling, specs
 from .dense_block import Kept, block_backward, block_forward
 from .gradients import gradient_buffer
 from .specs import BlockSpec, PoolSpec
@@ -66,8 +66,8 @@ class DenseBlockFunction(torch.autograd.Function):
     and where processes share them the statistics ``[2, C_total]`` of F, for a norm after the block
     that leaves its correction to this backward pass.
 
-    Saved for backward: F, its statistics and those of every b, the folded norms, in ``store`` mode
-    every b.
+    Saved for backward: F, its statistics and those of every b, on a GPU the folded norms, and every
+    b that the specification keeps.
     """
 
     @staticmethod
@@ -80,7 +80,8 @@ class DenseBlockFunction(torch.autograd.Function):
         result.bottleneck_stats, result.table = kept.bottleneck_stats, kept.table
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, kept.table, kept.norms, *kept.bottlenecks, *parameters)
+        norms = kept.norms if specs.keeps_norms(y.device) else None
+        ctx.save_for_backward(y, kept.table, norms, *kept.bottlenecks, *parameters)
         return y if spec.exchange is None else (y, kept.stats.clone())
 
     @staticmethod
@@ -105,7 +106,8 @@ class DenseBlockFunction(torch.autograd.Function):
             return _where(ctx.needs_input_grad, (None, found[0], None, None, *found[1:]))
         # Hooks on saved tensors may have brought them back in another layout.
         bottlenecks = [b.contiguous() for b in bottlenecks]
-        kept = Kept(spec, layout.channels_last(y), table, bottlenecks, norms.contiguous())
+        norms = None if norms is None else norms.contiguous()
+        kept = Kept(spec, layout.channels_last(y), table, bottlenecks, norms)
         e = gradient_buffer(held)
         held.clear()
         with torch.autocast(y.device.type, enabled=False):

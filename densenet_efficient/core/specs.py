@@ -209,6 +209,13 @@ def norm_elements(spec: BlockSpec) -> int:
     return sum(norm_length(width) for layer in spec.layers for width in layer.norm_widths())
 
 
+def keeps_norms(device: torch.device) -> bool:
+    """Whether backward takes the norms that forward folded. On a GPU, where folding them again is
+    two launches a layer; elsewhere that costs next to nothing, and norms take a share of what small
+    images keep."""
+    return device.type == "cuda"
+
+
 def kept_table(
     spec: BlockSpec, image: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> list[Buffer]:
@@ -218,7 +225,8 @@ def kept_table(
     acc = accumulation_dtype(dtype)
     columns = spec.out_channels + sum(layer.bottleneck for layer in spec.layers)
     table.append(Buffer("statistics", (2, columns), acc, "kept"))
-    table.append(Buffer("norms", (norm_elements(spec),), acc, "kept"))
+    if keeps_norms(device):
+        table.append(Buffer("norms", (norm_elements(spec),), acc, "kept"))
     for index, layer in enumerate(spec.layers):
         if spec.keeps(index):
             table.append(Buffer(f"b{index}", (*image, layer.bottleneck), dtype, "kept"))

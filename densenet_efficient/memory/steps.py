@@ -17,13 +17,14 @@ from torch import nn
 
 from ..core import arena, layout
 from ..core.arena import Buffer
-from ..core.specs import BlockSpec, kept_table, scratch_table
+from ..core.specs import BlockSpec, keeps_norms, kept_table, norm_elements, scratch_table
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.features import FeaturesExecution
 from ..nn.layers import layer_spec
 from ..nn.norms import includes_relu, is_batch_norm
 from ..nn.transition import MAX_POOLS, TransitionExecution, is_max_pool_by_two
 from ..ops.dispatch import choose
+from ..ops.dtypes import accumulation_dtype
 from . import workspaces
 from .timeline import Timeline
 
@@ -243,6 +244,8 @@ class Block(Part):
         scratch = scratch_table(spec, self.image, self.dtype, backward)
         timeline.grow(SCRATCH, arena.slab_bytes(scratch), where)
         inside = workspaces.block(spec, self.image, self.dtype, self.device, backward)
+        if not keeps_norms(self.device):
+            inside += norm_elements(spec) * accumulation_dtype(self.dtype).itemsize
         timeline.mark(where, inside)
 
     def _spec(self) -> BlockSpec:
