@@ -17,9 +17,12 @@ CONVOLUTION_BYTES, CONVOLUTION_SHARE = 6, 0.0105
 
 def of_pytorch(work: Work, gpu: Gpu) -> float:
     """Seconds of one of PyTorch's own launches."""
-    if not work.size:
-        return SMALL
-    return work.size * CONVOLUTION_BYTES / (CONVOLUTION_SHARE * gpu.bandwidth)
+    return first_convolution(work.size, gpu) if work.size else SMALL
+
+
+def first_convolution(pixels: float, gpu: Gpu) -> float:
+    """Seconds of its forward, or of its weight gradient, for so many pixels of images."""
+    return pixels * CONVOLUTION_BYTES / (CONVOLUTION_SHARE * gpu.bandwidth)
 
 
 def duration(work: Work, gpu: Gpu, given: Efficiencies) -> float:
