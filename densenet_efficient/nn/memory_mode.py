@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .execution import Efficient
-from .options import AUTO, check_memory
+from .options import AUTO, check_count, check_memory
 
 
 class KeepsBottlenecks(Efficient):
@@ -25,12 +25,16 @@ class KeepsBottlenecks(Efficient):
 
     @property
     def kept_layers(self) -> int:
-        """Of how many layers, the last ones, the bottlenecks are kept; may be set with "auto"."""
+        """Of how many layers, the last ones, the bottlenecks are kept. May be set, which sets the
+        mode to "auto"; ValueError unless it is from 0 to the number of layers."""
         return len(self.dense_layers()) if self.memory == "store" else self._efficient.kept_layers
 
     @kept_layers.setter
     def kept_layers(self, value: int) -> None:
-        self._efficient.memory, self._efficient.kept_layers = AUTO, value
+        layers = len(self.dense_layers())
+        if (kept := check_count("kept_layers", value, 0)) > layers:
+            raise ValueError(f"kept_layers must be at most the {layers} layers, got {kept}")
+        self._efficient.memory, self._efficient.kept_layers = AUTO, kept
 
     def dense_layers(self) -> Mapping[str, nn.Module]:
         """The layers by name, in order."""
@@ -38,5 +42,6 @@ class KeepsBottlenecks(Efficient):
         return self._modules if layers is None else layers(self)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
-        """The memory mode."""
-        return f"memory={self.memory!r}"
+        """The memory mode, and how many layers "auto" keeps the bottlenecks of."""
+        kept = f", kept_layers={self.kept_layers}" if self.memory == AUTO else ""
+        return f"memory={self.memory!r}{kept}"

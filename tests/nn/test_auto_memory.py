@@ -79,6 +79,23 @@ def test_converting_again_decides_again():
     assert kept(model) == [0, 1, 0] and model.features.denseblock3.memory == "recompute"
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (-1, "kept_layers must be an integer of at least 0, got -1"),
+        ("2", "kept_layers must be an integer of at least 0, got '2'"),
+        (4, "kept_layers must be at most the 3 layers, got 4"),
+    ],
+)
+def test_a_number_of_layers_that_cannot_be_kept_is_refused(value, text):
+    _, block = pair("store", layers=3)
+    with pytest.raises(ValueError, match=text):
+        block.kept_layers = value
+    assert block.memory == "store" and "memory='store'" in repr(block)
+    block.kept_layers = 2
+    assert "memory='auto', kept_layers=2" in repr(block)
+
+
 @pytest.mark.parametrize("layers", range(5))
 @pytest.mark.parametrize("drop_rate", [0.0, 0.4])
 def test_any_number_of_layers_gives_the_same_bits(layers, drop_rate):
