@@ -73,14 +73,16 @@ def block_forward(
     rows = scratch_table(spec, features.shape[:-1], x.dtype, backward=False)
     with arena.lease(rows, x.device) as scratch:
         table, norms, *bottlenecks = replay.run(
-            spec, _forward, (), x, known_stats, features, scratch, parameters
-        )
+            spec, _forward, (weights.are_shared(x.device),), x, known_stats, features, scratch,
+            parameters,
+        )  # fmt: skip
     assert table is not None
     return Kept(spec, features, table, bottlenecks, norms)  # type: ignore[arg-type]
 
 
 def _forward(
     spec: BlockSpec,
+    shares_weights: bool,
     x: Tensor,
     known_stats: Tensor | None,
     features: Tensor,
@@ -107,7 +109,7 @@ def _forward(
         if exchange is not None and not (known_stats is not None and spec.known_shared):
             exchange.moments(first_stats)
 
-    own = weights.by_layer(spec, parameters, x.dtype, len(image) - 1, x.device)
+    own = weights.by_layer(spec, parameters, x.dtype, len(image) - 1, shares_weights)
     is_folded = False  # the next norm1
     for index, (layer_spec, of_layer) in enumerate(zip(spec.layers, own, strict=True)):
         layer = layer_call(spec, index, parameters, of_layer, x.dtype)
@@ -178,8 +180,9 @@ def block_backward(
     rows = scratch_table(spec, kept.features.shape[:-1], gradient.dtype, backward=True)
     with arena.lease(rows, gradient.device) as scratch:
         gradients = replay.run(
-            spec, _backward, (tuple(wanted),), gradient, kept.features, kept.table,
-            kept.norms, kept.bottlenecks, stats_gradient, scratch, parameters,
+            spec, _backward, (tuple(wanted), weights.are_shared(gradient.device)), gradient,
+            kept.features, kept.table, kept.norms, kept.bottlenecks, stats_gradient, scratch,
+            parameters,
         )  # fmt: skip
     return gradient[..., spec.inputs(0)], gradients
 
@@ -187,6 +190,7 @@ def block_backward(
 def _backward(
     spec: BlockSpec,
     wanted: Sequence[bool],
+    shares_weights: bool,
     gradient: Tensor,
     features: Tensor,
     table: Tensor,
@@ -213,7 +217,7 @@ def _backward(
     left = list(bottlenecks)
 
     own = weights.by_layer(
-        spec, parameters, features.dtype, len(image) - 1, features.device, backward=True
+        spec, parameters, features.dtype, len(image) - 1, shares_weights, backward=True
     )
     for index, of_layer in zip(reversed(range(len(spec.layers))), own, strict=True):
         layer_spec = spec.layers[index]

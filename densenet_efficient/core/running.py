@@ -44,8 +44,9 @@ def update(norms: Running, table: Tensor, first: Sequence[int], count: int) -> N
     table: mean and biased variance ``[2, ...]`` over ``count`` values; a norm's are in the columns
     from its number in first on. The running variance takes the unbiased one. ``momentum=None`` is
     the cumulative average. The moments are mixed in the accumulation dtype before they are stored:
-    the variance of a float16 batch need not fit float16. Nothing happens in a recomputation, or
-    without values. Whatever fails or interrupts, all are updated or none.
+    the variance of a float16 batch need not fit float16. norms: at least one; count: not 1, of
+    which there is no variance. Nothing happens in a recomputation, or without values. Whatever
+    fails or interrupts, all are updated or none.
     """
     if count == 0 or is_recomputation():
         return
@@ -62,18 +63,23 @@ def update(norms: Running, table: Tensor, first: Sequence[int], count: int) -> N
 
 
 def _has_operator(norms: Running, table: Tensor) -> bool:
-    """Whether the operator takes these norms: one momentum, one dtype, nothing left out, no norm
-    in two places, and on this device."""
+    """Whether the operator takes these norms: one momentum, one dtype, the table's device, nothing
+    left out, no negative view, and no memory in two places."""
     if norms.momenta[0] is None or norms.momenta.count(norms.momenta[0]) != len(norms.momenta):
         return False
-    dtype = table.dtype
+    dtype, device = table.dtype, table.device
     for mean, variance, batches in zip(*norms[:3], strict=True):
         if mean is None or variance is None or batches is None:
             return False
         same = mean.dtype == dtype and variance.dtype == dtype and batches.dtype == torch.int64
-        if not (same and mean.is_contiguous() and variance.is_contiguous()):
+        there = mean.device == variance.device == batches.device == device
+        if not (same and there and mean.is_contiguous() and variance.is_contiguous()):
             return False
-    if len(set(map(id, norms.means))) != len(norms.means):
+        if mean.is_neg() or variance.is_neg():
+            return False
+    # Not data_ptr(), which ends the sharing of copy-on-write memory.
+    every = [t for kind in norms[:3] for t in kind]
+    if len(set(map(torch._C._data_address, every))) != len(every):  # type: ignore[attr-defined]
         return False
     return dispatch.choose(table.device, torch.bfloat16, 2).operators is compiled
 

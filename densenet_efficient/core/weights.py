@@ -42,10 +42,10 @@ def elements(layer: LayerSpec, dims: int) -> int:
     return sum(math.prod(shape) for shape in _shapes(layer, dims))
 
 
-def groups(spec: BlockSpec, dims: int, dtype: torch.dtype, device: torch.device) -> list[range]:
-    """The layers of each group, in order."""
+def groups(spec: BlockSpec, dims: int, dtype: torch.dtype, shared: bool) -> list[range]:
+    """The layers of each group, in order. shared: see `are_shared`."""
     found: list[range] = []
-    bound = GROUP_BYTES if are_shared(device) else 0
+    bound = GROUP_BYTES if shared else 0
     size = 0
     for index, layer in enumerate(spec.layers):
         own = elements(layer, dims) * dtype.itemsize
@@ -58,25 +58,23 @@ def groups(spec: BlockSpec, dims: int, dtype: torch.dtype, device: torch.device)
     return found
 
 
-def is_packed(layer: LayerSpec, dims: int, dtype: torch.dtype, device: torch.device) -> bool:
+def is_packed(layer: LayerSpec, dims: int, dtype: torch.dtype, shared: bool) -> bool:
     """Whether the layer's 3x3 weight becomes channels last here, in whole chunks, and not in its
     operator, which pads."""
     _, channels, _ = _shapes(layer, dims)[-1]
     whole = channels * dtype.itemsize % _CHUNK == 0
-    return are_shared(device) and dims == 2 and whole
+    return shared and dims == 2 and whole
 
 
-def held_bytes(
-    spec: BlockSpec, dims: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[int]:
+def held_bytes(spec: BlockSpec, dims: int, dtype: torch.dtype, shared: bool) -> Iterator[int]:
     """What is made of float32 and contiguous weights and alive while a layer runs, layer by
     layer."""
     casts = dtype != torch.float32
-    for group in groups(spec, dims, dtype, device):
+    for group in groups(spec, dims, dtype, shared):
         count = 0
         for index in group:
             layer = spec.layers[index]
-            packs = is_packed(layer, dims, dtype, device)
+            packs = is_packed(layer, dims, dtype, shared)
             for *shape, taps in _shapes(layer, dims):
                 count += math.prod(shape) * taps if casts or (packs and taps > 1) else 0
         yield from (count * dtype.itemsize for _ in group)
@@ -87,14 +85,16 @@ def by_layer(
     parameters: Sequence[Tensor | None],
     dtype: torch.dtype,
     dims: int,
-    device: torch.device,
+    shared: bool,
     *,
     backward: bool = False,
 ) -> Iterator[Weights]:
-    """Both weights of every layer, from the first to the last, or the other way round."""
-    order = groups(spec, dims, dtype, device)
+    """Both weights of every layer in a dtype, from the first to the last, or the other way round.
+    shared: what `are_shared` says of the device of the call; not asked here, because a call is
+    recorded without its device (`replay`)."""
+    order = groups(spec, dims, dtype, shared)
     for layers in reversed(order) if backward else order:
-        made = _prepared(spec, layers, parameters, dtype, dims, device)
+        made = _prepared(spec, layers, parameters, dtype, dims, shared)
         for index in reversed(range(len(layers))) if backward else range(len(layers)):
             yield made[2 * index], made[2 * index + 1]
 
@@ -105,7 +105,7 @@ def _prepared(
     parameters: Sequence[Tensor | None],
     dtype: torch.dtype,
     dims: int,
-    device: torch.device,
+    shared: bool,
 ) -> list[Tensor | None]:
     """conv1's and conv2's weights of some layers."""
     made: list[Tensor | None] = []
@@ -113,7 +113,7 @@ def _prepared(
     to_cast: list[int] = []
     for index in layers:
         layer, first = spec.layers[index], index * PARAMETERS_PER_LAYER
-        packs = is_packed(layer, dims, dtype, device)
+        packs = is_packed(layer, dims, dtype, shared)
         for offset, options in ((2, layer.conv1), (6, layer.conv2)):
             weight = parameters[first + offset]
             if weight is not None:

@@ -85,7 +85,8 @@ def _most(
         found = Counter(order[:layers])
         return [found[index] for index in range(len(blocks))]
 
-    # Tried by halves: what is kept only adds to the peak.
+    # Tried by halves, as if what is kept only added to the peak. Where all of a block is kept, its
+    # scratch goes: that last layer may take less than the ones before it.
     tried = range(1, len(order) + 1)
     kept = counts(bisect.bisect_left(tried, True, key=lambda layers: not fits(counts(layers))))
     for index in reversed(range(len(blocks))):

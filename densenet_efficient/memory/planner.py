@@ -118,8 +118,9 @@ def plan(
         training: False predicts a call under ``no_grad``.
 
     Returns:
-        A `Plan`; ``str()`` of it is the table. The optimiser's state and the parameters are live
-        before the step and are not counted, parameter gradients are.
+        A `Plan`; ``str()`` of it is the table. A block whose batch statistics would be of 2 to 7
+        values runs its original forward, which the plan does not know. The optimiser's state and
+        the parameters are live before the step and are not counted, parameter gradients are.
 
     Raises:
         TypeError: the model's features are not efficient blocks; dtype is not floating.

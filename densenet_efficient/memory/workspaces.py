@@ -124,10 +124,11 @@ def block(
     their buffer."""
     worst = 0
     dims = len(image) - 1
-    held = weights.held_bytes(spec, dims, dtype, device)
+    shared = weights.are_shared(device)
+    held = weights.held_bytes(spec, dims, dtype, shared)
     for index, (layer, cast) in enumerate(zip(spec.layers, held, strict=True)):
         recompute = not spec.keeps(index)
-        packed = weights.is_packed(layer, dims, dtype, device)
+        packed = weights.is_packed(layer, dims, dtype, shared)
         convolutions = (layer.conv1, layer.conv2, layer.tail)
         uses_fallback = any(other is not None for other in convolutions)
         for name, shape, channels in _operators(layer, image, backward, recompute):

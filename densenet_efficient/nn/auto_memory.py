@@ -17,7 +17,7 @@ channels to keep: the worth of a layer is its C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -52,7 +52,7 @@ def assign(model: nn.Module) -> None:
     for block in blocks:
         if block.memory == AUTO:
             block.kept_layers = 0
-    places = list(_chain(model))
+    places = _chain(model)
     if not places or len(places) != len(blocks):
         return
     room = _room(places)
@@ -91,24 +91,25 @@ def _room(places: Sequence[_Place]) -> list[float]:
     return [max(live) - own for own in live]
 
 
-def _chain(model: nn.Module) -> Iterator[_Place]:
-    """The blocks of a model that is one chain; of others, none or fewer than it has."""
+def _chain(model: nn.Module) -> list[_Place]:
+    """The blocks of a model that is one chain; none of others."""
     chains = [m for m in model.modules() if isinstance(m, FeaturesExecution)]
     if len(chains) != 1:
-        return
+        return []
     within = set(chains[0].modules())
     after = [m for m in model.modules() if m not in within]
     if any(isinstance(m, CONVOLUTIONS) for m in after):
-        return
+        return []
     if not any(isinstance(m, nn.Linear) for m in after):
-        return
-    pixels = 1.0
-    for number, child in enumerate(chains[0]._modules.values()):
+        return []
+    pixels, places = 1.0, []
+    for number, child in enumerate(chains[0].children()):
         if isinstance(child, DenseBlockExecution):
-            yield _Place(child, pixels)
+            places.append(_Place(child, pixels))
         elif isinstance(child, TransitionExecution):
             parts = child.parts()
             if type(parts.pool) is not nn.Identity:
                 pixels /= 2 ** len(parts.conv.kernel_size)
-        elif number and any(isinstance(m, CONVOLUTIONS) for m in child.modules()):  # type: ignore[union-attr]
-            return
+        elif number and any(isinstance(m, CONVOLUTIONS) for m in child.modules()):
+            return []
+    return places

@@ -97,7 +97,7 @@ class DenseBlockExecution(KeepsBottlenecks):
             if last is not None:
                 call = replace(call, programs=last.programs)
         if execution.has_few_values(x, dtype) and _defers(call):
-            return Dispatch(ORIGINAL, FEW), None
+            return Dispatch(ORIGINAL, FEW), call
         return execution.choose(x, len(call.parts[0].conv1.kernel_size)), call
 
     def _norms(
@@ -205,12 +205,14 @@ class DenseBlockExecution(KeepsBottlenecks):
         chosen, call = self._decision(x)
         if call is None:
             return self._run_original(chosen, init_features)
-        execution.record(self, "", chosen, (norm for part in call.parts for norm in part.norms()))
         first, specs, parameters = call.parts[0], call.specs, call.parameters
         name = f"{next(iter(self.dense_layers()))}.conv1"
         channels, dims = first.norm1.num_features, len(first.conv1.kernel_size)
         assert parameters[2] is not None
         execution.check_input(x, dims, channels, parameters[2], name)
+        if chosen.kind == ORIGINAL:
+            return self._run_original(chosen, init_features)
+        execution.record(self, "", chosen, (norm for part in call.parts for norm in part.norms()))
         norm = next((norm for layer in specs for norm in layer.batch_norms()), None)
         group = None if norm is None else norm.group
         stats, known = handover.known_stats(x, group)

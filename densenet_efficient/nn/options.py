@@ -52,7 +52,7 @@ def check_number(name: str, value: Any, expected: str, low: float, high: float) 
     """value as a finite float in [low, high]; `expected` says so in words."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.networks import NetworkSpec
+from ..nn.options import MEMORY_MODES
 from ..ops.dtypes import AUTOCAST
 from . import distributed
 from .device import check_device
@@ -35,7 +36,7 @@ class TrainingOptions:
     network: NetworkSpec
     recipe: Recipe
     out: Path
-    execution: str = "recompute"
+    execution: str = MEMORY_MODES[0]
     amp: str | None = None
     device: str = "cpu"
     channels_last: bool = True

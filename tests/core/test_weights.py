@@ -16,14 +16,13 @@ from densenet_efficient.ops import compiled
 
 pytestmark = pytest.mark.quick
 
-CPU = torch.device("cpu")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def spec_of(layers: int, growth: int = 4, bottleneck: int = 16) -> BlockSpec:
     norm = NormSpec(1e-5)
     of_layers = (LayerSpec(8 + growth * n, growth, bottleneck, norm, norm) for n in range(layers))
-    return BlockSpec(tuple(of_layers), compiled, "store")  # type: ignore[arg-type]
+    return BlockSpec(tuple(of_layers), compiled, layers)
 
 
 def parameters_of(spec: BlockSpec, layout: torch.memory_format) -> list[Tensor | None]:
@@ -37,13 +36,18 @@ def parameters_of(spec: BlockSpec, layout: torch.memory_format) -> list[Tensor |
     return found
 
 
-def made(spec: BlockSpec, parameters: list[Tensor | None], dtype: torch.dtype, **way: Any) -> Any:
-    return list(weights.by_layer(spec, parameters, dtype, 2, CPU, **way))
+def made(
+    spec: BlockSpec,
+    parameters: list[Tensor | None],
+    dtype: torch.dtype,
+    shared: bool,
+    **way: Any,
+) -> Any:
+    return list(weights.by_layer(spec, parameters, dtype, 2, shared, **way))
 
 
 @pytest.fixture(params=[False, True], ids=["each", "shared"])
-def shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(weights, "are_shared", lambda device: request.param)
+def shared(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
@@ -57,8 +61,8 @@ def test_values_and_layouts(
     one = weights.elements(spec.layers[-1], 2) * dtype.itemsize
     monkeypatch.setattr(weights, "GROUP_BYTES", 2 * one)
     parameters = parameters_of(spec, layout)
-    found = made(spec, parameters, dtype)
-    again = made(spec, parameters, dtype, backward=True)[::-1]
+    found = made(spec, parameters, dtype, shared)
+    again = made(spec, parameters, dtype, shared, backward=True)[::-1]
     for index, (pair, other) in enumerate(zip(found, again, strict=True)):
         for place, weight, same in zip((2, 6), pair, other, strict=True):
             expected = parameters[8 * index + place]
@@ -72,13 +76,15 @@ def test_values_and_layouts(
 
 
 def test_groups_share_what_the_bound_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, cuda = spec_of(7), torch.device("cuda")
-    assert weights.groups(spec, 2, torch.float32, CPU) == [range(n, n + 1) for n in range(7)]
-    assert weights.groups(spec, 2, torch.float32, cuda) == [range(7)]
+    spec = spec_of(7)
+    assert weights.groups(spec, 2, torch.float32, False) == [range(n, n + 1) for n in range(7)]
+    assert weights.groups(spec, 2, torch.float32, True) == [range(7)]
+    assert weights.are_shared(torch.device("cuda"))
+    assert not weights.are_shared(torch.device("cpu"))
     largest = weights.elements(spec.layers[-1], 2) * 4
     for bound, expected in ((0, [1] * 7), (2 * largest, [2, 2, 2, 1])):
         monkeypatch.setattr(weights, "GROUP_BYTES", bound)
-        assert [len(g) for g in weights.groups(spec, 2, torch.float32, cuda)] == expected
+        assert [len(g) for g in weights.groups(spec, 2, torch.float32, True)] == expected
 
 
 @pytest.mark.parametrize("growth, bottleneck", [(4, 16), (4, 12), (12, 0)])
@@ -89,8 +95,8 @@ def test_the_bytes_that_are_said_are_held(
     spec = spec_of(3, growth, bottleneck)
     parameters = parameters_of(spec, torch.contiguous_format)
     given = {p.untyped_storage().data_ptr() for p in parameters if p is not None}
-    groups = iter(made(spec, parameters, dtype))
-    for group in weights.groups(spec, 2, dtype, CPU):
+    groups = iter(made(spec, parameters, dtype, shared))
+    for group in weights.groups(spec, 2, dtype, shared):
         storages = {}
         for _ in group:
             for weight in next(groups):
@@ -98,16 +104,13 @@ def test_the_bytes_that_are_said_are_held(
                     storage = weight.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
         held = sum(size for at, size in storages.items() if at not in given)
-        said = list(weights.held_bytes(spec, 2, dtype, CPU))
+        said = list(weights.held_bytes(spec, 2, dtype, shared))
         assert said[group.start] <= held <= 1.1 * said[group.start]  # casts begin at a sector
 
 
-def test_rows_that_are_no_whole_chunks_are_left_to_the_operator(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(weights, "are_shared", lambda device: True)
+def test_rows_that_are_no_whole_chunks_are_left_to_the_operator() -> None:
     spec = spec_of(2, bottleneck=12)
-    found = made(spec, parameters_of(spec, torch.contiguous_format), torch.bfloat16)
+    found = made(spec, parameters_of(spec, torch.contiguous_format), torch.bfloat16, True)
     assert all(second.is_contiguous() for _, second in found)
 
 
@@ -116,7 +119,7 @@ def test_a_weight_with_gaps_becomes_dense(shared: bool) -> None:
     parameters = parameters_of(spec, torch.contiguous_format)
     wide = torch.randn(4, 32, 3, 3)[:, ::2]
     parameters[6] = wide
-    ((_, found),) = made(spec, parameters, torch.float32)
+    ((_, found),) = made(spec, parameters, torch.float32, shared)
     assert weights.is_dense(found) and torch.equal(found, wide)
 
 
@@ -125,7 +128,7 @@ def test_a_weight_with_gaps_becomes_dense(shared: bool) -> None:
 def test_a_program_shares_them_too(
     layout: torch.memory_format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit as where every layer has its own."""
+    """To the last bit as where every layer has its own, though recorded without its device."""
     x = torch.randn(2, 8, 5, 5, dtype=dtype)
 
     def steps(memory: str) -> list[list[Tensor]]:
@@ -140,7 +143,14 @@ def test_a_program_shares_them_too(
         return found
 
     expected = steps("store")[0]
-    monkeypatch.setattr(weights, "are_shared", lambda device: True)
+    monkeypatch.setattr(weights, "are_shared", lambda device: device.type == "cpu")
+    together, prepared = [], weights._prepared
+
+    def noted(spec: BlockSpec, layers: range, *rest: Any) -> list[Tensor | None]:
+        together.append(len(layers))
+        return prepared(spec, layers, *rest)
+
+    monkeypatch.setattr(weights, "_prepared", noted)
     recorded = []
     record = replay.record
     monkeypatch.setattr(replay, "record", lambda *g: recorded.append(record(*g)) or recorded[-1])
@@ -149,6 +159,7 @@ def test_a_program_shares_them_too(
             for one, other in zip(found, expected, strict=True):
                 assert torch.equal(one, other) and one.stride() == other.stride()
     assert len(recorded) == 4 and all(recorded)
+    assert set(together) == {3}  # in the first call, and in the second, which is recorded
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -18,6 +18,13 @@ SMALL = {"growth_rate": 8, "block_config": (2, 4, 6), "num_init_features": 16}
 CIFAR = {"depth": 100, "growth_rate": 12}
 
 
+def with_last_convolution() -> nn.Module:
+    """Of another kind than the chain's, after its last block."""
+    model = reference.DenseNet(**SMALL)
+    model.features.extra = nn.Conv2d(model.classifier.in_features, 99, 1)
+    return de.convert(model)
+
+
 def kept(model: nn.Module) -> list[int]:
     return [m.kept_layers for m in model.modules() if isinstance(m, DenseBlockExecution)]
 
@@ -64,6 +71,7 @@ def test_the_last_layers_of_late_blocks_are_kept_as_far_as_there_is_room():
             lambda: de.convert(nn.ModuleList(reference.DenseNet(**SMALL) for _ in range(2))),
             [0] * 6,
         ),
+        (with_last_convolution, [0, 0, 0]),
         (lambda: de.EfficientFCDenseNet(bottleneck=True), [0] * 11),
         (lambda: de.EfficientDenseBlock(3, 8, 4, 4, 0.0, memory="auto"), [0]),
     ],
@@ -159,6 +167,7 @@ def test_an_fc_densenet_fits_a_budget_too():
     ("arguments", "error", "text"),
     [
         (((16, 3, 64), 1e9), ValueError, "4 positive sizes"),
+        ((SHAPE, 10**400), ValueError, "budget must be a positive number of bytes, got 1000"),
         ((SHAPE, 0), ValueError, "budget must be a positive number of bytes, got 0"),
         ((SHAPE, "8GB"), ValueError, "budget must be a positive number of bytes, got '8GB'"),
         ((SHAPE, 1000), ValueError, "budget must be at least the [0-9,]+ bytes .* got 1,000"),

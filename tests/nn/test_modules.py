@@ -85,6 +85,22 @@ def test_images_that_a_transition_leaves_nothing_of_are_refused_before_they_are_
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize(
+    ("x", "error", "text"),
+    [
+        (torch.zeros(1, 15, 2, 2), ValueError, "16 channels"),
+        (torch.zeros(1, 16, 2, 2, dtype=torch.bfloat16), TypeError, "float32 like"),
+    ],
+)
+def test_few_values_are_checked_before_pytorch_counts_them(x, error, text):
+    block = de.EfficientDenseBlock(2, 16, 2, 4, 0.0)
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(error, match=text):
+        block(x)
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_empty_batch():
     _, ours = pair()
     before = copy.deepcopy(ours.state_dict())
