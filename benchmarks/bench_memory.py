@@ -30,7 +30,8 @@ from densenet_efficient.bench.steps import Case, MeasurementError, measure_memor
 from densenet_efficient.bench.tables import markdown_table, megabytes, write_results
 from densenet_efficient.models.networks import NetworkSpec
 
-PEERS = ("eager", "checkpoint", "store", "recompute")
+OURS = ("store", "auto", "recompute")
+PEERS = ("eager", "checkpoint", *OURS)
 # The two batches that each curve's slope is taken from: the others' fit into 16 GB at depth 400;
 # ours are so large that what does not grow with the batch no longer moves the peak about.
 CURVES = {"eager": (4, 8), "checkpoint": (8, 16), "recompute": (64, 128)}
@@ -38,6 +39,7 @@ LABELS = {
     "eager": "standard",
     "checkpoint": "checkpointed",
     "store": "ours, store",
+    "auto": "ours, auto",
     "recompute": "ours, recompute",
 }
 DEPTHS = (100, 196, 298, 400)  # 6 N + 4
@@ -53,7 +55,7 @@ def table(device: str, batch: int, dtype: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for peer in PEERS:
         row: dict[str, Any] = {"peer": peer, **measure_memory(case, peer, exact=True)}
-        if peer in ("store", "recompute"):
+        if peer in OURS:
             row["planned"] = planned_bytes(case, peer)
         rows.append(row)
     text = markdown_table(

@@ -24,7 +24,7 @@ from densenet_efficient.bench.steps import DTYPES, PEERS, Case, MeasurementError
 from densenet_efficient.bench.tables import write_results
 from densenet_efficient.models.networks import NETWORKS, NetworkSpec
 
-CPU_PEERS = ("eager", "checkpoint", "store", "recompute")
+CPU_PEERS = ("eager", "checkpoint", "store", "auto", "recompute")
 GPU_PEERS = ("eager", "checkpoint", "compile", "compile-budget", "store", "recompute")
 BC_100_12 = NetworkSpec("densenet_cifar", depth=100, growth_rate=12, num_classes=10)
 BC_190_40 = NetworkSpec("densenet_cifar", depth=190, growth_rate=40, num_classes=10)

@@ -25,6 +25,7 @@ LABELS = {
     "eager": "torchvision",
     "checkpoint": "torchvision, `memory_efficient=True`",
     "store": 'ours, `memory="store"`',
+    "auto": 'ours, `memory="auto"`, the default',
     "recompute": 'ours, `memory="recompute"`',
 }
 

@@ -18,7 +18,11 @@ OTHERS = {
 }
 CHECKPOINTED = "plain, checkpointed layers"
 # Where a label would meet another: its offset from the point, and the side of it at the point.
-LABELS = {"checkpoint": ((-10, -3), "right"), "store": ((-8, -12), "right")}
+LABELS = {
+    "checkpoint": ((-10, -3), "right"),
+    "store": ((-8, -12), "right"),
+    "auto": ((0, -17), "center"),
+}
 
 
 def stored(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
-BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
+BLUE, RED, PURPLE, GREY, BROWN = "#0072B2", "#D55E00", "#CC79A7", "#999999", "#7F4F24"
 
 # Peer: colour, label.
 PEERS = {
@@ -25,6 +25,7 @@ PEERS = {
     "compile": (PURPLE, "torch.compile"),
     "compile-budget": (GREY, "torch.compile, memory budget"),
     "store": (SKY, "ours, store"),
+    "auto": (BROWN, "ours, auto"),
     "recompute": (BLUE, "ours, recompute"),
     "ours": (GREEN, "ours"),  # of a network without modes
 }
