@@ -158,11 +158,12 @@ def norm_relu_conv_backward(
         part = dy[images]
         if y is not None and correction is not None:
             part = _corrected(part, y[images], correction)
+        if dbias is not None:
+            dbias += part.to(dbias.dtype).sum(_rows(part))
+        if y is not None and correction is not None:
             # Where a is 1, dy lay on the dtype's grid: rounding would lose the correction again.
             first = images.start * dy[0].numel()
             part = torch.where(correction[0] == 1, dithered(part, x.dtype, first), part)
-        if dbias is not None:
-            dbias += part.to(dbias.dtype).sum(_rows(part))
         normalised = normalise(x[images], norm)
         z = normalised.relu().to(x.dtype)
         dz, dw, _ = options.backward(

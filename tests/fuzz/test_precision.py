@@ -4,6 +4,7 @@ statistics are."""
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -91,3 +92,27 @@ def test_blocks_in_low_precision(subject: Subject, **options: object) -> None:
 @fuzz(0.08, subject=TRANSITIONS, **COMMON)
 def test_transitions_in_low_precision(subject: Subject, **options: object) -> None:
     check(subject, **options)  # type: ignore[arg-type]
+
+
+def draw_of(seed: int, *, factor: float, share: float = 1.0) -> Draw:
+    """One tensor with errors of PyTorch's whose size varies tenfold, and ours, independent of them,
+    by `factor` larger in `share` of the draws."""
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.randn(50, generator=generator, dtype=torch.float64)
+    sizes = 1e-3 * 10 ** torch.rand(2, generator=generator, dtype=torch.float64)
+    if torch.rand((), generator=generator) < share:
+        sizes[0] *= factor
+    ours, eager = (exact + s * torch.randn(50, generator=generator) for s in sizes)
+    values = ({"y": y} for y in (ours, eager, exact, exact))
+    return Draw(*values, alike=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("factor", "share"), [(1.0, 1.0), (20.0, 0.3)])
+def test_chance_is_no_larger_error(factor: float, share: float) -> None:
+    assert_errs_no_more(functools.partial(draw_of, factor=factor, share=share), 0)
+
+
+@pytest.mark.parametrize(("factor", "share"), [(3.0, 1.0), (20.0, 0.8)])
+def test_a_larger_error_in_most_draws_is_found(factor: float, share: float) -> None:
+    with pytest.raises(AssertionError, match=r"y: in \d+ of 243 draws more than 2\.0 times"):
+        assert_errs_no_more(functools.partial(draw_of, factor=factor, share=share), 0)
