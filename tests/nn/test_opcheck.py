@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.ops import compiled, library
@@ -16,12 +17,12 @@ from densenet_efficient.ops import compiled, library
 def test_operators_pass_opcheck(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operator, with the arguments of a real step: slices of larger buffers among them."""
     calls: dict[str, tuple[Any, ...]] = {}
-    for name in compiled.NAMES:
+    names = (*compiled.NAMES, compiled.RUNNING_UPDATE)
+    for name in names:
         real = getattr(compiled, name)
 
         def record(*args: Any, real: Any = real, name: str = name) -> Any:
-            copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-            calls.setdefault(name, copies)
+            calls.setdefault(name, tree_map_only(torch.Tensor, torch.clone, args))
             return real(*args)
 
         monkeypatch.setattr(compiled, name, record)
@@ -30,8 +31,8 @@ def test_operators_pass_opcheck(memory: str, monkeypatch: pytest.MonkeyPatch) ->
     # A convolution's backward makes the corrections of such a network.
     dnorm, norm, correction = torch.rand(2 + 5 + 4, 6, dtype=torch.float64).split((2, 5, 4))
     compiled.norm_correction(dnorm, norm, 7, False, correction)
-    assert set(calls) == set(compiled.NAMES)
+    assert set(calls) == set(names)
     for name, args in calls.items():
-        if name.endswith("forward"):  # the next norm's statistics hold y's, which copies do not
+        if name.endswith("forward"):  # the next norm's statistics hold y's; opcheck copies each
             args = args[:5]
         torch.library.opcheck(getattr(torch.ops.densenet_efficient, name).default, args)
