@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,8 @@ def _run_joined(options: argparse.Namespace, recipe: Recipe | None, words: list[
     )
     try:
         history = trainer.run()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        _release(interrupt)
         saved = f"continue them with --resume {trainer.checkpoint}" if trainer.epoch else "none"
         print(f"\ninterrupted; epochs finished: {trainer.epoch}; {saved}", file=sys.stderr)
         return 130
@@ -110,6 +113,17 @@ def _run_joined(options: argparse.Namespace, recipe: Recipe | None, words: list[
         f"{out / 'best.safetensors'}"
     )
     return 0
+
+
+def _release(error: BaseException) -> None:
+    """Lets go of what an error's frames hold, without a word: a loader interrupted while it started
+    its workers would complain of what it does not have yet."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _say(text: str) -> None:

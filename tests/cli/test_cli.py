@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from densenet_efficient.cli.main import main
+from densenet_efficient.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--model", "densenet_cifar", "--depth", "10", "--growth-rate", "4"]
@@ -81,6 +82,29 @@ def test_an_interrupt_ends_a_run_cleanly(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"checkpoint.pt", "log.csv", "best.safetensors"}
+
+
+def test_an_interrupt_says_nothing_of_what_was_half_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loader that is interrupted while it starts its workers fails once more when it is freed."""
+
+    class HalfBuilt:
+        def __init__(self) -> None:
+            self.itself = self
+            raise KeyboardInterrupt
+
+        def __del__(self) -> None:
+            freed.append(self)
+            raise AttributeError("no workers yet")
+
+    freed: list[HalfBuilt] = []
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    monkeypatch.setattr(Trainer, "run", lambda trainer: HalfBuilt())
+    assert main([*TRAIN, "--epochs", "1", "--out", str(tmp_path / "run")]) == 130
+    assert freed and not said
+    assert capsys.readouterr().err == "\ninterrupted; epochs finished: 0; none\n"
 
 
 def test_plan_says_what_a_step_will_take(capsys: pytest.CaptureFixture[str]) -> None:
