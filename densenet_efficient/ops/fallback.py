@@ -150,8 +150,7 @@ def norm_relu_conv_backward(
     dnorm: Tensor,
 ) -> None:
     """Backward of :func:`norm_relu_conv_forward`; the arguments of the 3x3 operator's backward."""
-    dnorm.zero_()
-    for total in (dweight, dbias):
+    for total in (dnorm, dweight, dbias):
         if total is not None:
             total.zero_()
     for images in chunks(x):
