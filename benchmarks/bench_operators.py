@@ -29,6 +29,7 @@ from operator_work import LAYER, SHAPES, STEM, STEM_SHAPE, TRANSITION, Shape, Wo
 from densenet_efficient.bench.accuracy import relative_error
 from densenet_efficient.bench.steps import MeasurementError, check_kernels, quantiles, time_in_turns
 from densenet_efficient.bench.tables import markdown_table, write_results
+from densenet_efficient.ops.interface import CUDA_NAMES
 from tools.op_cases import eager_outputs, reference_outputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,6 +103,8 @@ def main() -> int:
     plan = [(op, shape) for shape in SHAPES for op in LAYER]
     plan += [(op, shape) for shape in SHAPES[:3] for op in TRANSITION]
     plan += [(op, STEM_SHAPE) for op in STEM]
+    if on_gpu and dtype.itemsize == 2:  # PyTorch's own serves all others
+        plan += [(op, STEM_SHAPE) for op in CUDA_NAMES]
     for name, shape in plan:
         if options.operators and name not in options.operators:
             continue

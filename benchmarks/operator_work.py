@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from densenet_efficient.ops import compiled
+from densenet_efficient.ops.interface import CUDA_NAMES
 from tools.op_cases import Case, accumulates, make
 
 
@@ -43,6 +44,9 @@ class Shape:
         if op.startswith("norm_relu_conv3x3"):
             inner = {"x": k, "dx": k, "y": self.total, "dy": self.total}
             return (*image, k, self.growth), inner
+        if op in CUDA_NAMES:
+            inner = {"x": 3, "y": self.total, "dy": self.total}
+            return (batch, 2 * side, 2 * side, 3, self.total), inner
         half = self.total // 2
         if op.startswith("transition"):
             inner = {"x": self.total, "dx": self.total, "y": half, "dy": half}
@@ -88,13 +92,14 @@ def least_bytes(case: Case) -> int:
 
 
 def flops(case: Case) -> int:
-    """Two for each product of an output's pixel and a weight; twice as many backward."""
-    weight = case.arguments.get("weight")
+    """Two for each product of an output's pixel and a weight; twice as many backward, where it has
+    the gradients of both."""
+    weight = case.arguments.get("dweight" if case.op.endswith("_weight") else "weight")
     if weight is None:
         return 0
     result = next(case.arguments[name] for name in ("dz_y", "dy", "y") if name in case.arguments)
     forward = 2 * math.prod(result.shape[:-1]) * weight.numel()
-    return forward if case.op.endswith("forward") else 2 * forward
+    return 2 * forward if case.op.endswith("backward") else forward
 
 
 def _nchw(x: Tensor) -> Tensor:
@@ -169,6 +174,21 @@ def _stem_backward(a: Arguments) -> Callable[[], Any]:
     )
 
 
+def _stem_conv_forward(a: Arguments) -> Callable[[], Any]:
+    packed = _nchw(a["x"])
+    filters = a["weight"].contiguous(memory_format=torch.channels_last)
+    return lambda: functional.conv2d(packed, filters, stride=2, padding=3)
+
+
+def _stem_conv_backward_weight(a: Arguments) -> Callable[[], Any]:
+    packed, gradient = _nchw(a["x"]), _nchw(a["dy"])
+    filters = a["dweight"].to(packed.dtype, memory_format=torch.channels_last)
+    return lambda: torch.ops.aten.convolution_backward(
+        gradient, packed, filters, None, [2, 2], [3, 3], [1, 1], False, [0, 0], 1,
+        [False, True, False],
+    )  # fmt: skip
+
+
 # The kernels that eager PyTorch runs for each operator's product or pooling, on packed tensors.
 BARE: dict[str, Callable[[Arguments], Callable[[], Any]]] = {
     "channel_stats": _channel_stats,
@@ -180,9 +200,11 @@ BARE: dict[str, Callable[[Arguments], Callable[[], Any]]] = {
     "transition_backward": _transition_backward,
     "stem_forward": _stem_forward,
     "stem_backward": _stem_backward,
+    "stem_conv_forward": _stem_conv_forward,
+    "stem_conv_backward_weight": _stem_conv_backward_weight,
 }
 LAYER, TRANSITION, STEM = (
-    tuple(op for op in BARE if op.startswith(prefixes))
+    tuple(op for op in BARE if op.startswith(prefixes) and op not in CUDA_NAMES)
     for prefixes in (("channel_stats", "norm_relu"), "transition", "stem")
 )
 STEM_SHAPE = Shape("121 stem", 112, 64, 64, 32)

@@ -77,9 +77,11 @@ struct Arguments {
     return tensor;
   }
 
+  StridedWeight weight_gradient(const Tensor& tensor, const Shape& shape) const {
+    return check_weight_gradient(checked("dweight", tensor, shape, arithmetic));
+  }
   StridedWeight weight_gradient(const OptionalTensor& tensor, const Shape& shape) const {
-    return tensor ? check_weight_gradient(checked("dweight", *tensor, shape, arithmetic))
-                  : StridedWeight{};
+    return tensor ? weight_gradient(*tensor, shape) : StridedWeight{};
   }
 
   // own [2, K]: the statistics that the operator takes, some columns of those that are folded.
@@ -126,13 +128,14 @@ struct Arguments {
     };
     return (address(to) - address(from)) / static_cast<int64_t>(from.element_size());
   }
-  // From a weight's first element to its last, as one row.
-  static Strided whole(const Tensor& weight) {
-    const auto sizes = weight.sizes(), strides = weight.strides();
+  // From a tensor's first element to its last, as one row; no row where it has none.
+  static Strided whole(const char* name, const Tensor& tensor) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
     int64_t last = 0;
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-    return {&weight, last + 1, 1, last + 1, "weight"};
+    return {&tensor, last + 1, tensor.numel() > 0 ? 1 : 0, last + 1, name};
   }
+  static Strided whole(const Tensor& weight) { return whole("weight", weight); }
 
   // [4, C] that a norm's gradient is put into, or added to the first columns of.
   Strided correction_of(const char* name, const Tensor& correction, int64_t C,
@@ -154,19 +157,20 @@ struct Arguments {
     return count;
   }
 
- private:
-  Place place_;
-
-  static ScalarType arithmetic_of(const Arg& lead) {
-    check_given(lead);
-    return lead.tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  }
   Arg checked(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) const {
     const Arg arg{lead.op, name, tensor};
     check_shape(arg, shape);
     check_dtype(arg, dtype);
     check_device(arg, lead, place_);
     return arg;
+  }
+
+ private:
+  Place place_;
+
+  static ScalarType arithmetic_of(const Arg& lead) {
+    check_given(lead);
+    return lead.tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 };
 

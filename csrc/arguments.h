@@ -282,4 +282,81 @@ struct StemBackward : ImageArguments {
   }
 };
 
+// The stem's convolution, 7 x 7 with stride 2, of images in any layout. What has y's pixels decides
+// about the dtype; x and the weight may be float32 instead.
+struct StemConv : ImageArguments {
+ protected:
+  static constexpr int64_t kMostChannels = 4, kMostStep = int64_t(1) << 28;
+
+  StemConv(const char* op, const Tensor& x) : ImageArguments(op, x) {
+    if (dims != 2) fail(lead, "must have 4 dimensions, got shape ", shape_text(x));
+    if (C > kMostChannels)
+      fail(lead, "must have at most ", kMostChannels, " channels, got shape ", shape_text(x));
+    if (x.stride(2) > kMostStep)
+      fail(lead, "must have pixels at most ", kMostStep, " elements apart, got ", x.stride(2));
+  }
+
+  // y or dy.
+  Strided output(const char* name, const Tensor& tensor, int64_t K) const {
+    const Arg arg{lead.op, name, tensor};
+    check_given(arg);
+    const ScalarType dtype = tensor.scalar_type();
+    if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
+      fail(arg, "must be bfloat16 or float16, got ", dtype_text(dtype));
+    check_operand(lead, arg);
+    return check_rows(checked(name, tensor, shape(halved_up(), K), dtype));
+  }
+  const Tensor& operand(const char* name, const Tensor& tensor, const Shape& shape,
+                        const Strided& output) const {
+    const Arg arg = checked(name, tensor, shape, tensor.scalar_type());
+    check_operand(arg, {lead.op, output.name, *output.tensor});
+    return tensor;
+  }
+
+ private:
+  static void check_operand(const Arg& arg, const Arg& output) {
+    const ScalarType dtype = arg.tensor.scalar_type(), expected = output.tensor.scalar_type();
+    if (dtype != expected && dtype != ScalarType::Float)
+      fail(arg, "must be ", dtype_text(expected), " as ", output.name, " or float32, got ",
+           dtype_text(dtype));
+  }
+};
+
+struct StemConvForward : StemConv {
+  int64_t K;
+  Strided y;
+  const Tensor& weight;
+
+  StemConvForward(const Tensor& x, const Tensor& weight, const Tensor& y)
+      : StemConv("stem_conv_forward", x),
+        K(outputs(weight, 4)),
+        y(output("y", y, K)),
+        weight(operand("weight", weight, kernel(K, 7), this->y)) {
+    apart({this->y}, {whole("x", x), whole("weight", weight)});
+  }
+};
+
+struct StemConvBackwardWeight : StemConv {
+  int64_t K;
+  Strided dy;
+  StridedWeight dweight;
+
+  StemConvBackwardWeight(const Tensor& dy, const Tensor& x, const Tensor& dweight)
+      : StemConv("stem_conv_backward_weight", x),
+        K(channels_of("dy", dy)),
+        dy(output("dy", dy, K)),
+        dweight(weight_gradient(dweight, kernel(K, 7))) {
+    apart({this->dweight}, {this->dy, whole("x", x)});
+  }
+
+ private:
+  int64_t channels_of(const char* name, const Tensor& tensor) const {
+    const Arg arg{lead.op, name, tensor};
+    check_dim(arg, 4);
+    if (tensor.size(3) == 0)
+      fail(arg, "must have at least one channel, got shape ", shape_text(tensor));
+    return tensor.size(3);
+  }
+};
+
 }  // namespace densenet_efficient::arguments

@@ -93,6 +93,15 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
       "stem_backward(Tensor dy, Tensor x, Tensor norm, int count, Tensor(a!) dx, "
       "Tensor(b!) dnorm) -> ()");
 
+  // y [N, ceil(H/2), ceil(W/2), K] = conv7x7(x, weight), padding 3, stride 2, of x [N, H, W, C] in
+  // any layout, C at most 4, and weight [K, C, 7, 7] in any layout. y decides about the dtype,
+  // bfloat16 or float16; x and weight have it as well or are float32, and rounded. CUDA only.
+  library.def("stem_conv_forward(Tensor x, Tensor weight, Tensor(a!) y) -> ()");
+
+  // dweight [K, C, 7, 7] (float32, contiguous or channels last) of dy [N, ceil(H/2), ceil(W/2), K]
+  // and x as in stem_conv_forward; dy decides about the dtype. CUDA only.
+  library.def("stem_conv_backward_weight(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()");
+
   // Several norms' running statistics, after a step. Of norm i, mean and variance [C_i] are mixed
   // with those in the columns of table [2, C] from first[i] on, `momentum` of the new ones and the
   // rest of the old, the variance times `unbiased`; batches (int64, one value) counts one more.

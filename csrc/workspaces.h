@@ -11,6 +11,7 @@
 #include "cuda/tiling/conv1x1.h"
 #include "cuda/tiling/conv3x3.h"
 #include "cuda/tiling/pool.h"
+#include "cuda/tiling/stem_conv.h"
 #include "image.h"
 
 namespace densenet_efficient {
@@ -134,6 +135,10 @@ inline const WorkspaceSizes<CudaCall>& cuda_workspaces() {
       {"stem_backward",
        [](const CudaCall& c) {
          return tiling::StemBackward(c.x.N, c.x.H, c.x.W, c.C, c.size, c.alignment).bytes;
+       }},
+      {"stem_conv_backward_weight",
+       [](const CudaCall& c) {
+         return tiling::StemConvBackwardWeight(c.x.N, c.x.H, c.x.W, c.C, c.K, c.device).bytes;
        }},
   };
   return sizes;

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad
 
 from densenet_efficient import reference
 
@@ -213,3 +214,14 @@ def stem_backward(dy: Tensor, x: Tensor, norm: Tensor, count: int, **_: Any) -> 
     wanted = (x, layer.gamma, layer.beta)
     dx, dgamma, dbeta = torch.autograd.grad(output, wanted, _nchw(dy))
     return {"dx": _nhwc(dx), "dnorm": torch.stack([dgamma, dbeta])}
+
+
+def stem_conv_forward(x: Tensor, weight: Tensor, y: Tensor) -> dict[str, Tensor]:
+    own = F.conv2d(_nchw(x).to(y.dtype), weight.to(y.dtype), stride=2, padding=3)
+    return {"y": _nhwc(own)}
+
+
+def stem_conv_backward_weight(dy: Tensor, x: Tensor, dweight: Tensor) -> dict[str, Tensor]:
+    # Of channels-last images of one pixel PyTorch's computes garbage in bfloat16.
+    own, dy = (_nchw(t).to(dy.dtype).contiguous().view(-1).view(_nchw(t).shape) for t in (x, dy))
+    return {"dweight": grad.conv2d_weight(own, list(dweight.shape), dy, stride=2, padding=3)}

@@ -10,135 +10,34 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from densenet_efficient import reference
+from densenet_efficient.ops.interface import CUDA_NAMES
 
 from . import eager_operators
-
-EPS = 1e-5
-
-
-@dataclass
-class Case:
-    """Arguments in the operator's order, by name; `written` names those that it writes."""
-
-    op: str
-    arguments: dict[str, Any]
-    written: tuple[str, ...]
-    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # whole, slice
-
-    @property
-    def outputs(self) -> dict[str, Tensor]:
-        return {name: self.arguments[name] for name in self.written}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor argument's own elements."""
-        tensors = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor)}
-        return {name: value.numel() * value.element_size() for name, value in tensors.items()}
-
-    def inputs(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Copies of what the operator reads; floating-point tensors as `dtype`, if given."""
-        return {
-            name: value.to(dtype or value.dtype).clone() if isinstance(value, Tensor) else value
-            for name, value in self.arguments.items()
-        }
-
-    def check_outside(self) -> None:
-        """Fails if anything outside the slices was written."""
-        for whole, part in self.buffers:
-            copy = whole.clone()
-            first = (part.data_ptr() - whole.data_ptr()) // whole.element_size()
-            copy[..., first : first + part.shape[-1]] = math.nan
-            if not copy.isnan().all():
-                raise AssertionError(f"{self.op} wrote outside a slice")
-
-
-@dataclass
-class _Maker:
-    """Makes a case's tensors; see `make`."""
-
-    dtype: torch.dtype
-    before: int
-    table_margin: int
-    widths: Mapping[str, int]
-    device: torch.device
-    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def wide(self) -> torch.dtype:
-        return reference.wide_dtype(self.dtype)
-
-    def draw(self, *shape: int) -> Tensor:
-        """Normal values, with all the digits that the case's dtype may hold."""
-        return torch.randn(shape, dtype=self.wide, device=self.device)
-
-    def slice(self, dtype: torch.dtype, shape: tuple[int, ...], before: int, width: int) -> Tensor:
-        """`shape`, `before` channels into a buffer of `width` channels, everything NaN."""
-        whole = torch.full((*shape[:-1], width), math.nan, dtype=dtype, device=self.device)
-        part = whole[..., before : before + shape[-1]]
-        self.buffers.append((whole, part))
-        return part
-
-    def empty(self, name: str, *shape: int) -> Tensor:
-        """An activation; rows begin at a sector of 32 bytes unless `widths` says otherwise."""
-        channels = self.before + shape[-1]
-        width = self.widths.get(name, channels + 16 - channels % 16)
-        if width < channels:
-            raise ValueError(f"widths: expected at least {channels} for {name}, got {width}")
-        return self.slice(self.dtype, shape, self.before, width)
-
-    def random(self, name: str, *shape: int) -> Tensor:
-        return self.empty(name, *shape).copy_(self.draw(*shape) * 1.5 + 0.5)
-
-    def weight(self, *shape: int) -> Tensor:
-        fan_in = max(1, math.prod(shape[1:]))
-        return (self.draw(*shape) / math.sqrt(fan_in)).to(self.dtype)
-
-    def table(self, rows: int, channels: int) -> Tensor:
-        """A table of per-channel vectors that the operator fills."""
-        margin = self.table_margin
-        if margin:
-            return self.slice(self.wide, (rows, channels), margin, channels + 2 * margin)
-        return self.sums(rows, channels)
-
-    def sums(self, *shape: int) -> Tensor:
-        """A weight gradient."""
-        return torch.full(shape, math.nan, dtype=self.wide, device=self.device)
-
-    def norm(self, x: Tensor) -> Tensor:
-        """A norm with x's own statistics; gamma and beta of both signs."""
-        gamma, beta = self.draw(2, x.shape[-1])
-        stats = reference.channel_stats(x.flatten(0, -2))
-        return reference.norm_fold(stats, gamma, beta, EPS)
-
-    def correction(self, y: Tensor) -> Tensor:
-        dnorm = self.draw(2, y.shape[-1])
-        return reference.norm_correction(dnorm, self.norm(y), y.numel() // max(1, y.shape[-1]))
-
+from .op_tensors import EPS, Case, Maker
 
 Sizes = tuple[int, ...]
 Made = tuple[dict[str, Any], tuple[str, ...]]  # arguments by name, and those that are written
 Make = Callable[..., Made]
 
 
-def _channel_stats(m: _Maker, M: int, C: int) -> Made:
+def _channel_stats(m: Maker, M: int, C: int) -> Made:
     return {"x": m.random("x", M, C), "stats": m.table(2, C)}, ("stats",)
 
 
-def _norm_fold(m: _Maker, C: int) -> Made:
+def _norm_fold(m: Maker, C: int) -> Made:
     stats = torch.stack([m.draw(C), m.draw(C).abs()])
     gamma, beta = m.draw(2, C)
     arguments = {"stats": stats, "gamma": gamma, "beta": beta, "eps": EPS, "norm": m.table(5, C)}
     return arguments, ("norm",)
 
 
-def _norm_correction(m: _Maker, C: int) -> Made:
+def _norm_correction(m: Maker, C: int) -> Made:
     arguments = {
         "dnorm": m.draw(2, C),
         "norm": m.draw(5, C),
@@ -149,18 +48,18 @@ def _norm_correction(m: _Maker, C: int) -> Made:
     return arguments, ("correction",)
 
 
-def _norm_correction_apply(m: _Maker, M: int, C: int) -> Made:
+def _norm_correction_apply(m: Maker, M: int, C: int) -> Made:
     x = m.random("x", M, C)
     return {"dx": m.random("dx", M, C), "x": x, "correction": m.correction(x)}, ("dx",)
 
 
-def _conv1x1_forward(m: _Maker, M: int, C: int, K: int) -> Made:
+def _conv1x1_forward(m: Maker, M: int, C: int, K: int) -> Made:
     x = m.random("x", M, C)
     arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C), "y": m.empty("y", M, K)}
     return arguments | {"stats": m.table(2, K)}, ("y", "stats")
 
 
-def _conv1x1_backward(m: _Maker, M: int, C: int, K: int) -> Made:
+def _conv1x1_backward(m: Maker, M: int, C: int, K: int) -> Made:
     x, y = m.random("x", M, C), m.random("y", M, K)
     arguments = {
         "dz_y": m.random("dz_y", M, K),
@@ -181,13 +80,13 @@ def _halved(image: Sizes, up: int = 0) -> list[int]:
     return [image[0], *((size + up) // 2 for size in image[1:])]
 
 
-def _conv3x3_forward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
+def _conv3x3_forward(m: Maker, image: Sizes, C: int, K: int) -> Made:
     x = m.random("x", *image, C)
     arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C, *(3 for _ in image[1:]))}
     return arguments | {"y": m.empty("y", *image, K), "stats": m.table(2, K)}, ("y", "stats")
 
 
-def _conv3x3_backward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
+def _conv3x3_backward(m: Maker, image: Sizes, C: int, K: int) -> Made:
     x, y = m.random("x", *image, C), m.random("y", *image, K)
     arguments = {
         "dy": m.random("dy", *image, K),
@@ -204,14 +103,14 @@ def _conv3x3_backward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
     return arguments, ("dx", "dweight", "dnorm")
 
 
-def _transition_forward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
+def _transition_forward(m: Maker, image: Sizes, C: int, K: int) -> Made:
     x = m.random("x", *image, C)
     y = m.empty("y", *_halved(image), K)
     arguments = {"x": x, "norm": m.norm(x), "weight": m.weight(K, C), "y": y}
     return arguments | {"stats": m.table(2, K)}, ("y", "stats")
 
 
-def _transition_backward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
+def _transition_backward(m: Maker, image: Sizes, C: int, K: int) -> Made:
     x = m.random("x", *image, C)
     arguments = {
         "dy": m.random("dy", *_halved(image), K),
@@ -226,13 +125,13 @@ def _transition_backward(m: _Maker, image: Sizes, C: int, K: int) -> Made:
     return arguments, ("dx", "dweight", "dnorm")
 
 
-def _stem_forward(m: _Maker, image: Sizes, C: int) -> Made:
+def _stem_forward(m: Maker, image: Sizes, C: int) -> Made:
     x = m.random("x", *image, C)
     arguments = {"x": x, "norm": m.norm(x), "y": m.empty("y", *_halved(image, 1), C)}
     return arguments | {"stats": m.table(2, C)}, ("y", "stats")
 
 
-def _stem_backward(m: _Maker, image: Sizes, C: int) -> Made:
+def _stem_backward(m: Maker, image: Sizes, C: int) -> Made:
     x = m.random("x", *image, C)
     arguments = {
         "dy": m.random("dy", *_halved(image, 1), C),
@@ -243,6 +142,16 @@ def _stem_backward(m: _Maker, image: Sizes, C: int) -> Made:
         "dnorm": m.table(2, C),
     }
     return arguments, ("dx", "dnorm")
+
+
+def _stem_conv_forward(m: Maker, image: Sizes, C: int, K: int) -> Made:
+    arguments = {"x": m.random("x", *image, C), "weight": m.weight(K, C, 7, 7)}
+    return arguments | {"y": m.empty("y", *_halved(image, 1), K)}, ("y",)
+
+
+def _stem_conv_backward_weight(m: Maker, image: Sizes, C: int, K: int) -> Made:
+    arguments = {"dy": m.random("dy", *_halved(image, 1), K), "x": m.random("x", *image, C)}
+    return arguments | {"dweight": m.sums(K, C, 7, 7)}, ("dweight",)
 
 
 _MAKERS: dict[str, Make] = {
@@ -258,8 +167,11 @@ _MAKERS: dict[str, Make] = {
     "transition_backward": _transition_backward,
     "stem_forward": _stem_forward,
     "stem_backward": _stem_backward,
+    "stem_conv_forward": _stem_conv_forward,
+    "stem_conv_backward_weight": _stem_conv_backward_weight,
 }
-OPERATORS = tuple(_MAKERS)
+OPERATORS = tuple(name for name in _MAKERS if name not in CUDA_NAMES)
+CUDA_OPERATORS = tuple(_MAKERS)
 
 
 def dimensions(op: str) -> tuple[str, ...]:
@@ -305,7 +217,7 @@ def make(
     own_sizes = _makers_sizes(op, sizes)
     if not own_sizes:
         raise ValueError(f"{op} takes {' '.join(dimensions(op))}, got {len(sizes)} sizes")
-    maker = _Maker(dtype, before, table_margin, widths or {}, torch.device(device))
+    maker = Maker(dtype, before, table_margin, widths or {}, torch.device(device))
     arguments, written = _MAKERS[op](maker, *own_sizes)
     unknown = changes.keys() - arguments.keys()
     if unknown:

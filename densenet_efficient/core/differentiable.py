@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import fallback
+from ..ops import pools
 from ..ops.convolution import ConvOptions
 from .dropout import draw_mask, mask_shape
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, NormSpec, PoolSpec
@@ -80,12 +80,12 @@ def transition(
     y = _convolution(_norm_relu(x, spec.norm, gamma, beta), weight, bias, None)
     if not spec.pools:
         return y
-    return fallback.AVG_POOL[x.dim() - 2](y, 2, 2)
+    return pools.AVG_POOL[x.dim() - 2](y, 2, 2)
 
 
 def stem(spec: PoolSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """x ``[N, C, *spatial]`` -> ``[N, C, *ceil(spatial / 2)]``."""
-    return fallback.MAX_POOL[x.dim() - 2](_norm_relu(x, spec.norm, gamma, beta), 3, 2, 1)
+    return pools.MAX_POOL[x.dim() - 2](_norm_relu(x, spec.norm, gamma, beta), 3, 2, 1)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

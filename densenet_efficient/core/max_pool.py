@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import fallback
+from ..ops import fallback, pools
 from . import layout
 from .dropout import fill_mask
 
@@ -37,7 +37,7 @@ def max_pool_forward(x: Tensor, drop_rate: float) -> tuple[Tensor, Tensor]:
         if drop_rate > 0:
             mask = draw_mask(part, drop_rate)
             part = part * mask
-        y[images], index = fallback.MAX_POOL[dims](part, 2, return_indices=True)
+        y[images], index = pools.MAX_POOL[dims](part, 2, return_indices=True)
         place = _place(index, spatial)
         if mask is not None:
             kept = mask.flatten(2).gather(2, index.flatten(2)).view(index.shape)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..core import graph_pooling
 from ..core.functions import MaxPoolFunction, Result, TransitionFunction
 from ..core.specs import PoolSpec
-from ..ops import fallback
 from ..ops.dispatch import Dispatch
+from ..ops.pools import AVG_POOL, MAX_POOL
 from . import execution, graph, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .graph import GraphPlan
@@ -178,7 +178,7 @@ class TransitionExecution(Efficient):
         if plan.drop_rate > 0:
             y = F.dropout(y, plan.drop_rate)
         if plan.pools and not plan.fused:
-            pool = fallback.MAX_POOL if plan.largest else fallback.AVG_POOL
+            pool = MAX_POOL if plan.largest else AVG_POOL
             y = pool[y.dim() - 2](y, 2, 2)
         y, stats = handover.as_dtype(y, stats if plan.has_stats else None, answer)
         return y if contiguous is None else graph.leave(y, contiguous), stats
@@ -254,7 +254,7 @@ class TransitionExecution(Efficient):
             y = MaxPoolFunction.apply(y, parts.drop_rate)
         elif drops:  # it does not commute with the pooling, which is fused otherwise
             y = F.dropout(y, parts.drop_rate)
-            y = fallback.AVG_POOL[y.dim() - 2](y, 2, 2) if pools else y
+            y = AVG_POOL[y.dim() - 2](y, 2, 2) if pools else y
         asked = asked._replace(contiguous=contiguous)
         return handover.hand_over(*handover.as_dtype(y, result.stats, answer), asked)
 

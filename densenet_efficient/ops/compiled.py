@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import flops, library
-from .interface import NAMES
+from .interface import CUDA_NAMES, NAMES
 
 RUNNING_UPDATE = "running_update"
 """Of lists of tensors, which `core.running` alone calls: no other implementation offers it."""
@@ -22,7 +22,7 @@ _negative_views = torch.library.Library(library.NAMESPACE, "IMPL")
 
 
 def __getattr__(name: str) -> Callable[..., None]:
-    if name not in NAMES and name != RUNNING_UPDATE:
+    if name not in (*NAMES, *CUDA_NAMES, RUNNING_UPDATE):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     library.load()
     _register()
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Callable[..., None]:
 def _register() -> None:
     """Binds every operator, with its fake kernel, one for negative views, and its floating-point
     operations."""
-    for name in NAMES:
+    for name in (*NAMES, *CUDA_NAMES):
         operator = getattr(torch.ops.densenet_efficient, name).default
         torch.library.register_fake(f"{library.NAMESPACE}::{name}", _fake(operator))
         _negative_views.impl(name, _for_negative_views(operator), "Negative")

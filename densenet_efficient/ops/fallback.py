@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .convolution import ConvOptions
 from .dither import dithered
 from .dtypes import accumulation_dtype
+from .pools import MAX_POOL, average, spread
+from .stem_conv import stem_conv_backward_weight as stem_conv_backward_weight
+from .stem_conv import stem_conv_forward as stem_conv_forward
 
 CHUNK_BYTES = 64 << 20
 """Upper bound of one chunk's normalised copy (one image may exceed it)."""
@@ -258,33 +260,12 @@ def norm_relu_conv3x3_backward(
         norm_correction(dnorm, norm, count, accumulate, x_correction)
 
 
-AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-
-def _average(z: Tensor) -> Tensor:
-    """[N, *spatial, C] -> [N, *(spatial // 2), C]."""
-    dims = z.dim() - 2
-    return AVG_POOL[dims](_channels_first(z), 2, 2).movedim(1, -1)
-
-
-def _spread(dpooled: Tensor, spatial: torch.Size) -> Tensor:
-    """The gradient of :func:`_average`: each value to its 2^dims pixels, zero on dropped edges."""
-    out = dpooled / 2 ** (dims := dpooled.dim() - 2)
-    for d in range(1, dims + 1):
-        out = out.repeat_interleave(2, dim=d)
-    padding: list[int] = [0, 0]
-    for d in range(dims, 0, -1):
-        padding += [0, spatial[d - 1] - out.shape[d]]
-    return F.pad(out, padding)
-
-
 def transition_forward(
     x: Tensor, norm: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None
 ) -> None:
     """See `interface.Operators.transition_forward`; any number of dimensions."""
     for images in chunks(x):
-        pooled = _average(normalise(x[images], norm).relu_()).to(x.dtype)
+        pooled = average(normalise(x[images], norm).relu_()).to(x.dtype)
         y[images].copy_(torch.matmul(pooled, weight.t()))
     if stats is not None:
         channel_stats(y, stats)
@@ -307,10 +288,10 @@ def transition_backward(
     for images in chunks(x):
         normalised = normalise(x[images], norm)
         if dweight is not None:
-            pooled = _average(normalised.relu()).to(x.dtype)
+            pooled = average(normalised.relu()).to(x.dtype)
             dweight += torch.mm(dy[images].flatten(0, -2).t(), pooled.flatten(0, -2))
         dpooled = torch.matmul(dy[images], weight).to(norm.dtype)
-        dz = masked(_spread(dpooled, x.shape[1:-1]), normalised)
+        dz = masked(spread(dpooled, x.shape[1:-1]), normalised)
         dnorm += norm_sums(dz, x[images], norm)
         dx[images].copy_(dz)
     _through_norm(dx, x, norm, count, dnorm)

@@ -47,6 +47,14 @@ def _transition_backward(
     return 2 * math.prod(dy[:-1]) * math.prod(weight) * (1 if dweight is None else 2)
 
 
+def _stem_conv_forward(x: Any, weight: Any, y: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(y[:-1]) * math.prod(weight)
+
+
+def _stem_conv_backward_weight(dy: Any, x: Any, dweight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(dy[:-1]) * math.prod(dweight)
+
+
 _FORMULAS = {
     "norm_relu_conv1x1_forward": _conv1x1_forward,
     "norm_relu_conv1x1_backward": _conv1x1_backward,
@@ -54,6 +62,8 @@ _FORMULAS = {
     "norm_relu_conv3x3_backward": _conv3x3_backward,
     "transition_forward": _transition_forward,
     "transition_backward": _transition_backward,
+    "stem_conv_forward": _stem_conv_forward,
+    "stem_conv_backward_weight": _stem_conv_backward_weight,
 }
 
 

@@ -30,6 +30,8 @@ NAMES = (
     "stem_forward",
     "stem_backward",
 )
+CUDA_NAMES = ("stem_conv_forward", "stem_conv_backward_weight")
+"""Those that CUDA kernels and the fallback alone offer: on the CPU PyTorch's own are as good."""
 
 
 class Operators(Protocol):
@@ -150,3 +152,11 @@ class Operators(Protocol):
         self, dy: Tensor, x: Tensor, norm: Tensor, count: int, dx: Tensor, dnorm: Tensor
     ) -> None:
         """``dx [N, H, W, C]`` through pooling, ReLU and norm, written whole; dnorm."""
+
+    def stem_conv_forward(self, x: Tensor, weight: Tensor, y: Tensor) -> None:
+        """``y [N, ceil(H/2), ceil(W/2), K] = conv7x7(x)`` of ``x [N, H, W, C]`` (stride 2, padding
+        3) in y's dtype; ``x`` and ``weight [K, C, 7, 7]`` lie in any layout and may be float32."""
+
+    def stem_conv_backward_weight(self, dy: Tensor, x: Tensor, dweight: Tensor) -> None:
+        """``dweight [K, C, 7, 7]`` of `stem_conv_forward`, in float32; dy decides about the
+        dtype."""

@@ -29,6 +29,7 @@ from .build_info import (
     how_to_build,
     is_covered,
 )
+from .interface import CUDA_NAMES
 
 NAMESPACE = "densenet_efficient"
 MINIMUM_TORCH = (2, 10)
@@ -131,13 +132,17 @@ def _driver_version() -> int | None:
 
 
 def without_kernels(key: str) -> str | None:
-    """The operators that no kernel is registered for under a dispatch key, in words."""
+    """The operators that no kernel is registered for under a dispatch key, in words; the CPU needs
+    none for those of CUDA alone."""
     prefix = f"{NAMESPACE}::"
+    elsewhere = CUDA_NAMES if key == "CPU" else ()
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     missing = sorted(
         name.removeprefix(prefix)
         for name in names
-        if name.startswith(prefix) and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        if name.startswith(prefix)
+        and name.removeprefix(prefix) not in elsewhere
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     )
     return f"no {key} kernel was compiled for {', '.join(missing)}" if missing else None
 

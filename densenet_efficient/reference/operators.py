@@ -252,3 +252,19 @@ def stem_backward(dy: Tensor, x: Tensor, norm: Tensor, count: int) -> tuple[Tens
     dz = _relu_mask(_nhwc(dh.unflatten(2, tuple(x.shape[1:-1]))), z)
     dnorm = _dnorm(dz, x, norm)
     return _correct(dz, x, norm_correction(dnorm, norm, count)).to(x.dtype), dnorm
+
+
+def stem_conv_forward(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """y [N, ceil(H/2), ceil(W/2), K] = conv(x, weight), kernel 7, stride 2, padding 3, of x
+    [N, H, W, C] and weight [K, C, 7, 7], in a dtype, x's by default, to which both are rounded."""
+    dtype = dtype or x.dtype
+    y = F.conv2d(_nchw(_wide(x.to(dtype))), _wide(weight.to(dtype)), stride=2, padding=3)
+    return _nhwc(y).to(dtype)
+
+
+def stem_conv_backward_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """dweight [K, C, 7, 7] of `stem_conv_forward` from dy [N, ceil(H/2), ceil(W/2), K], in the wide
+    dtype; x is rounded to dy's."""
+    size = [dy.shape[-1], x.shape[-1], 7, 7]
+    wide = _nchw(_wide(x.to(dy.dtype)))
+    return grad.conv2d_weight(wide, size, _nchw(_wide(dy)), stride=2, padding=3)

@@ -70,6 +70,19 @@ MODELS = [
         },
         {"x": 2, "dy": 2},
     ),
+    # The window's rows of 21 values are padded to 24, and 21 eights to 22.
+    Model(
+        "stem_conv_forward",
+        (2, 32, 224, 3, 64),
+        {"y": (0, 1)},
+        flops=2 * 2 * 16 * 112 * 64 * 22 * 8,
+    ),
+    Model(
+        "stem_conv_backward_weight",
+        (2, 32, 224, 3, 96),
+        {"dy": (1, 0)},
+        flops=2 * 2 * 16 * 112 * 96 * 21 * 8,
+    ),
     # Two products: with the pooled operand, and with what its rounding left.
     Model(
         "transition_forward",

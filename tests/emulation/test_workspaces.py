@@ -15,7 +15,7 @@ from densenet_efficient import _module
 from tests.support.emulators import emulator
 from tests.support.identifiers import identifier
 from tools.emulation import Device
-from tools.op_cases import OPERATORS, Case, make
+from tools.op_cases import CUDA_NAMES, CUDA_OPERATORS, Case, make
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -56,6 +56,10 @@ SHAPES = [
     ("stem_forward", (2, 8, 9, 10), 2, "rows aligned to four bytes"),
     ("stem_backward", (1, 15, 30, 24), 0, "several bands"),
     ("stem_backward", (2, 8, 9, 10), 2, "rows aligned to four bytes"),
+    ("stem_conv_forward", (2, 33, 30, 3, 24), 0, "no workspace"),
+    ("stem_conv_backward_weight", (2, 33, 30, 3, 24), 0, "several bands"),
+    ("stem_conv_backward_weight", (1, 8, 230, 1, 33), 1, "two strips, the pitch padded"),
+    ("stem_conv_backward_weight", (1, 8, 9, 4, 130), 0, "several columns of the grid"),
 ]
 
 # (operator, sizes, changes)
@@ -74,10 +78,13 @@ VARIANTS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("norm_relu_conv3x3_backward", (0, 4, 4, 8, 4), {}),
     ("transition_backward", (0, 4, 4, 8, 4), {}),
     ("stem_backward", (0, 4, 4, 8), {}),
+    ("stem_conv_backward_weight", (0, 4, 4, 3, 8), {}),
 ]
 
 
 def dtypes(op: str) -> list[torch.dtype]:
+    if op in CUDA_NAMES:
+        return [BF16, FP16]
     small = [BF16, FP32]
     return [*small, FP64] if op in ("channel_stats", "stem_forward", "stem_backward") else small
 
@@ -86,7 +93,7 @@ def planned(case: Case, device: Device, before: int) -> int:
     """What the plan says of this very call."""
     given = case.arguments
     x = given.get("x", given.get("stats", given.get("norm")))
-    weight = given.get("weight")
+    weight = given.get("weight", given.get("dweight"))
     optional = [given[name] for name in ("stats", "dweight") if name in given]
     return _module.cuda_workspace_bytes(
         case.op,
@@ -139,4 +146,4 @@ def test_a_weight_of_neighbouring_channels_is_not_copied(op: str) -> None:
 
 @pytest.mark.quick
 def test_every_operator_is_there() -> None:
-    assert {op for op, *_ in SHAPES} == set(OPERATORS)
+    assert {op for op, *_ in SHAPES} == set(CUDA_OPERATORS)

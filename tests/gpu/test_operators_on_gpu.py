@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from densenet_efficient.ops import compiled
+from densenet_efficient.ops.interface import CUDA_NAMES, NAMES
 from tests.support.identifiers import identifier
 from tests.support.kernel_check import compare
 from tools.op_cases import Case, make
@@ -47,6 +48,10 @@ SMALL = [
     ("norm_relu_conv3x3_forward", (1, 9, 7, 48, 12), FP32, 12),
     ("norm_relu_conv3x3_forward", (1, 5, 70, 24, 13), FP32, 0),
     ("norm_relu_conv3x3_backward", (2, 6, 5, 22, 48), FP32, 0),
+    ("stem_conv_forward", (2, 9, 33, 3, 64), BF16, 0),
+    ("stem_conv_forward", (1, 20, 230, 4, 96), FP16, 4),
+    ("stem_conv_backward_weight", (2, 9, 33, 3, 64), BF16, 0),
+    ("stem_conv_backward_weight", (1, 20, 230, 1, 96), FP16, 4),
 ]
 REAL = [
     ("channel_stats", (16 * 56 * 56, 64), BF16, 0),
@@ -70,6 +75,12 @@ REAL = [
     ("norm_relu_conv1x1_backward", (4 * 56 * 56, 224, 128), FP32, 0),
     ("norm_relu_conv3x3_forward", (4, 56, 56, 128, 32), FP32, 0),
     ("norm_relu_conv3x3_backward", (4, 56, 56, 128, 32), FP32, 0),
+    ("stem_conv_forward", (16, 224, 224, 3, 64), BF16, 0),
+    ("stem_conv_backward_weight", (16, 224, 224, 3, 64), BF16, 0),
+    ("stem_conv_forward", (4, 224, 224, 3, 96), FP16, 0),
+    ("stem_conv_backward_weight", (4, 224, 224, 3, 96), FP16, 0),
+    ("stem_conv_forward", (2, 321, 500, 1, 64), BF16, 0),
+    ("stem_conv_backward_weight", (2, 321, 500, 1, 64), BF16, 0),
 ]
 
 
@@ -127,5 +138,5 @@ def test_an_empty_batch_is_left_alone() -> None:
 
 
 def test_operators_are_registered_for_cuda() -> None:
-    for name in compiled.NAMES:
+    for name in (*NAMES, *CUDA_NAMES):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densenet_efficient::{name}", "CUDA")

@@ -173,6 +173,16 @@ def test_stem_both_directions(size: tuple[int, int]) -> None:
     close(dnorm, torch.stack([dgamma, dbeta]))
 
 
+@pytest.mark.parametrize("size", [(14, 9), (5, 3), (1, 1)])
+def test_the_stems_convolution_both_directions(size: tuple[int, int]) -> None:
+    x, weight = torch.randn(2, *size, 3).double(), leaf(5, 3, 7, 7)
+    y = nhwc(F.conv2d(nchw(x), weight, stride=2, padding=3))
+    dy = torch.randn_like(y)
+    (dweight,) = torch.autograd.grad(y, weight, dy)
+    close(reference.stem_conv_forward(x, weight.detach()), y.detach())
+    close(reference.stem_conv_backward_weight(dy, x), dweight)
+
+
 def test_low_precision_keeps_wide_statistics_and_weight_gradients() -> None:
     x = torch.randn(2, 4, 4, 8).bfloat16()
     weight, norm = torch.randn(4, 8, 3, 3).bfloat16(), torch.rand(5, 8)

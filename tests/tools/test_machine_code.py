@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from densenet_efficient.ops.interface import CUDA_NAMES
 from tools import ptxas_report
 from tools.emulation import Device
 from tools.machine_code import compiler, decode, document, launches, sources, stages, warp
@@ -51,7 +52,11 @@ DESIGNED = {
     "transition_forward<T, 128, 2>": (2, 128),
     "transition_backward_product<T>": (2, 128),
     "transition_backward_weight<T>": (2, 128),
-}
+    **{f"stem_conv_forward<{t}, {c}, {u}>": (3 if u == 2 and c % 2 else 2, 128)
+       for t in ("bf16", "fp16") for c in (1, 2, 3, 4) for u in (2, 3)},
+    **{f"stem_conv_backward_weight<{t}, {c}, {u}>": (1 if (c, u) == (4, 3) else 2, 224)
+       for t in ("bf16", "fp16") for c in (1, 2, 3, 4) for u in (2, 3)},
+}  # fmt: skip
 
 
 def designed() -> dict[str, tuple[int, int]]:
@@ -114,7 +119,8 @@ def test_kernels_use_the_hardware(compiled: dict[str, Kernel]) -> None:
     for kernel in compiled.values():
         assert kernel.spills == 0 and kernel.local == 0, f"{kernel.name} spills registers"
         assert kernel.tensor > 0, f"{kernel.name} has no tensor-core instructions"
-        assert kernel.copies > 0, f"{kernel.name} has no 16-byte asynchronous copies"
+        if not kernel.name.startswith("stem_conv_forward"):  # which rounds pixels on their way
+            assert kernel.copies > 0, f"{kernel.name} has no 16-byte asynchronous copies"
 
 
 @pytest.mark.slow
@@ -165,8 +171,8 @@ def test_no_stage_executes_more_than_the_table_says(
     machine_code: list[compiler.Compiled],
     stored_stages: dict[tuple[str, str], document.StoredStage],
 ) -> None:
-    """Of two blocks, whose kernels and tiles are those of all."""
-    for block, one in stages.stages(machine_code, ("block 1", "block 4")):
+    """Of the stem and of two blocks, whose kernels and tiles are those of all."""
+    for block, one in stages.stages(machine_code, ("stem", "block 1", "block 4")):
         before = stored_stages[block, one.kernel]
         assert one.per_tensor <= 1.02 * before.per_tensor, f"{block}, {one.kernel}"
         assert one.per_copy <= 1.02 * before.per_copy, f"{block}, {one.kernel}"
@@ -176,10 +182,11 @@ def test_no_stage_executes_more_than_the_table_says(
 def test_as_many_products_are_executed_as_emulated(machine_code: list[compiler.Compiled]) -> None:
     """The machine code followed, and the sources emulated, for one layer of each kernel."""
     by_name = {kernel.name: kernel for kernel in machine_code}
-    sizes = {"1x1": (2048, 96, 128), "3x3": (8, 14, 14, 64, 32)}
-    with launches.Launchers(stages.OPERATORS) as launchers:
-        for op in stages.OPERATORS:
-            shape = launches.Shape(op, sizes["1x1" if "1x1" in op else "3x3"])
+    sizes = {"1x1": (2048, 96, 128), "3x3": (8, 14, 14, 64, 32), "stem": (8, 64, 64, 3, 64)}
+    operators = (*stages.OPERATORS, *CUDA_NAMES)
+    with launches.Launchers(operators) as launchers:
+        for op in operators:
+            shape = launches.Shape(op, next(s for name, s in sizes.items() if name in op))
             listed = launchers.launches(shape, Device())
             case = make(op, shape.sizes, torch.bfloat16)
             emulated = launchers.emulator.call(op, *case.arguments.values())

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from tools.op_cases import OPERATORS, dimensions, kernel_file, make
+from tools.op_cases import CUDA_OPERATORS, dimensions, kernel_file, make
 
 from .build import EmulationError
 from .emulator import Emulator
@@ -25,14 +25,14 @@ DTYPES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    sizes = "\n".join(f"  {op:30}{' '.join(dimensions(op))}" for op in OPERATORS)
+    sizes = "\n".join(f"  {op:30}{' '.join(dimensions(op))}" for op in CUDA_OPERATORS)
     parser = argparse.ArgumentParser(
         prog="python -m tools.emulation",
         description="Runs an operator's CUDA kernels on the host and prints their counters.",
         epilog=f"operators and their sizes:\n{sizes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("operator", choices=OPERATORS, metavar="operator")
+    parser.add_argument("operator", choices=CUDA_OPERATORS, metavar="operator")
     parser.add_argument("sizes", type=int, nargs="+")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seed", type=int, default=0, help="order in which threads run")

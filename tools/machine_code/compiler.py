@@ -16,12 +16,15 @@ from pathlib import Path
 
 import torch
 
-from densenet_efficient.ops.interface import NAMES
+from densenet_efficient.ops.interface import CUDA_NAMES, NAMES
 from tools import ptxas_report
 
 ROOT = Path(__file__).resolve().parents[2]
 # The operators that multiply: what their tensor-core instructions come with is what is counted.
-SOURCES = tuple(name for name in NAMES if name.startswith(("norm_relu_conv", "transition")))
+SOURCES = (
+    *(name for name in NAMES if name.startswith(("norm_relu_conv", "transition"))),
+    *CUDA_NAMES,
+)
 FAMILIES = {"86": ("86", "89"), "100": ("100", "120")}
 """Further architectures, by the one whose PTX they share: no condition of the sources tells them
 apart, so the front end, most of a compilation, need run for the first of a family only."""
