@@ -20,6 +20,7 @@ from ..core.arena import Buffer
 from ..core.specs import BlockSpec, keeps_norms, kept_table, norm_elements, scratch_table
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.features import FeaturesExecution
+from ..nn.first_convolution import has_operator
 from ..nn.layers import layer_spec
 from ..nn.norms import includes_relu, is_batch_norm
 from ..nn.transition import MAX_POOLS, TransitionExecution, is_max_pool_by_two
@@ -91,7 +92,7 @@ class Convolution(Part):
 
     def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
         """See `Part.backward`."""
-        timeline.mark(f"the backward of {self.name}")
+        timeline.mark(f"the backward of {self.name}", self._workspace("backward_weight"))
         return arriving
 
 
@@ -311,6 +312,8 @@ def parts_of(
         after = 1 if includes_relu(children[0][1]) else 2
         if type(children[after][1]) in MAX_POOLS:
             halved = (image[0], *(-(-s // 2) for s in image[1:]))
+            if has_operator(conv, device, dtype):
+                parts[0].operator = "stem_conv"
             add(Stem, "stem", children[0][1], halved, channels)
             after += 1
         else:  # PyTorch's norm, which keeps its input, and its ReLU in place

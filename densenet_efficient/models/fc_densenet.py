@@ -14,7 +14,7 @@ from ..core import eager
 from ..core.functions import PointwiseFunction
 from ..nn import execution, handover, watch
 from ..nn.dense_block import EfficientDenseBlock
-from ..nn.features import channels_last_convolution
+from ..nn.first_convolution import by_pytorch
 from ..nn.fully_convolutional import FC_CONFIGURATIONS, FCDenseNetBase
 from ..nn.options import check_memory
 from ..nn.transition import EfficientTransition
@@ -110,7 +110,7 @@ class EfficientFCDenseNet(FCDenseNetBase):
     def _first(self, x: Tensor) -> Tensor:
         if not self._is_ordinary(x) or watch.own_change(self.conv0) or watch.patch():
             return super()._first(x)
-        return channels_last_convolution(self.conv0, handover.match_layout(x), self.conv0.weight)
+        return by_pytorch(self.conv0, handover.match_layout(x), self.conv0.weight)
 
     def _call(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Channels last in memory from child to child, so that no block copies its output."""

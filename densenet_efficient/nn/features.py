@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..core import eager, graph_pooling
 from ..core.functions import Result, StemFunction
 from ..core.specs import PoolSpec
+from ..ops import dispatch
 from ..ops.dispatch import Dispatch
-from . import execution, graph, handover, watch
+from . import execution, first_convolution, graph, handover, watch
 from .architecture import STEM, plain_outputs
 from .dense_block import DenseBlockExecution
 from .execution import ORIGINAL, OVERFLOW, Efficient
@@ -52,12 +54,22 @@ class FeaturesExecution(Efficient):
         self._efficient = execution.State(structure=())
 
     def stem_path(self, x: Tensor) -> Dispatch:
-        """How the norm, ReLU and pooling after the stem's convolution would run, and why."""
+        """How the norm, ReLU and pooling after the stem's convolution would run, and why; and, on a
+        GPU, the convolution."""
+        return self._stem_paths(x)[0]
+
+    def _stem_paths(self, x: Tensor) -> tuple[Dispatch, Dispatch]:
+        """Of the stem, and of its convolution alone."""
         reason = self._input_problem(x) or self._patch() or self._stem_problem()
         if reason is not None:
-            return Dispatch(ORIGINAL, reason)
-        conv = next(iter(self._modules.values()))
-        return execution.choose(x, len(conv.kernel_size), execution.convolution_dtype(x))  # type: ignore[union-attr,arg-type]
+            return Dispatch(ORIGINAL, reason), Dispatch(ORIGINAL, reason)
+        conv: Any = next(iter(self._modules.values()))
+        stem = execution.choose(x, len(conv.kernel_size), execution.convolution_dtype(x))
+        first = first_convolution.choose(conv, x)
+        if first.reason != dispatch.NO_STEM_CONVOLUTION:
+            own = f"PyTorch's, because {first.reason}" if first.kind == ORIGINAL else "by a kernel"
+            stem = replace(stem, reason=f"{stem.reason}; its convolution is {own}")
+        return stem, first
 
     def stem_children(self) -> list[tuple[str, Any]]:
         """The first children, up to where the pooling would be: convolution, norm, ReLU unless the
@@ -123,13 +135,13 @@ class FeaturesExecution(Efficient):
     def _run(self, x: Tensor, outputs: dict[str, Tensor], wanted: Collection[str]) -> Tensor:
         contiguous = self._answers_contiguous(x)
         children: list[tuple[str, Any]] = list(self._modules.items())
-        stem = Dispatch(ORIGINAL, "its relu0 is asked for")
+        stem = first = Dispatch(ORIGINAL, "its relu0 is asked for")
         if "relu0" not in wanted:
-            stem = self.stem_path(x)
+            stem, first = self._stem_paths(x)
         if stem.kind != ORIGINAL:
             children = children[len(self.stem_children()) :]
             following = children[0][1] if children and "stem" not in wanted else None
-            x = self._stem(x, stem, contiguous, _sees_it_first(following))
+            x = self._stem(x, (stem, first), contiguous, _sees_it_first(following))
             if "stem" in wanted:
                 outputs["stem"] = x
         else:
@@ -203,7 +215,7 @@ class FeaturesExecution(Efficient):
         conv, norm, *rest = children
         execution.check_input(x, len(conv.kernel_size), conv.in_channels, conv.weight, "conv0")
         answer = execution.pooling_dtype(x, len(conv.kernel_size))
-        x = channels_last_convolution(conv, x, conv.weight)
+        x = first_convolution.by_pytorch(conv, x, conv.weight)
         if plan.kind == graph.EAGER:
             for child in (norm, *rest):
                 x = child(x)
@@ -242,12 +254,15 @@ class FeaturesExecution(Efficient):
             weight is None or weight.is_contiguous() or weight.dim() < 4
         )
 
-    def _stem(self, x: Tensor, chosen: Dispatch, contiguous: bool, to_ours: bool) -> Tensor:
+    def _stem(
+        self, x: Tensor, paths: tuple[Dispatch, Dispatch], contiguous: bool, to_ours: bool
+    ) -> Tensor:
+        chosen, first = paths
         conv, norm, *rest = [child for _, child in self.stem_children()]
-        gamma, beta, weight = norm.weight, norm.bias, conv.weight
-        execution.check_input(x, len(conv.kernel_size), conv.in_channels, weight, "conv0")
+        gamma, beta = norm.weight, norm.bias
+        execution.check_input(x, len(conv.kernel_size), conv.in_channels, conv.weight, "conv0")
         answer = execution.pooling_dtype(x, len(conv.kernel_size))
-        x = channels_last_convolution(conv, handover.match_layout(x) if contiguous else x, weight)
+        x = first_convolution.run(first, conv, x, contiguous)
         want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
         exchange = begin_exchange(own.group, x, None) if want else None
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
@@ -295,9 +310,10 @@ def _is_bare(module: Any) -> bool:
 class EfficientFeatures(FeaturesExecution, nn.Sequential):
     """Runs a feature extractor's children in order, fusing the stem and handing statistics on.
 
-    conv0 stays PyTorch's; norm0, ReLU and max-pooling after it become one operator that keeps only
-    conv0's output. Dense blocks and transitions pass their channel statistics along, so that no
-    norm between them takes a pass over its input. Children, names, order and keys are those of an
+    conv0 is PyTorch's, or on a GPU an operator (`nn.first_convolution`); norm0, ReLU and
+    max-pooling after it become one operator that keeps only conv0's output. Dense blocks and
+    transitions pass their channel statistics along, so that no norm between them takes a pass over
+    its input. Children, names, order and keys are those of an
     ordinary Sequential, and may still be called one by one.
     """
 
@@ -306,17 +322,3 @@ class EfficientFeatures(FeaturesExecution, nn.Sequential):
     def __init__(self, children: OrderedDict[str, nn.Module]) -> None:
         nn.Sequential.__init__(self, children)
         self._adopt()
-
-
-def channels_last_convolution(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """conv(x) in channels-last memory. The weight's strides decide, so no copy of x is kept; those
-    of one input channel would be ambiguous, and are set by a view."""
-    dims = len(conv.kernel_size)
-    if conv.padding_mode != "zeros" or dims == 1:
-        return conv(x)
-    if weight.is_contiguous():  # its gradient is to be contiguous, too
-        weight = handover.match_layout(weight)
-    rows = weight.movedim(1, -1)
-    weight = rows.reshape(-1).view(rows.shape).movedim(-1, 1)
-    convolve = nn.functional.conv2d if dims == 2 else nn.functional.conv3d
-    return convolve(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -17,6 +17,9 @@ import torch
 from . import compiled, fallback, library, mixed
 from .interface import Operators
 
+NO_STEM_CONVOLUTION = "the kernels of the stem's convolution are for CUDA"
+"""Of other devices, which have none to choose."""
+
 _COMPILED = cast(Operators, compiled)
 _FALLBACK = cast(Operators, fallback)
 
@@ -77,6 +80,18 @@ def _on_a_gpu(dtype: torch.dtype, dims: int, tf32: bool) -> Dispatch:
     if dtype == torch.float32:
         return Dispatch("kernels", "compiled cuda kernels, float32 multiplied in TF32", _COMPILED)
     return Dispatch("kernels", f"compiled cuda kernels, {_name(dtype)}", _COMPILED)
+
+
+def stem_convolution(device: torch.device, dtype: torch.dtype) -> Dispatch:
+    """The same for the stem's 7x7 convolution: CUDA kernels in 16 bits, PyTorch's own elsewhere."""
+    if device.type != "cuda":
+        return Dispatch("original", NO_STEM_CONVOLUTION)
+    chosen = choose(device, dtype)
+    if chosen.kind != "kernels":
+        return Dispatch("original", chosen.reason)
+    if dtype.itemsize != 2:
+        return Dispatch("original", f"its kernels are for bfloat16 and float16, not {_name(dtype)}")
+    return chosen
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,13 +16,15 @@ from densenet_efficient import reference
 from densenet_efficient.bench.accuracy import (
     TOGETHER_BOUND,
     error_ratio,
+    forward_loss,
     moved_norms,
     training_step,
 )
 from densenet_efficient.core import layout, replay
 from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.nn.dense_block import EfficientDenseBlock
-from densenet_efficient.ops import compiled
+from densenet_efficient.ops import compiled, dispatch, library
+from densenet_efficient.ops.interface import CUDA_NAMES, NAMES
 from tests.support.block_pair import gradients
 from tests.support.emulators import emulator
 from tests.support.identifiers import identifier
@@ -51,9 +53,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     on_gpu = layout.row_length
     device = torch.device("cuda")
-    for name in compiled.NAMES:
+    for name in (*NAMES, *CUDA_NAMES):
         getattr(compiled, name)  # the real one is bound first
         monkeypatch.setattr(compiled, name, operator(name))
+    choose = dispatch.stem_convolution
+    monkeypatch.setattr(library, "cuda_unavailable_reason", lambda _: None)
+    monkeypatch.setattr(dispatch, "stem_convolution", lambda _, dtype: choose(device, dtype))
     monkeypatch.setattr(layout, "row_length", lambda c, dtype, _: on_gpu(c, dtype, device))
     monkeypatch.setattr(replay, "record", lambda *_: None)  # a program calls the real ones
     return called
@@ -70,7 +75,18 @@ def networks(
     return ours.to(dtype), plain.to(dtype), exact
 
 
-def assert_errs_no_more(ours: nn.Module, plain: nn.Module, exact: nn.Module) -> None:
+def step_on_images(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """As `training_step`, of images that need no gradient: the first convolution is an operator."""
+    model.zero_grad(set_to_none=True)
+    output, loss = forward_loss(model, images, labels, None)
+    loss.backward()
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+    return {"output": output.detach()} | {k: v for k, v in gradients.items() if v is not None}
+
+
+def assert_errs_no_more(
+    ours: nn.Module, plain: nn.Module, exact: nn.Module, step: Any = training_step
+) -> None:
     """Over all tensors together: on images this small single ReLUs, which rounding turns, decide
     over single tensors."""
     dtype = next(ours.parameters()).dtype
@@ -78,17 +94,17 @@ def assert_errs_no_more(ours: nn.Module, plain: nn.Module, exact: nn.Module) -> 
     for _ in range(DRAWS):
         x, target = torch.randn(2, 3, 40, 36).to(dtype), torch.tensor([0, 2])
         for found, model in zip(steps, (ours, plain), strict=False):
-            found.append(training_step(model, x, target))
-        steps[2].append(training_step(exact, x.double(), target))
+            found.append(step(model, x, target))
+        steps[2].append(step(exact, x.double(), target))
     ratio = error_ratio(*steps)
     assert ratio.together <= TOGETHER_BOUND, ratio
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=identifier)
 def test_a_step_errs_no_more_than_eager(emulated: list[str], dtype: torch.dtype) -> None:
-    assert_errs_no_more(*networks(dtype, "recompute"))
+    assert_errs_no_more(*networks(dtype, "recompute"), step_on_images)
     # A convolution's second pass makes the corrections.
-    assert set(emulated) == set(compiled.NAMES) - {"norm_correction"}
+    assert set(emulated) == {*NAMES, *CUDA_NAMES} - {"norm_correction"}
 
 
 @pytest.mark.usefixtures("emulated")

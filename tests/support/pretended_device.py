@@ -47,6 +47,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "is_ordinary", lambda x: isinstance(x, Tensor))
     monkeypatch.setattr(eager, "unusual_mode", lambda: None)
     monkeypatch.setattr(dispatch, "_choose", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "stem_convolution", lambda *_: kernels)
     monkeypatch.setattr(
         layout, "row_length", lambda c, dtype, _: row_length(c, dtype, torch.device("cuda"))
     )

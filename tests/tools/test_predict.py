@@ -17,8 +17,8 @@ from tools.predict.__main__ import main
 from tools.predict.calls import PYTORCH, Call, Step
 from tools.predict.devices import GPUS, gpu_named
 from tools.predict.launches import Launch, emulator_for, listed
-from tools.predict.model import Efficiencies, Work, seconds
-from tools.predict.timeline import step_seconds
+from tools.predict.model import Efficiencies, Work, seconds, work_of
+from tools.predict.timeline import SMALL, duration, step_seconds
 
 H200 = GPUS["h200"]
 
@@ -51,6 +51,14 @@ def test_measured_kernels_are_predicted() -> None:
     alone = [g for g in fused if g.source == "ncu"]
     assert len(alone) == 10
     assert all(0.7 < fit.ratio(g, measured.gpu, given) < 1.3 for g in alone)
+
+
+def test_small_kernels_of_pytorchs_take_their_time() -> None:
+    calls = [Call("head", PYTORCH, (), times=30)]
+    with emulator_for(calls) as emulator:
+        [launch] = listed(calls, H200.device, torch.bfloat16, emulator)
+    work = work_of(launch, {})
+    assert (work.times, duration(work, H200, fit.stored())) == (30, SMALL)
 
 
 def test_a_step_waits_for_the_host_where_kernels_are_short() -> None:

@@ -13,11 +13,12 @@ from densenet_efficient.core.weights import GROUP_BYTES
 from densenet_efficient.models.networks import NetworkSpec
 from densenet_efficient.nn.dense_block import DenseBlockExecution
 from densenet_efficient.nn.options import check_memory
+from densenet_efficient.ops.interface import CUDA_NAMES
 from tools.op_cases import Sizes
 
-# PyTorch's own kernels: small ones (casts, copies, zeros, the head, the optimiser), whose number
-# was read from a profile, and the first convolution of networks for ImageNet, by its images.
-PYTORCH, CONVOLUTION = "pytorch", "pytorch: convolution"
+# PyTorch's own kernels: casts, copies, zeros, the head, the optimiser, whose number was read from a
+# profile.
+PYTORCH = "pytorch"
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ class Step:
             yield [own, stats], [own]
         else:
             sizes = (self.batch, side, side, channels)
-            convolution = Call("stem", CONVOLUTION, (self.batch, self.image_size, self.image_size))
+            images = (self.batch, self.image_size, self.image_size, 3, channels)
+            first, gradient = (Call("stem", name, images) for name in CUDA_NAMES)
             yield (
-                [own, convolution, stats, Call("stem", "stem_forward", sizes)],
-                [Call("stem", "stem_backward", sizes), convolution, own],
+                [own, first, stats, Call("stem", "stem_forward", sizes)],
+                [Call("stem", "stem_backward", sizes), gradient, own],
             )
             side = (side + 1) // 2
         blocks, kept = options["block_config"], self.kept_layers()

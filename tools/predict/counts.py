@@ -19,7 +19,7 @@ from tools.emulation import Device, Emulator
 from tools.op_cases import kernel_file
 
 from .calls import Call
-from .launches import Launch, arguments_of
+from .launches import COUNTED, Launch, arguments_of
 
 STORED = Path(__file__).with_name("counts.json")
 DEPTH = 32  # channels of a panel of 16 bits
@@ -110,7 +110,7 @@ def _most_alike(launch: Launch, counts: dict[str, Points]) -> Points | None:
 
 def stand_ins(launches: Iterable[Launch], counts: dict[str, Points]) -> list[str]:
     """What was not counted itself and is taken from another block of the same kernel."""
-    persistent = (one for one in launches if one.ranges and one.op.startswith("norm_relu_conv"))
+    persistent = (one for one in launches if one.ranges and one.op.startswith(COUNTED))
     return sorted({key(one) for one in persistent} - set(counts))
 
 
@@ -118,8 +118,8 @@ def extremes(launches: Iterable[Launch]) -> list[Launch]:
     """Of each kernel and block, the launches of least and of greatest depth: what to count."""
     found: dict[str, list[Launch]] = {}
     for launch in launches:
-        fused = launch.ranges and launch.op.startswith("norm_relu_conv")
-        if fused and launch.tiles >= LEAST_TILES:
+        counted = launch.ranges and launch.op.startswith(COUNTED)
+        if counted and launch.tiles >= LEAST_TILES:
             found.setdefault(key(launch), []).append(launch)
     chosen = (choose(some, key=panels) for some in found.values() for choose in (min, max))
     return list(dict.fromkeys(chosen))

@@ -3,7 +3,6 @@ many of them a multiprocessor holds, and what each moves."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +20,8 @@ from .calls import PYTORCH, Call
 
 # Threads and blocks that a multiprocessor of sm_80, sm_90 and sm_100 holds.
 THREADS, BLOCKS = 2048, 32
+# Operators whose blocks walk over tiles in a loop that is counted.
+COUNTED = ("norm_relu_conv", "stem_conv")
 SYSTEM_BYTES = 1024  # of shared memory, that the system takes for each block
 
 
@@ -106,9 +107,7 @@ def listed(
 
 
 def _pytorch(call: Call) -> Launch:
-    return Launch(
-        "", call.op, call.op, call.times, 1, 32, 1, 0, 0, 1, math.prod(call.sizes), call.sizes, 0, 0
-    )
+    return Launch("", call.op, call.op, call.times, 1, 32, 1, 0, 0, 1, 0, call.sizes, 0, 0)
 
 
 def _of_call(emulator: Emulator, call: Call, device: Device, dtype: torch.dtype) -> list[Launch]:
@@ -148,6 +147,8 @@ def _partial_bytes(call: Call, partials: int) -> int:
     """Of a reduction's partial results: moments, or the sums of a weight gradient if there is one,
     and those of a norm."""
     rows, channels = 3, call.sizes[-1]
+    if call.op == "stem_conv_backward_weight":
+        rows = 49 * call.sizes[-2]
     if call.op.endswith("_backward"):
         rows = 2
         if not call.op.startswith("stem"):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from .counts import Points, count_of
 from .devices import Gpu
-from .launches import Launch
+from .launches import COUNTED, Launch
 
 SCHEDULERS = 4  # of a multiprocessor
 # A second pass of moments (csrc/cuda/reduce/finish.cuh) asks for so many partial results at once,
@@ -96,7 +96,7 @@ def work_of(launch: Launch, counts: dict[str, Points]) -> Work:
         return Work(
             launch.stage, launch.kernel, launch.times, size=launch.size, chain=chain, waves=waves
         )
-    if not launch.ranges or launch.op.startswith(("transition", "stem")):
+    if not launch.ranges or not launch.op.startswith(COUNTED):
         return Work(launch.stage, launch.kernel, launch.times, size=launch.size, flops=launch.flops)
     count = count_of(launch, counts)
     return Work(

@@ -8,25 +8,22 @@ from collections.abc import Iterable
 from .devices import Gpu
 from .model import Efficiencies, Work, seconds
 
-# PyTorch's own kernels, as measured: most are small; the first convolution of networks for ImageNet
-# (cuDNN's, forward or weight gradient with its padding and casts) takes its images' pixels at a
-# share of the bandwidth, of three channels of 16 bits.
+# PyTorch's own kernels, as measured: seconds of a small one.
 SMALL = 1.7e-6
+# The first convolution of networks for ImageNet in the measured steps was cuDNN's: forward or
+# weight gradient, with its padding and casts, took its images' pixels at a share of the bandwidth,
+# of three channels of 16 bits.
 CONVOLUTION_BYTES, CONVOLUTION_SHARE = 6, 0.0105
 
 
-def of_pytorch(work: Work, gpu: Gpu) -> float:
-    """Seconds of one of PyTorch's own launches."""
-    return first_convolution(work.size, gpu) if work.size else SMALL
-
-
 def first_convolution(pixels: float, gpu: Gpu) -> float:
-    """Seconds of its forward, or of its weight gradient, for so many pixels of images."""
+    """Seconds of cuDNN's forward, or of its weight gradient, for so many pixels of images."""
     return pixels * CONVOLUTION_BYTES / (CONVOLUTION_SHARE * gpu.bandwidth)
 
 
 def duration(work: Work, gpu: Gpu, given: Efficiencies) -> float:
-    return of_pytorch(work, gpu) if work.kernel.startswith("pytorch") else seconds(work, gpu, given)
+    """Seconds of one launch."""
+    return SMALL if work.kernel.startswith("pytorch") else seconds(work, gpu, given)
 
 
 def step_seconds(works: Iterable[Work], gpu: Gpu, given: Efficiencies) -> float:
