@@ -25,6 +25,7 @@ from .checks import (
     check_convolution,
     check_layer_parts,
     convolution_dims,
+    input_channels,
     random_probe,
 )
 
@@ -148,7 +149,7 @@ def block_adapter(
 
     def probe(block: nn.Module) -> Tensor:
         first = parts(next(iter(layers_of(block).values())))
-        return random_probe(first.norm1.num_features, convolution_dims(first.conv1))
+        return random_probe(input_channels(first.norm1), convolution_dims(first.conv1))
 
     return Adapter(view, probe)
 
@@ -192,7 +193,7 @@ def transition_adapter(
 
     def probe(transition: nn.Module) -> Tensor:
         found = parts(transition)
-        return random_probe(found.norm.num_features, convolution_dims(found.conv))
+        return random_probe(input_channels(found.norm), convolution_dims(found.conv))
 
     return Adapter(view, probe, required=False)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations as plain_type
 
-from ..nn.layers import CONVOLUTIONS, LayerParts
+from ..nn.layers import CONVOLUTIONS, LayerParts, per_axis
 from ..nn.norms import BATCH_NORMS, activation_problem, is_batch_norm
 
 
@@ -18,6 +18,15 @@ class Unsupported(ValueError):
 def convolution_dims(convolution: nn.Module) -> int:
     """1, 2 or 3."""
     return CONVOLUTIONS.index(plain_type(convolution)) + 1
+
+
+def input_channels(module: nn.Module) -> int:
+    """Of a convolution or norm, as its weight has them, which alone PyTorch's forward reads; a
+    weight that is computed is not evaluated here, and the attribute believed."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, CONVOLUTIONS):
+        return module.in_channels if weight is None else weight.shape[1] * module.groups
+    return module.num_features if weight is None else len(weight)  # type: ignore[return-value]
 
 
 def random_probe(channels: int, dims: int, size: int = 5) -> Tensor:
@@ -48,9 +57,10 @@ def check_convolution(name: str, module: nn.Module) -> None:
     if plain_type(module) not in CONVOLUTIONS:
         raise Unsupported(f"{name} is {type(module).__name__}; only convolutions are supported")
     assert isinstance(module, CONVOLUTIONS)
-    if module.groups != 1 or set(module.stride) != {1} or module.padding_mode != "zeros":
+    stride = per_axis(module.stride, convolution_dims(module))
+    if module.groups != 1 or set(stride) != {1} or module.padding_mode != "zeros":
         raise Unsupported(
-            f"{name} has groups {module.groups}, stride {tuple(module.stride)} and padding mode "
+            f"{name} has groups {module.groups}, stride {stride} and padding mode "
             f"{module.padding_mode!r}; supported are 1, 1 and 'zeros'"
         )
 

@@ -14,7 +14,7 @@ from ..nn.classes import efficient_view
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.execution import Efficient
 from ..nn.features import EfficientFeatures
-from ..nn.layers import CONVOLUTIONS
+from ..nn.layers import CONVOLUTIONS, per_axis
 from ..nn.norms import includes_relu, is_batch_norm
 from ..nn.stage import StageExecution
 from ..nn.transition import TransitionParts, is_pool_by_two
@@ -26,7 +26,7 @@ from .adapters import (
     find_adapter,
     transition_adapter,
 )
-from .checks import convolution_dims, plain_type, random_probe
+from .checks import convolution_dims, input_channels, plain_type, random_probe
 
 
 def is_ordinary(module: nn.Module) -> bool:
@@ -53,11 +53,11 @@ def probe_features(children: dict[str, nn.Module | None]) -> Tensor:
     halve the image."""
     first, *others = children.values()
     assert isinstance(first, CONVOLUTIONS)
-    halvings = int(max(first.stride) > 1) + sum(
+    halvings = int(max(per_axis(first.stride, 1)) > 1) + sum(
         not isinstance(child, (DenseBlockExecution, nn.ReLU)) and not is_batch_norm(child)
         for child in others
     )
-    return random_probe(first.in_channels, convolution_dims(first), 2**halvings + 1)
+    return random_probe(input_channels(first), convolution_dims(first), 2**halvings + 1)
 
 
 def find_run(sequence: nn.Module) -> tuple[int, LayerAdapter] | None:
@@ -95,7 +95,7 @@ def run_adapter(
     def probe(sequence: nn.Module) -> Tensor:
         norm: Any = next(module for module in sequence.modules() if is_batch_norm(module))
         layer = adapter.parts(next(iter(layers(sequence).values())))
-        return random_probe(norm.num_features, convolution_dims(layer.conv1), 10)
+        return random_probe(input_channels(norm), convolution_dims(layer.conv1), 10)
 
     return Adapter(view, probe)
 

@@ -76,6 +76,7 @@ class LastCall:
         self._parameters = itemgetter(*(snapshot.place(*place) for place in places))
         self._running = [[snapshot.place(norm, name) for norm in call.norms] for name in _BUFFERS]
         self._momenta = call.running.momenta
+        self._shapes = _shapes(call.parameters)
 
     @classmethod
     def of(
@@ -105,6 +106,14 @@ class LastCall:
         tensors = self._snapshot.tensors()
         if tensors is None:
             return None
+        parameters = self._parameters(tensors)
+        if _shapes(parameters) != self._shapes:
+            return None
         means, variances, batches = ([tensors[at] for at in places] for places in self._running)
         running = Running(means, variances, batches, self._momenta)
-        return replace(self._call, parameters=self._parameters(tensors), running=running)
+        return replace(self._call, parameters=parameters, running=running)
+
+
+def _shapes(parameters: Sequence[Tensor | None]) -> list[torch.Size | None]:
+    """Of the convolutions' weights, which say how many channels there are."""
+    return [None if weight is None else weight.shape for weight in parameters[2::4]]

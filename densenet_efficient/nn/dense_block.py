@@ -26,12 +26,13 @@ from .execution import FEW, ORIGINAL, OVERFLOW
 from .graph import GraphPlan
 from .layers import (
     LayerParts,
+    image_dims,
     layer_spec,
     parameter_places,
     standard_parts,
 )
 from .memory_mode import KeepsBottlenecks
-from .norms import BatchNorm, begin_exchange
+from .norms import BatchNorm, begin_exchange, features_of
 from .options import check_memory, check_modules
 from .plain import PlainDenseBlock
 
@@ -98,7 +99,7 @@ class DenseBlockExecution(KeepsBottlenecks):
                 call = replace(call, programs=last.programs)
         if execution.has_few_values(x, dtype) and _defers(call):
             return Dispatch(ORIGINAL, FEW), call
-        return execution.choose(x, len(call.parts[0].conv1.kernel_size)), call
+        return execution.choose(x, image_dims(call.parts[0].conv1)), call
 
     def _norms(
         self, parts: list[LayerParts], specs: tuple[LayerSpec, ...]
@@ -123,7 +124,7 @@ class DenseBlockExecution(KeepsBottlenecks):
         parts = self.parts()
         specs: list[LayerSpec] = []
         shares = False
-        channels = parts[0].norm1.num_features
+        channels = features_of(parts[0].norm1)
         for (name, layer), part in zip(self.dense_layers().items(), parts, strict=True):
             spec, problem = layer_spec(part, name, channels, dtype, layer.training)
             if spec is None:
@@ -207,7 +208,7 @@ class DenseBlockExecution(KeepsBottlenecks):
             return self._run_original(chosen, init_features)
         first, specs, parameters = call.parts[0], call.specs, call.parameters
         name = f"{next(iter(self.dense_layers()))}.conv1"
-        channels, dims = first.norm1.num_features, len(first.conv1.kernel_size)
+        channels, dims = specs[0].in_channels, image_dims(first.conv1)
         assert parameters[2] is not None
         execution.check_input(x, dims, channels, parameters[2], name)
         if chosen.kind == ORIGINAL:

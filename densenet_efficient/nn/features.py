@@ -21,11 +21,12 @@ from .architecture import STEM, plain_outputs
 from .dense_block import DenseBlockExecution
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .graph import GraphPlan
-from .layers import CONVOLUTIONS
+from .layers import CONVOLUTIONS, image_dims
 from .norms import (
     batch_norm,
     begin_exchange,
     check_count,
+    features_of,
     includes_relu,
     is_batch_norm,
     norm_problem,
@@ -37,6 +38,10 @@ from .stage import StageExecution
 from .transition import MAX_POOLS, TransitionExecution, once
 
 _FORWARDS = (DenseBlockExecution.forward, StageExecution.forward, TransitionExecution.forward)
+
+
+def _in_channels(conv: Any) -> int:
+    return int(conv.weight.shape[1] * conv.groups)
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
@@ -64,7 +69,7 @@ class FeaturesExecution(Efficient):
         if reason is not None:
             return Dispatch(ORIGINAL, reason), Dispatch(ORIGINAL, reason)
         conv: Any = next(iter(self._modules.values()))
-        stem = execution.choose(x, len(conv.kernel_size), execution.convolution_dtype(x))
+        stem = execution.choose(x, image_dims(conv), execution.convolution_dtype(x))
         first = first_convolution.choose(conv, x)
         if first.reason != dispatch.NO_STEM_CONVOLUTION:
             own = f"PyTorch's, because {first.reason}" if first.kind == ORIGINAL else "by a kernel"
@@ -213,8 +218,8 @@ class FeaturesExecution(Efficient):
         if plan.kind == graph.ORIGINAL:
             return x, None, 0
         conv, norm, *rest = children
-        execution.check_input(x, len(conv.kernel_size), conv.in_channels, conv.weight, "conv0")
-        answer = execution.pooling_dtype(x, len(conv.kernel_size))
+        execution.check_input(x, image_dims(conv), _in_channels(conv), conv.weight, "conv0")
+        answer = execution.pooling_dtype(x, image_dims(conv))
         x = first_convolution.by_pytorch(conv, x, conv.weight)
         if plan.kind == graph.EAGER:
             for child in (norm, *rest):
@@ -242,7 +247,7 @@ class FeaturesExecution(Efficient):
             graph.OPERATOR,
             PoolSpec(own, None, own.running is None),  # type: ignore[arg-type]
             [(norm, "weight"), (norm, "bias")],
-            [(norm, own, 0, norm.num_features)],
+            [(norm, own, 0, features_of(norm))],
             has_stats=own.running is None,
         )
 
@@ -260,8 +265,8 @@ class FeaturesExecution(Efficient):
         chosen, first = paths
         conv, norm, *rest = [child for _, child in self.stem_children()]
         gamma, beta = norm.weight, norm.bias
-        execution.check_input(x, len(conv.kernel_size), conv.in_channels, conv.weight, "conv0")
-        answer = execution.pooling_dtype(x, len(conv.kernel_size))
+        execution.check_input(x, image_dims(conv), _in_channels(conv), conv.weight, "conv0")
+        answer = execution.pooling_dtype(x, image_dims(conv))
         x = first_convolution.run(first, conv, x, contiguous)
         want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
         exchange = begin_exchange(own.group, x, None) if want else None

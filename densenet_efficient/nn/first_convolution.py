@@ -27,15 +27,15 @@ def has_operator(conv: nn.Module, device: torch.device, dtype: torch.dtype) -> b
 
 
 def _is_ours(conv: Any) -> bool:
-    """By its geometry."""
+    """By its geometry, and the weight's."""
     return (
         type(conv) is nn.Conv2d
-        and conv.kernel_size == (_KERNEL, _KERNEL)
+        and conv.weight.shape[2:] == (_KERNEL, _KERNEL)
         and conv.stride == (STRIDE, STRIDE)
         and conv.padding == (PADDING, PADDING)
         and conv.dilation == (1, 1)
         and conv.groups == 1
-        and conv.in_channels <= _MOST_CHANNELS
+        and conv.weight.shape[1] <= _MOST_CHANNELS
         and conv.bias is None
         and conv.padding_mode == "zeros"
     )
@@ -73,7 +73,7 @@ def run(chosen: Dispatch, conv: Any, x: Tensor, contiguous: bool) -> Tensor:
 def by_pytorch(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
     """conv(x) in channels-last memory. The weight's strides decide, so no copy of x is kept; those
     of one input channel would be ambiguous, and are set by a view."""
-    dims = len(conv.kernel_size)
+    dims = weight.dim() - 2
     if conv.padding_mode != "zeros" or dims == 1:
         return conv(x)
     if weight.is_contiguous():  # its gradient is to be contiguous, too

@@ -70,12 +70,21 @@ def asked_for() -> Asked:
 
 
 def prefers_contiguous(x: Tensor) -> bool:
-    """Whether the original modules would answer x with contiguous memory."""
-    return x.is_contiguous() and not _is_channels_last(x)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.dim()])
+    """Whether the original modules would answer x with contiguous memory: unless x has the strides
+    of channels last, or is a slice of what has them. PyTorch takes what is both for contiguous, as
+    the images of one channel are."""
+    if x.dim() not in _FORMATS:
+        return True
+    if x.is_contiguous() and not x.is_contiguous(memory_format=_FORMATS[x.dim()]):
+        return True
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        stride = x.stride(dim)
+        ambiguous = stride == 0 if dim == 1 else dim == 0 and least == x.stride(1)
+        if stride < least or ambiguous:
+            return True
+        least = stride * x.shape[dim] if x.shape[dim] > 1 else stride
+    return False
 
 
 def match_layout(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..core.specs import LayerSpec, NormSpec, Tail
 from ..ops.convolution import ConvOptions
 from ..ops.dtypes import accumulation_dtype
-from .norms import BatchNorm, norm_problem, norm_spec
+from .norms import BatchNorm, features_of, norm_problem, norm_spec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -41,10 +42,13 @@ class LayerParts:
 
     @property
     def growth(self) -> int:
-        """New channels."""
+        """New channels, as the weight has them, which alone PyTorch's forward reads; one that is
+        computed is not evaluated here, and the attribute believed."""
         if self.tail is not None:
             return self.tail_channels
-        return (self.conv1 if self.conv2 is None else self.conv2).out_channels
+        conv = self.conv1 if self.conv2 is None else self.conv2
+        weight = conv._parameters.get("weight")
+        return conv.out_channels if weight is None else len(weight)
 
     def norms(self) -> list[BatchNorm]:
         """norm1, and norm2 of a bottleneck layer."""
@@ -63,27 +67,36 @@ def standard_parts(layer: nn.Module) -> LayerParts:
     )
 
 
+def image_dims(conv: Convolution) -> int:
+    """Of the images that a convolution takes."""
+    return conv.weight.dim() - 2
+
+
+def per_axis(value: Any, dims: int) -> tuple[int, ...]:
+    """An option of a convolution, which PyTorch also takes as one number for all axes."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * dims if len(values) == 1 else values
+
+
 def _geometry(
     conv: Convolution, name: str, kernel: int, dtype: torch.dtype
 ) -> tuple[ConvOptions | None, str | None]:
     """How the operators run ``conv``: (None, None) as the kernels' own convolution of size
-    ``kernel``, (options, None) through PyTorch's, (None, reason) not at all. Reads no parameter,
-    but asks whether there is a bias."""
-    dims = len(conv.kernel_size)
+    ``kernel``, (options, None) through PyTorch's, (None, reason) not at all. The size is that of
+    the weight, which alone PyTorch's forward reads."""
+    dims, sizes = image_dims(conv), tuple(conv.weight.shape[2:])
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return None, f"{name} pads by {conv.padding_mode!r} {conv.padding!r}"
-    same = all(
-        2 * p == d * (k - 1)
-        for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
-    )
-    if any(s != 1 for s in conv.stride) or not same:
+    padding, dilation = per_axis(conv.padding, dims), per_axis(conv.dilation, dims)
+    same = all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, sizes, strict=True))
+    if any(s != 1 for s in per_axis(conv.stride, dims)) or not same:
         return None, f"{name} changes the image size"
     # A bias is added to what the kernels give. In 16 bits that would round twice.
     adds = conv.bias is None or dtype == accumulation_dtype(dtype)
-    own = conv.groups == 1 and adds and conv.kernel_size == (kernel,) * dims
-    if own and (kernel == 1 or set(conv.dilation) == {1}):
+    own = conv.groups == 1 and adds and sizes == (kernel,) * dims
+    if own and (kernel == 1 or set(dilation) == {1}):
         return None, None
-    return ConvOptions(tuple(conv.padding), tuple(conv.dilation), conv.groups), None
+    return ConvOptions(padding, dilation, conv.groups), None
 
 
 def convolution_options(conv: nn.Module, name: str) -> tuple[ConvOptions | None, str | None]:
@@ -101,8 +114,8 @@ def layer_spec(
         problem = norm_problem(norm)
         if problem:
             return None, f"{name}'s norm{index} {problem}"
-    if part.norm1.num_features != channels:
-        return None, f"{name} expects {part.norm1.num_features} channels, not {channels}"
+    if features_of(part.norm1) != channels:
+        return None, f"{name} expects {features_of(part.norm1)} channels, not {channels}"
     convs = [part.conv1] if part.conv2 is None else [part.conv1, part.conv2]
     geometry: list[ConvOptions | None] = [None, None]
     for index, conv in enumerate(convs):
@@ -117,7 +130,7 @@ def layer_spec(
     return LayerSpec(
         in_channels=channels,
         growth=part.growth,
-        bottleneck=part.conv1.out_channels if part.norm2 is not None else 0,
+        bottleneck=len(part.conv1.weight) if part.norm2 is not None else 0,
         norm1=norm_spec(part.norm1, dtype),
         norm2=norm2,
         conv1=geometry[0],

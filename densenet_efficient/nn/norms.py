@@ -67,6 +67,12 @@ def norm_problem(norm: nn.Module) -> str | None:
     return None
 
 
+def features_of(norm: BatchNorm) -> int:
+    """The channels of a norm, as its tensors have them: PyTorch's forward reads no num_features."""
+    tensors = (norm.weight, norm.bias, norm.running_mean)
+    return next((len(tensor) for tensor in tensors if tensor is not None), norm.num_features)
+
+
 def uses_batch_statistics(norm: BatchNorm) -> bool:
     """Whether a call normalises by the batch: training mode, or no running statistics at all."""
     return norm.training or (norm.running_mean is None and norm.running_var is None)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .watch import own_members
+from .watch import ORDINARY, own_members
 
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 """What every module has; of it hooks, children, parameters and buffers are compared one by one."""
@@ -106,6 +106,8 @@ class Snapshot:
         except (AttributeError, KeyError, RuntimeError, ValueError):  # gone, or an array now
             return None
         if found is None or [tensor is None for tensor in found] != self._absent:
+            return None
+        if not ORDINARY.issuperset(map(type, found)):
             return None
         return [*found, None]
 

@@ -19,10 +19,11 @@ from ..ops.pools import AVG_POOL, MAX_POOL
 from . import execution, graph, handover
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .graph import GraphPlan
-from .layers import CONVOLUTIONS, Convolution
+from .layers import CONVOLUTIONS, Convolution, image_dims
 from .norms import (
     BatchNorm,
     begin_exchange,
+    features_of,
     norm_problem,
     norm_spec,
     update_running_statistics,
@@ -121,7 +122,7 @@ class TransitionExecution(Efficient):
         if reason is not None:
             return Dispatch(ORIGINAL, reason)
         parts = self.parts()
-        return execution.choose(x, len(parts.conv.kernel_size), _dtypes(x, _pools(parts))[0])
+        return execution.choose(x, image_dims(parts.conv), _dtypes(x, _pools(parts))[0])
 
     def _problem(self) -> str | None:
         """Why the operators cannot replace the modules, in words."""
@@ -133,7 +134,8 @@ class TransitionExecution(Efficient):
         conv: Any = parts.conv
         if type(conv) not in CONVOLUTIONS or conv.groups != 1:
             return "conv is not a plain convolution"
-        if set(conv.kernel_size) != {1} or set(conv.stride) != {1} or any(conv.padding):
+        stride, padding = (once(value) for value in (conv.stride, conv.padding))
+        if set(conv.weight.shape[2:]) != {1} or stride != 1 or padding != 0:
             return "conv is not pointwise"
         if parts.pool is not None and not (
             type(parts.pool) is nn.Identity
@@ -200,9 +202,9 @@ class TransitionExecution(Efficient):
             graph.OPERATOR,
             PoolSpec(own, None, want, pools=pools and last),  # type: ignore[arg-type]
             [(module, name) for module in (norm, conv) for name in ("weight", "bias")],
-            [(norm, own, 0, norm.num_features)],
+            [(norm, own, 0, features_of(norm))],
             name="conv",
-            channels=norm.num_features,
+            channels=features_of(norm),
             has_stats=want,
             drop_rate=parts.drop_rate,
             pools=pools,
@@ -225,7 +227,7 @@ class TransitionExecution(Efficient):
         execution.record(self, "", chosen, [norm])
         original = x
         gamma, beta, weight, bias = norm.weight, norm.bias, conv.weight, conv.bias
-        execution.check_input(x, len(conv.kernel_size), norm.num_features, weight, "conv")
+        execution.check_input(x, image_dims(conv), features_of(norm), weight, "conv")
         pools, drops = _pools(parts), parts.drop_rate > 0
         takes_largest = is_max_pool_by_two(parts.pool)
         self._check_size(x)

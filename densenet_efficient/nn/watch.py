@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 Structure = tuple[tuple[str, type, "Structure"], ...]
 """Children by name, class and their own structure."""
@@ -23,6 +23,9 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # a SyncBatchNo
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")
 _FORWARD = frozenset({"forward"})
+_HELD = ("_parameters", "_buffers")
+ORDINARY = frozenset({Tensor, nn.Parameter, type(None)})
+"""What a module may hold: the kernels read its memory, whatever a subclass would make of it."""
 _FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
     (home, name)
     for home, names in (
@@ -118,6 +121,10 @@ def own_change(module: nn.Module) -> str | None:
     names = _FORWARD if methods is None else methods.own
     if not attributes.keys().isdisjoint(names):
         return f"has a {next(name for name in attributes if name in names)} of its own"
+    for held in _HELD:
+        for name, tensor in attributes.get(held, {}).items():
+            if type(tensor) not in ORDINARY:
+                return f"has a {type(tensor).__name__} as its {name}"
     if attributes.get("_compiled_call_impl") is not None:
         return "was compiled by itself"
     return None

@@ -62,6 +62,33 @@ def test_modes_without_memory_never_reach_later_calls(
         assert_close(expected, training_step(model, x))
 
 
+# Parameters
+
+
+class Halved(nn.Parameter):
+    """A weight of which every convolution takes one half, as those that are masked or quantised
+    answer for themselves."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = list(args), kwargs or {}
+        if func in (torch.conv2d, F.conv2d):
+            args[1] = args[1].as_subclass(Tensor) * 0.5
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["conv0", "denseblock1.denselayer2.conv1", "transition1.conv"])
+def test_a_weight_of_a_subclass_answers_for_itself(name: str) -> None:
+    plain, ours = converted_pair()
+    x = images()
+    for model in (plain, ours):
+        model(x)
+        conv = model.get_submodule(f"features.{name}")
+        conv.weight = Halved(conv.weight.detach())
+    assert_same_step(plain, ours, x)
+
+
 # Attributes
 
 
