@@ -94,6 +94,16 @@ def test_depths_between_two_counted_lie_on_their_line() -> None:
         counts.count_of(launch, {})
 
 
+def test_tiles_of_the_stems_convolution_are_told_apart() -> None:
+    """By the images' width, and by their rows."""
+    large = replace(a_launch(7168, 396), op="stem_conv_forward", shape=(512, 224, 224, 3, 64))
+    narrow = replace(large, shape=(512, 224, 192, 3, 64))
+    low = replace(large, tiles=896, shape=(16, 224, 224, 3, 64))
+    assert counts.key(large).endswith(" width 224 rows 8")
+    assert counts.key(narrow).endswith(" width 192 rows 8")
+    assert counts.key(low).endswith(" width 224 rows 2")
+
+
 @pytest.mark.parametrize(
     ("tiles", "ranges", "blocks", "factor"),
     [(264, 264, 264, 1.0), (266, 264, 264, 4 / (266 / 132)), (100, 100, 200, 2 / (200 / 132)),

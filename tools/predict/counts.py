@@ -43,7 +43,10 @@ Points = dict[int, Count]  # by the panels of the product
 
 def key(launch: Launch) -> str:
     """What decides about a kernel's way besides its depth: the block, and the tile's geometry."""
-    width = f" width {launch.shape[2]}" if "3x3" in launch.op else ""
+    width = f" width {launch.shape[2]}" if "conv1x1" not in launch.op else ""
+    if launch.op.startswith("stem_conv"):  # whose tiles are lower where there would be few
+        images, height = launch.shape[:2]
+        width += f" rows {-(-images * ((height + 1) // 2) // launch.tiles)}"
     stats = "" if launch.stats else " without statistics"
     return f"{launch.kernel} threads {launch.threads} shared {launch.shared_bytes}{width}{stats}"
 
