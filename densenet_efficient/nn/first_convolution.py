@@ -27,15 +27,15 @@ def has_operator(conv: nn.Module, device: torch.device, dtype: torch.dtype) -> b
 
 
 def _is_ours(conv: Any) -> bool:
-    """By its geometry, and the weight's."""
+    """By its geometry, whose sizes are the weight's."""
     return (
         type(conv) is nn.Conv2d
         and conv.weight.shape[2:] == (_KERNEL, _KERNEL)
+        and conv.weight.shape[1] <= _MOST_CHANNELS
         and conv.stride == (STRIDE, STRIDE)
         and conv.padding == (PADDING, PADDING)
         and conv.dilation == (1, 1)
         and conv.groups == 1
-        and conv.weight.shape[1] <= _MOST_CHANNELS
         and conv.bias is None
         and conv.padding_mode == "zeros"
     )

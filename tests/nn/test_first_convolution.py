@@ -191,6 +191,19 @@ def test_inputs_and_weights_that_the_operator_does_not_take() -> None:
     assert reason(turned, x) == "its weight is a Subclass"
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 5, 5), (6, 1, 7, 7)], ids=identifier)
+def test_a_weight_of_another_size_decides(calls: Calls, shape: tuple[int, ...]) -> None:
+    """A weight put in place of the first, as for grey images, whatever the module says of it."""
+    ours, plain = (m.double() for m in network())
+    weight, x = torch.randn(shape, dtype=FP64), images(shape[1])
+    for model in (ours, plain):
+        model.features.conv0.weight = nn.Parameter(weight)
+        model(x).logsumexp(1).sum().backward()
+    assert calls.names == ["stem_conv_forward", "stem_conv_backward_weight"] * (shape[2] == 7)
+    found, expected = (m.features.conv0.weight.grad for m in (ours, plain))
+    torch.testing.assert_close(found, expected)
+
+
 def _hook(features: Any) -> None:
     features.conv0.register_forward_hook(lambda *_: None)
 
