@@ -84,11 +84,13 @@ def run(
     """``function(spec, *options, *given)``: tensors that are new, or views of new ones.
 
     given: tensors, and lists and dictionaries of them; the first is one. Nothing is recorded where
-    the specification holds what may differ from call to call.
+    the specification holds what may differ from call to call, and under a dispatch mode, which is
+    to see every operator.
     """
     call = functools.partial(function, spec, *options)
     usual = spec.operators is compiled and spec.exchange is None
-    if spec.programs is None or not usual or any(layer.drops() for layer in spec.layers):
+    seen = torch._C._len_torch_dispatch_stack() > 0
+    if spec.programs is None or not usual or seen or any(layer.drops() for layer in spec.layers):
         return call(*given)
     first = given[0]
     assert isinstance(first, Tensor)

@@ -201,27 +201,24 @@ class DenseBlockExecution(KeepsBottlenecks):
     @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, init_features: Tensor | list[Tensor]) -> Tensor:
         asked = handover.asked_for()
-        contiguous = asked.contiguous
         x = _joined(init_features)
         chosen, call = self._decision(x)
         if call is None:
-            return self._run_original(chosen, init_features)
+            return self._run_original(chosen, handover.own(init_features, asked))
         first, specs, parameters = call.parts[0], call.specs, call.parameters
         name = f"{next(iter(self.dense_layers()))}.conv1"
         channels, dims = specs[0].in_channels, image_dims(first.conv1)
         assert parameters[2] is not None
         execution.check_input(x, dims, channels, parameters[2], name)
         if chosen.kind == ORIGINAL:
-            return self._run_original(chosen, init_features)
+            return self._run_original(chosen, handover.own(init_features, asked))
         execution.record(self, "", chosen, (norm for part in call.parts for norm in part.norms()))
         norm = next((norm for layer in specs for norm in layer.batch_norms()), None)
         group = None if norm is None else norm.group
         stats, known = handover.known_stats(x, group)
         exchange = None if norm is None else begin_exchange(group, x, known)
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
-        if contiguous is None:
-            contiguous = handover.prefers_contiguous(x)
-            x = handover.match_layout(x) if contiguous else x
+        x, contiguous = handover.enter(x, asked)
         x, stats = handover.as_dtype(x, stats, execution.working_dtype(x))
         if torch.is_grad_enabled():
             gradients.sole_counts()
@@ -243,7 +240,9 @@ class DenseBlockExecution(KeepsBottlenecks):
                 result.stats if result.stats is None or not asked.lent else differentiable
             )
         elif result.has_overflowed():
-            return self._run_original(Dispatch(ORIGINAL, OVERFLOW), init_features)
+            return self._run_original(
+                Dispatch(ORIGINAL, OVERFLOW), handover.own(init_features, asked)
+            )
         if call.norms:
             assert result.table is not None
             running.update(call.running, result.table, call.first, count)

@@ -152,20 +152,25 @@ class FeaturesExecution(Efficient):
         else:
             execution.record(self, "stem", stem)
         last_of_stem = [name for name in self._modules if name in STEM][-1:]
+        shown = contiguous and not handover.is_private(x)
         for index, (name, child) in enumerate(children):
             keys = [name, *["stem"] * (name in last_of_stem)]
             taken = [key for key in keys if key in wanted]
             after = index + 1 < len(children) and not taken
             consumer = children[index + 1][1] if after else None
-            x = self._call(child, consumer, x, contiguous)
+            x = self._call(child, consumer, x, contiguous, shown)
+            shown = contiguous and not (handover.is_private(x) or _nobody_sees(child, consumer))
             outputs.update(dict.fromkeys(taken, x))
         if children:
             outputs[children[-1][0]] = x
         return x
 
     @staticmethod
-    def _call(child: nn.Module, consumer: nn.Module | None, x: Tensor, contiguous: bool) -> Tensor:
-        """child(x), in contiguous memory where somebody else may ask for it."""
+    def _call(
+        child: nn.Module, consumer: nn.Module | None, x: Tensor, contiguous: bool, shown: bool
+    ) -> Tensor:
+        """child(x), in contiguous memory where somebody else may ask for it. shown: whether
+        somebody may see the gradient of x."""
         if is_batch_norm(child) and watch.own_change(child) is None and not watch.patch():
             y = batch_norm(child, x)  # type: ignore[arg-type]
             return y.contiguous() if contiguous else y
@@ -179,7 +184,7 @@ class FeaturesExecution(Efficient):
         to_ours = _sees_it_first(consumer) and watch.own_change(child) is None
         # A block may begin with others' modules.
         lent = to_ours and not isinstance(consumer, DenseBlockExecution)
-        asked = handover.Asked(contiguous and not to_ours, lent, to_ours)
+        asked = handover.Asked(contiguous and not to_ours, lent, to_ours, contiguous, shown)
         with handover.asking_for(asked):
             return child(x)
 
@@ -292,6 +297,14 @@ def _sees_it_first(consumer: nn.Module | None) -> bool:
     if consumer is None or not (is_batch_norm(consumer) or _runs_our_forward(consumer)):
         return False
     return watch.own_change(consumer) is None and not _has_any_global_hook()
+
+
+def _nobody_sees(child: nn.Module, consumer: nn.Module | None) -> bool:
+    """Whether the output of a module of PyTorch's is seen by the next module alone."""
+    if consumer is None or isinstance(child, Efficient) or child._modules:
+        return False
+    plain = type(child).__module__.startswith("torch.nn.")
+    return plain and watch.own_change(child) is None and watch.own_change(consumer) is None
 
 
 def _runs_our_forward(module: nn.Module) -> bool:

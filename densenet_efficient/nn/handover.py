@@ -29,6 +29,7 @@ _is_cow_tensor = torch._C._is_cow_tensor  # type: ignore[attr-defined]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _STATS = "_densenet_efficient_stats"
 _LENT = "_densenet_efficient_lent"
+_PRIVATE = "_densenet_efficient_private"
 
 
 class Asked(NamedTuple):
@@ -36,16 +37,23 @@ class Asked(NamedTuple):
 
     contiguous: that it is contiguous or channels last; None: as the module decides by its input.
     to_ours: nobody sees the output before the next module of ours does. lent: that module alone
-    will see it and its gradient, and will not write to it.
+    will see it and its gradient, and will not write to it. plain: that an original forward, and
+    whoever hangs on its modules, finds contiguous memory. shown: that the gradient of the input is
+    contiguous, since somebody may see it.
     """
 
     contiguous: bool | None = None
     lent: bool = False
     to_ours: bool = False
+    plain: bool = False
+    shown: bool = False
+
+
+NOTHING = Asked()
 
 
 class _Caller(threading.local):
-    asked = Asked()
+    asked = NOTHING
 
 
 _caller = _Caller()
@@ -65,7 +73,7 @@ def asking_for(asked: Asked) -> Iterator[None]:
 def asked_for() -> Asked:
     """What a calling module of ours wants; nothing where somebody else calls. Asked once a call, so
     that what the asking module calls itself is somebody else's call."""
-    asked, _caller.asked = _caller.asked, Asked()
+    asked, _caller.asked = _caller.asked, NOTHING
     return asked
 
 
@@ -90,6 +98,15 @@ def prefers_contiguous(x: Tensor) -> bool:
 def match_layout(x: Tensor) -> Tensor:
     """x, whose gradient will come back in contiguous memory."""
     return MatchLayoutFunction.apply(x) if x.requires_grad else x
+
+
+def enter(x: Tensor, asked: Asked) -> tuple[Tensor, bool]:
+    """x for the operators, its gradient in the memory that is asked for, and whether the output is
+    to be contiguous."""
+    contiguous, shown = asked.contiguous, asked.shown
+    if contiguous is None:
+        contiguous = shown = prefers_contiguous(x)
+    return match_layout(x) if shown else x, contiguous
 
 
 def new_features(y: Tensor, stats: Tensor | None, new: slice) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +144,8 @@ def hand_over(
         setattr(given, _LENT, True)
     else:
         given = sharing.share(given)
+    if asked.to_ours:
+        setattr(given, _PRIVATE, True)
     if stats is not None:
         # Without copy-on-write nothing would tell of a write through `.data`, nor of any write to a
         # tensor of inference mode.
@@ -136,10 +155,17 @@ def hand_over(
     return given
 
 
-def own(x: Tensor) -> Tensor:
-    """x for somebody who may write to it: a copy of what was lent."""
+def own(x: Any, asked: Asked = NOTHING) -> Any:
+    """x for somebody who may write to it, in the memory that is asked for: a copy of what was
+    lent."""
     lent = isinstance(x, Tensor) and getattr(x, _LENT, False)  # a tracer's proxy has any attribute
-    return x.clone() if lent else x
+    x = x.clone() if lent else x
+    return x.contiguous() if asked.plain else x
+
+
+def is_private(x: Tensor) -> bool:
+    """Whether x comes from a module of ours, and nobody sees it before the next one does."""
+    return bool(getattr(x, _PRIVATE, False))
 
 
 def known_stats(x: Tensor, group: Any = None) -> tuple[Tensor | None, Exchange | None]:

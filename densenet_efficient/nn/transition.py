@@ -215,13 +215,12 @@ class TransitionExecution(Efficient):
     @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, x: Tensor) -> Tensor:
         asked = handover.asked_for()
-        contiguous = asked.contiguous
         chosen = self.path(x)
         if chosen.kind == ORIGINAL:
             # The original's norm would count an empty batch that its pooling then refuses.
             if chosen.reason == execution.EMPTY and x.dim() > 2 and self._problem() is None:
                 self._check_size(x)
-            return self._run_original(chosen, handover.own(x))
+            return self._run_original(chosen, handover.own(x, asked))
         parts = self.parts()
         norm, conv = parts.norm, parts.conv
         execution.record(self, "", chosen, [norm])
@@ -236,9 +235,7 @@ class TransitionExecution(Efficient):
         stats, known = handover.known_stats(x, own.group)
         exchange = begin_exchange(own.group, x, known) if want else None
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
-        if contiguous is None:
-            contiguous = handover.prefers_contiguous(x)
-            x = handover.match_layout(x) if contiguous else x
+        x, contiguous = handover.enter(x, asked)
         x, stats = handover.as_dtype(x, stats, dtype)
         last = not drops and not takes_largest  # whether the operator's result is the transition's
         takes_stats, fused = want and last, pools and last
@@ -248,7 +245,7 @@ class TransitionExecution(Efficient):
         result = Result()
         y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight, bias)
         if exchange is None and result.has_overflowed():
-            return self._run_original(Dispatch(ORIGINAL, OVERFLOW), handover.own(original))
+            return self._run_original(Dispatch(ORIGINAL, OVERFLOW), handover.own(original, asked))
         if want:
             assert result.used is not None
             update_running_statistics(norm, result.used, count)

@@ -29,8 +29,10 @@ ORDINARY = frozenset({Tensor, nn.Parameter, type(None)})
 _FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
     (home, name)
     for home, names in (
-        (F, "batch_norm relu leaky_relu dropout conv1d conv2d conv3d avg_pool2d max_pool2d"),
-        (torch, "batch_norm relu dropout conv1d conv2d conv3d cat"),
+        (F, "batch_norm relu leaky_relu dropout dropout2d dropout3d conv1d conv2d conv3d"),
+        (F, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d"),
+        (torch, "batch_norm relu relu_ dropout feature_dropout conv1d conv2d conv3d cat"),
+        (torch, "max_pool1d max_pool2d max_pool3d"),
     )
     for name in names.split()
 )

@@ -201,6 +201,8 @@ def halved(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         (nn.Sequential, "forward", halved(nn.Sequential.forward)),  # features and transitions
         (F, "batch_norm", halved(F.batch_norm)),
         (F, "relu", halved(F.relu)),
+        (torch, "relu_", halved(torch.relu_)),  # of activations in place
+        (torch, "max_pool2d", halved(torch.max_pool2d)),
         (F, "conv2d", halved(F.conv2d)),
         (torch, "cat", halved(torch.cat)),
         (DenseBlock, "forward", halved(DenseBlock.forward)),

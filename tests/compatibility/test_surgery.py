@@ -160,3 +160,55 @@ def test_results_have_the_memory_format_of_the_original(
             memory_format=layout
         )
     assert_close(expected, got)
+
+
+SEEN = [
+    "pool0",
+    "denseblock1",
+    "denseblock1.denselayer1",
+    "denseblock1.denselayer2.norm1",
+    "denseblock1.denselayer2.conv2",
+    "transition1",
+    "transition1.conv",
+    "denseblock2.denselayer2",
+    "norm5",
+]
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_hooks_find_tensors_and_gradients_in_the_memory_of_the_original(name: str) -> None:
+    """Distillation flattens them by `.view`."""
+    found: list[dict[str, bool]] = []
+    plain, ours = converted_pair()
+    for model in (plain, ours):
+        seen: dict[str, bool] = {}
+
+        def note(module: nn.Module, given: Any, y: Tensor, seen: dict[str, bool] = seen) -> None:
+            x = given[0][0] if isinstance(given[0], list) else given[0]
+            seen["x"], seen["y"] = x.is_contiguous(), y.is_contiguous()
+            y.register_hook(lambda dy: seen.update(dy=dy.is_contiguous()))
+
+        model.get_submodule(f"features.{name}").register_forward_hook(note)
+        found.append(seen)
+    assert_same_step(plain, ours, images())
+    assert found[0] == found[1]
+
+
+class Flattened(nn.Module):
+    """A module that takes contiguous input and output for granted."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x.view(-1).view(x.shape))
+        return y.view(-1).view(y.shape)
+
+
+@pytest.mark.parametrize("name", ["denseblock1.denselayer2.conv2", "transition1.conv"])
+def test_modules_put_inside_find_contiguous_memory(name: str) -> None:
+    plain, ours = converted_pair()
+    for model in (plain, ours):
+        model.set_submodule(f"features.{name}", Flattened(model.get_submodule(f"features.{name}")))
+    assert_same_step(plain, ours, images())

@@ -19,6 +19,7 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from densenet_efficient import EfficientDenseNet, unconvert
 from densenet_efficient.core import arena
@@ -143,6 +144,18 @@ def test_transforms_give_the_same_cold_and_warm(transform: Callable[..., Any]) -
     warm(plain.train(), ours.train())
     assert_close(transform(plain.eval(), x), transform(ours.eval(), x))
     assert_same_step(plain.train(), ours.train(), x)
+
+
+def test_operations_of_a_backward_pass_are_counted_cold_and_warm() -> None:
+    """By a mode that is entered after the forward pass, which no replayed program escapes."""
+    _, ours = converted_pair()
+    counted = []
+    for _ in range(4):
+        loss = ours(images()).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        counted.append(counter.get_total_flops())
+    assert len(set(counted)) == 1
 
 
 def test_a_jacobian_by_forward_mode() -> None:
