@@ -259,10 +259,11 @@ class FeaturesExecution(Efficient):
     def _answers_contiguous(self, x: Tensor) -> bool:
         """Whether the original children would answer x with contiguous memory: it is contiguous,
         and no channels-last weight of the first convolution decides otherwise."""
-        weight = getattr(next(iter(self._modules.values())), "_parameters", {}).get("weight")
-        return handover.prefers_contiguous(x) and (
-            weight is None or weight.is_contiguous() or weight.dim() < 4
-        )
+        first = next(iter(self._modules.values()))
+        weight: Any = getattr(first, "_parameters", {}).get("weight")
+        known = type(weight) in (Tensor, nn.Parameter)  # a lazy one has no memory yet
+        decides = known and weight.dim() > 3 and not weight.is_contiguous()
+        return handover.prefers_contiguous(x) and not decides
 
     def _stem(
         self, x: Tensor, paths: tuple[Dispatch, Dispatch], contiguous: bool, to_ours: bool

@@ -115,6 +115,15 @@ def test_networks_convert_after_surgery(change: Callable[[nn.Module, Tensor], Te
     assert_same_step(plain, convert(copy.deepcopy(plain)), x)
 
 
+def test_a_lazy_first_convolution() -> None:
+    plain, ours = converted_pair()
+    for model in (plain, ours):
+        torch.manual_seed(1)
+        model.features.conv0 = nn.LazyConv2d(16, 7, stride=2, padding=3, dtype=torch.float64)
+        model(images(1))  # which makes its weight
+    assert_same_step(plain, ours, images())
+
+
 def test_norms_in_float32_among_convolutions_in_16_bits() -> None:
     plain = converted_pair()[0].bfloat16()
     for norm in plain.modules():
