@@ -104,7 +104,9 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
           launcher, tiling.weight, of,
           {gradient, row_tensor(call.x), float_table(call.norm), weights.data<float>(),
            tiling.weight.pitch, channels, outputs, tiling.weight.units,
-           static_cast<int>(tiling.weight.channel_blocks)});
+           static_cast<int>(tiling.weight.channel_blocks),
+           tiling.weight.layout(sizeof(T), tiling.weight.tile.positions, tiling.weight.tile.groups)
+               .offsets()});
       of_weight =
           weight_sums(weights.data<const float>(), tiling.weight.tile.blocks, call.K, call.C,
                       device::kTaps, tiling.weight.pitch, output_rows<float>(call.dweight).data,

@@ -36,39 +36,41 @@ struct Forward {
   int outputs;               // K
 };
 
-// The nine shifted products of 64 pixels with one panel of channels.
+// The nine shifted products of 64 pixels with one panel of channels; the weight lies at a multiple
+// of kZeroBytes.
 template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
-                                               const unsigned char* shared, int halo, int zeros,
-                                               const unsigned char* weight,
-                                               const uint32_t (&rows)[4], int pitch) {
+                                               const unsigned char* shared, int weight, int zeros,
+                                               device::OperandRows rows, int pitch) {
   using namespace device;
   const int lane = lane_index();
+  int of_row = weight + b_row(lane) * kTaps * kPanelRowBytes + 16 * b_chunk(lane);
+  rows.offset -= (pitch + 1) * kPanelRowBytes;
 #pragma unroll 1
-  for (int dh = -1; dh <= 1; ++dh) {
-#pragma unroll 1
-    for (int dw = -1; dw <= 1; ++dw) {
-      const int tap = 3 * dh + dw + 4;
-      const int weight_offset = panel_offset<T>(b_row(lane) * kTaps + tap, b_chunk(lane));
-      int offsets[4];
+  for (int dh = 0; dh < 3; ++dh) {
 #pragma unroll
-      for (int m = 0; m < 4; ++m)
-        offsets[m] = tap_offset<T>(rows[m], tap, dh * pitch + dw, halo, zeros);
+    for (int dw = 0; dw < 3; ++dw) {
+      const int of_weight = swizzle_chunks<T>(of_row + dw * kPanelRowBytes);
+      int offsets[4];
+      tap_offsets<T>(offsets, rows, 1u << dw, dw, zeros);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         uint32_t a[4][4];
 #pragma unroll
-        for (int m = 0; m < 4; ++m) ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)));
+        for (int m = 0; m < 4; ++m)
+          ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)) + 16 * m * kPanelRowBytes);
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
           uint32_t b[4];
-          ldmatrix_x4(b, weight + 8 * j * kTaps * kPanelRowBytes + (weight_offset ^ (32 * step)));
+          ldmatrix_x4(b, shared + 8 * j * kTaps * kPanelRowBytes + (of_weight ^ (32 * step)));
           round_operands<T>(b);
 #pragma unroll
           for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }
       }
     }
+    of_row += 3 * kPanelRowBytes;
+    rows.next_taps(pitch);
   }
 }
 
@@ -78,8 +80,7 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   using namespace device;
   constexpr int kTiles = kColumns / 8;
   const Layout layout{sizeof(T), kColumns, images.positions, images.groups};
-  const int threads = 32 * images.groups, thread = thread_index(), warp = warp_index();
-  const int lane = lane_index();
+  const int threads = 32 * images.groups, warp = warp_index(), lane = lane_index();
   const int column0 = block_y() * kColumns;
   const int panels = max(1, panels_of<T>(args.channels));
   const int first_tile = images.first_tile(block_x(), grid_x());
@@ -87,15 +88,9 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   unsigned char* shared = shared_memory();
   unsigned char* pixels = shared + layout.pixels_offset();
 
-  for (int i = thread; i < kZeroBytes / 16; i += threads)
-    shared_store(shared + layout.zero_offset() + 16 * i, uint4{0, 0, 0, 0});
+  clear_zeros(shared + layout.zero_offset(), kGroupZeroBytes, threads);
   const BlockMoments<kColumns> block_moments(shared + layout.moments_offset());
   WarpMoments moments = block_moments.start(warp);
-  // The halo of a strip does not fill its positions; those between are normalised, never used.
-  for (int stage = 0; stage < kStages && images.strips > 1; ++stage)
-    for (int i = thread; i < images.positions * 4; i += threads)
-      shared_store(shared + stage * layout.stage_bytes() + layout.halo_offset() + 16 * i,
-                   uint4{0, 0, 0, 0});
   sync_threads();
 
   int load_tile = first_tile;
@@ -104,12 +99,12 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
       const int channel = load_panel * kPanelChannels<T>;
-      copy_rows<T>(stage, args.weight,
-                   {0, kTaps * column0, 0, kTaps * (args.outputs - column0), kTaps * kColumns,
-                    channel, args.channels},
-                   threads);
-      copy_scale_shift<T>(stage + layout.norm_offset(), args.norm, channel, args.channels,
-                          thread_index(), threads);
+      copy_tile_rows<T>(stage, args.weight,
+                        {0, kTaps * column0, 0, kTaps * (args.outputs - column0), kTaps * kColumns,
+                         channel, args.channels},
+                        threads);
+      copy_scale_shift<T>(shared + layout.norm_offset(stage_index), args.norm, channel,
+                          args.channels, thread_index(), threads);
       copy_halo<T>(stage + layout.halo_offset(), images, TileOrigin(images, load_tile), args.x,
                    channel, args.channels, threads);
       if (++load_panel == panels) {
@@ -129,19 +124,15 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
       cp_async_wait<0>();
       sync_threads();
       load(1 - stage_index);
-      unsigned char* stage = shared + stage_index * layout.stage_bytes();
-      normalise_panel<T>(stage + layout.halo_offset(), stage + layout.norm_offset(),
-                         images.positions, threads);
+      const int weight = stage_index * layout.stage_bytes(), halo = weight + layout.halo_offset();
+      normalise_panel<T>(shared + halo, shared + layout.norm_offset(stage_index), images.positions,
+                         threads);
       if (panel == 0) describe_tile(images, origin, pixels, threads);
       sync_threads();
-      uint32_t own[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m)
-        own[m] =
-            operand_row(pixels, warp * Tile::kGroup + 16 * m + a_row(lane), 16 * a_chunk(lane));
-      multiply_panel<T, kTiles>(acc, shared,
-                                stage_index * layout.stage_bytes() + layout.halo_offset(),
-                                layout.zero_offset(), stage, own, images.pitch);
+      multiply_panel<T, kTiles>(acc, shared, weight, layout.zero_offset(),
+                                operand_rows(pixels, warp * Tile::kGroup + a_row(lane),
+                                             16 * a_chunk(lane), halo, images.pitch),
+                                images.pitch);
       stage_index = 1 - stage_index;
     }
     const int end = column0 + kColumns < args.outputs ? column0 + kColumns : args.outputs;

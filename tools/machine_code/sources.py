@@ -10,8 +10,8 @@ from .compiler import ROOT, Place
 # The parts of a tile's work, and the functions that do them; of nested ones the innermost counts.
 PARTS = {
     "copies": ("load", "copy_chunk", "copy_rows", "copy_gradient", "copy_scale_shift", "copy_norm",
-               "copy_halo", "copy_pixels", "stage_pixels", "cp_async", "for_halo", "for_runs"),
-    "gradient": ("form_dy", "load_gradient", "correct_operand"),
+               "copy_tile_rows", "copy_halo", "copy_group", "stage_pixels", "cp_async", "for_runs"),
+    "gradient": ("form_dy", "load_gradient", "load_gradient_panel", "correct_operand"),
     "norm": ("normalise_panel", "norm_relu_operand", "load_operand_norm"),
     "products": ("multiply_panel", "multiply_step", "multiply_tile", "multiply_add",
                  "weight_gradient", "data_gradient"),

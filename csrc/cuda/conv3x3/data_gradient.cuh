@@ -14,6 +14,7 @@
 // own partial, blocks in a second pass.
 #pragma once
 
+#include "../gemm/epilogue.cuh"
 #include "output_gradient.cuh"
 
 namespace densenet_efficient {
@@ -39,105 +40,114 @@ template <typename T>
 constexpr int kTiles = kPanelChannels<T> / 8;  // of eight channels, in a panel
 
 // The nine shifted products of 64 pixels of dy, up to a panel of outputs, with their weight of a
-// panel of channels.
+// panel of channels, which lies at a multiple of kZeroBytes.
 template <typename T>
 __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles<T>][4],
-                                               const unsigned char* shared, int dy, int zeros,
-                                               const unsigned char* weight,
-                                               const uint32_t (&rows)[4], int pitch, int outputs) {
+                                               const unsigned char* shared, int weight, int zeros,
+                                               OperandRows rows, int pitch, int outputs) {
   const int lane = lane_index();
+  const bool second = outputs > kDepth<T>;
+  // The neighbour at (dh, dw) took this pixel through the opposite tap.
+  int of_row[kPointers<T>];
+#pragma unroll
+  for (int i = 0; i < kPointers<T>; ++i)
+    of_row[i] = weight + (b_depth<T>(lane, i) * kTaps + kTaps - 1) * kPanelRowBytes;
+  rows.offset -= (pitch + 1) * kPanelRowBytes;
 #pragma unroll 1
-  for (int dh = -1; dh <= 1; ++dh) {
-#pragma unroll 1
-    for (int dw = -1; dw <= 1; ++dw) {
-      const int tap = 3 * dh + dw + 4;
-      // The neighbour at (dh, dw) took this pixel through the opposite tap.
+  for (int dh = 0; dh < 3; ++dh) {
+#pragma unroll
+    for (int dw = 0; dw < 3; ++dw) {
       int of_weight[kPointers<T>], offsets[4];
 #pragma unroll
       for (int i = 0; i < kPointers<T>; ++i)
-        of_weight[i] = byte_offset<T>(b_depth<T>(lane, i) * kTaps + 8 - tap, 0, b_byte<T>(lane));
-#pragma unroll
-      for (int m = 0; m < 4; ++m)
-        offsets[m] = tap_offset<T>(rows[m], tap, dh * pitch + dw, dy, zeros);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        if (kDepth<T> * step >= outputs) break;
+        of_weight[i] =
+            swizzle_chunks<T>(of_row[i] - dw * kPanelRowBytes + (b_byte<T>(lane) & ~15)) +
+            (b_byte<T>(lane) & 15);
+      tap_offsets<T>(offsets, rows, 1u << dw, dw, zeros);
+      const auto multiply = [&](int step) {
         uint32_t a[4][4];
 #pragma unroll
-        for (int m = 0; m < 4; ++m) ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)));
+        for (int m = 0; m < 4; ++m)
+          ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)) + 16 * m * kPanelRowBytes);
 #pragma unroll
         for (int j = 0; j < kTiles<T>; j += 2) {
           uint32_t b[4];
-          load_b_transposed<T>(b, weight + kDepth<T> * step * kTaps * kPanelRowBytes, of_weight,
+          load_b_transposed<T>(b, shared + kDepth<T> * step * kTaps * kPanelRowBytes, of_weight,
                                16 * j);
           round_operands<T>(b);
 #pragma unroll
           for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }
-      }
+      };
+      multiply(0);
+      if (second) multiply(1);
     }
+#pragma unroll
+    for (int i = 0; i < kPointers<T>; ++i) of_row[i] -= 3 * kPanelRowBytes;
+    rows.next_taps(pitch);
   }
 }
 
-// Mask, sums and result of a warp's 64 pixels, the result in place of x; `sums` [2, channels].
+// Mask, sums and result of a warp's 64 pixels, the result in place of x; `sums` [channels, 2]. Of
+// the panel's channels there are `channels`, in steps of 16.
 template <typename T, bool kAccumulate>
 __device__ __forceinline__ void finish_panel(const float (&acc)[4][kTiles<T>][4], unsigned char* x,
                                              const unsigned char* dx, const unsigned char* norm,
-                                             float* sums) {
+                                             float* sums, int channels) {
   const int lane = lane_index(), g = lane >> 2, t = lane & 3;
   constexpr int kTileBytes = 8 * sizeof(T);
   const int accumulator = accumulator_offset<T>(lane);
 #pragma unroll
-  for (int j = 0; j < kTiles<T>; ++j) {
-    const int channel = 8 * j + 2 * t;
-    const float4 low = shared_load<float4>(norm + channel * 16);
-    const float4 high = shared_load<float4>(norm + (channel + 1) * 16);
-    float dgamma[2] = {}, dbeta[2] = {};
+  for (int pair = 0; pair < kTiles<T>; pair += 2) {
+    if (8 * pair >= channels) break;
+    float own[8];  // of two tiles: two channels' dgamma and dbeta
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
+    for (int tile = 0; tile < 2; ++tile) {
+      const int j = pair + tile, channel = 8 * j + 2 * t;
+      const float4 low = shared_load<float4>(norm + channel * 16);
+      const float4 high = shared_load<float4>(norm + (channel + 1) * 16);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int offset = (16 * m + 8 * half) * kPanelRowBytes + (accumulator ^ (kTileBytes * j));
-        const float2 v = unpack_two<T>(shared_load<Two<T>>(x + offset));
-        const float dz_low = relu_mask(acc[m][j][2 * half], normalise(v.x, low.x, low.y));
-        const float dz_high = relu_mask(acc[m][j][2 * half + 1], normalise(v.y, high.x, high.y));
-        dgamma[0] += dz_low * (v.x - low.z);
-        dgamma[1] += dz_high * (v.y - high.z);
-        dbeta[0] += dz_low;
-        dbeta[1] += dz_high;
-        float2 out{dz_low, dz_high};
-        if constexpr (kAccumulate) {
-          const float2 before = unpack_two<T>(shared_load<Two<T>>(dx + offset));
-          out = float2{before.x + low.x * dz_low, before.y + high.x * dz_high};
+      for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int offset =
+              (16 * m + 8 * half) * kPanelRowBytes + (accumulator ^ (kTileBytes * j));
+          const float2 v = unpack_two<T>(shared_load<Two<T>>(x + offset));
+          const float dz_low = relu_mask(acc[m][j][2 * half], normalise(v.x, low.x, low.y));
+          const float dz_high = relu_mask(acc[m][j][2 * half + 1], normalise(v.y, high.x, high.y));
+          const float terms[4] = {dz_low * (v.x - low.z), dz_low, dz_high * (v.y - high.z),
+                                  dz_high};
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            own[4 * tile + i] = m + half > 0 ? own[4 * tile + i] + terms[i] : terms[i];
+          float2 out{dz_low, dz_high};
+          if constexpr (kAccumulate) {
+            const float2 before = unpack_two<T>(shared_load<Two<T>>(dx + offset));
+            out = float2{before.x + low.x * dz_low, before.y + high.x * dz_high};
+          }
+          shared_store(x + offset, pack_two<T>(out.x, out.y));
         }
-        shared_store(x + offset, pack_two<T>(out.x, out.y));
       }
+      own[4 * tile] *= low.w;
+      own[4 * tile + 2] *= high.w;
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) {
-        dgamma[i] += shuffle_xor(dgamma[i], mask);
-        dbeta[i] += shuffle_xor(dbeta[i], mask);
-      }
-    }
-    if (g == 0) {
-      shared_store(sums + kDgamma * kPanelChannels<T> + channel,
-                   float2{dgamma[0] * low.w, dgamma[1] * high.w});
-      shared_store(sums + kDbeta * kPanelChannels<T> + channel, float2{dbeta[0], dbeta[1]});
-    }
+    // Eight lanes have these sums of the same channels: each adds up one of the eight.
+    const float sum = share_of_sums(own, lane);
+    shared_store(sums + 2 * (8 * (pair + (g >> 2)) + 2 * t) + (g & 3), sum);
   }
 }
 
-// The warps' sums of one panel, in order, to the block's partial.
+// The warps' sums of one panel from `channel` on, in order, to the block's partial; zeros past the
+// channels' end.
 template <typename T>
 __device__ __forceinline__ void add_sums(const float* sums, float* partial, int64_t pitch,
-                                         int channel, int warps, bool first) {
+                                         int channel, int channels, int warps, bool first) {
   constexpr int kSums = kDnormRows * kPanelChannels<T>;
   for (int i = thread_index(); i < kSums; i += 32 * warps) {
+    const int taken = channel + i / kDnormRows < channels ? warps : 0;
     float sum = 0.0f;
-    for (int warp = 0; warp < warps; ++warp) sum += shared_load<float>(sums + warp * kSums + i);
-    float* out = partial + i / kPanelChannels<T> * pitch + channel + i % kPanelChannels<T>;
+    for (int warp = 0; warp < taken; ++warp) sum += shared_load<float>(sums + warp * kSums + i);
+    float* out = partial + i % kDnormRows * pitch + channel + i / kDnormRows;
     global_store(out, first ? sum : global_load<float>(out) + sum);
   }
 }
@@ -157,10 +167,10 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
   unsigned char* pixels = shared + layout.pixels_offset();
   float* sums = reinterpret_cast<float*>(shared + layout.sums_offset());
   float* partial = args.partial + int64_t(block_x()) * kDnormRows * args.pitch;
-  const int warp_pixel = warp * kGroup;
+  const int warp_pixel = warp * kGroup, dy_pitch = images.positions * kPanelRowBytes;
 
-  clear_zero_rows(shared + layout.dy_offset(), images, output_panels, threads);
-  load_correction<T>(shared + layout.correction_offset(), args.gradient, args.outputs,
+  clear_zeros(shared + layout.zero_offset(), kGroupZeroBytes, threads);
+  load_correction<T>(shared + layout.correction_offset(), args.gradient, 0, args.outputs,
                      output_panels, threads);
 
   int load_tile = first_tile;
@@ -169,18 +179,21 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
       const int channel = load_panel * kChannels, output = load_output * kChannels;
-      copy_rows<T>(stage, args.weight,
-                   {0, kTaps * output, 0, kTaps * (args.outputs - output), kTaps * kChannels,
-                    channel, args.channels},
-                   threads);
+      // No further than the products go: half of the panel where it holds no more outputs.
+      const int outputs = args.outputs - output;
+      copy_tile_rows<T>(
+          stage, args.weight,
+          {0, kTaps * output, 0, kTaps * outputs,
+           kTaps * (outputs > kDepth<T> ? kChannels : kDepth<T>), channel, args.channels},
+          threads);
       if (load_output + 1 == output_panels) {
         const TileOrigin origin(images, load_tile);
         copy_norm<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, threads);
-        copy_pixels<T>(stage + layout.x_offset(), images, origin, args.x, channel, args.channels,
-                       threads);
+        copy_group<T>(stage + layout.x_offset(), images, origin, args.x, warp, channel,
+                      args.channels);
         if constexpr (kAccumulate)
-          copy_pixels<T>(stage + layout.dx_offset(), images, origin, args.dx, channel,
-                         args.channels, threads);
+          copy_group<T>(stage + layout.dx_offset(), images, origin, args.dx, warp, channel,
+                        args.channels);
       }
       if (++load_output == output_panels) {
         load_output = 0;
@@ -199,15 +212,15 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
   const auto close_panel = [&](bool first) {
     if (open_panel >= 0)
       add_sums<T>(sums + (1 - sums_index) * images.groups * kSums, partial, args.pitch,
-                  open_panel * kChannels, images.groups, first);
+                  open_panel * kChannels, args.channels, images.groups, first);
     open_panel = -1;
   };
   for (int tile = first_tile; tile < last_tile; ++tile) {
     const TileOrigin origin(images, tile);
     sync_threads();  // every warp is done with the tile before
     describe_tile(images, origin, pixels, threads);
-    load_gradient<T, 4>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
-                        origin, args.gradient, args.outputs, output_panels, threads);
+    load_gradient<T, 4>(shared + layout.dy_offset(), dy_pitch, shared + layout.correction_offset(),
+                        images, origin, args.gradient, 0, args.outputs, output_panels, threads);
     for (int panel = 0; panel < panels; ++panel) {
       float acc[4][kTiles<T>][4] = {};
       for (int output = 0; output < output_panels; ++output) {
@@ -216,18 +229,16 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
         sync_threads();
         load(1 - stage_index);
         close_panel(panel > 0 ? tile == first_tile : tile == first_tile + 1);
-        uint32_t own[4];
-#pragma unroll
-        for (int m = 0; m < 4; ++m)
-          own[m] = operand_row(pixels, warp_pixel + 16 * m + a_row(lane), 16 * a_chunk(lane));
-        const int dy = layout.dy_offset() + output * gradient_panel_bytes(images);
-        multiply_panel<T>(acc, shared, dy, dy + images.positions * kPanelRowBytes, stage, own,
+        multiply_panel<T>(acc, shared, stage_index * layout.stage_bytes(), layout.zero_offset(),
+                          operand_rows(pixels, warp_pixel + a_row(lane), 16 * a_chunk(lane),
+                                       layout.dy_offset() + output * dy_pitch, images.pitch),
                           images.pitch, args.outputs - output * kChannels);
         if (output + 1 == output_panels) {
           unsigned char* x = stage + layout.x_offset() + warp_pixel * kPanelRowBytes;
           finish_panel<T, kAccumulate>(
               acc, x, stage + layout.dx_offset() + warp_pixel * kPanelRowBytes,
-              stage + layout.norm_offset(), sums + (sums_index * images.groups + warp) * kSums);
+              stage + layout.norm_offset(), sums + (sums_index * images.groups + warp) * kSums,
+              args.channels - panel * kChannels);
           sync_warp();
           const int channel = panel * kChannels + (lane & 3) * kChunk<T>;
           const int left = args.channels - channel;

@@ -3,9 +3,9 @@
 //
 // A shifted product reads the pixel's operand row from its position plus the shift. Where the
 // neighbour lies outside of the image it reads a row of zeros instead: the padding is zero after
-// the ReLU, and image borders inside a tile need no space of their own. There are eight zero rows,
-// so that the row that replaces a position has its number modulo eight, and ldmatrix meets each
-// bank once.
+// the ReLU, and image borders inside a tile need no space of their own. The row of zeros that
+// replaces a position has its number modulo eight, so that ldmatrix meets each bank once. Pixels
+// are numbered as their positions are, so that one address serves rows 16 apart.
 #pragma once
 
 #include "../gemm/row_tensor.h"
@@ -19,8 +19,9 @@ struct Images {
   int height, width;
   int tile_height, tile_width, strips, margin, pitch, positions;
   int64_t tiles;
+  int tile_pixels, last_pixels;  // of a tile as wide as the images, of the last such tile
   int groups;
-  int width_share;  // 2^16 over tile_width, rounded up: divides a tile's pixels exactly
+  int pitch_share;  // 2^16 over pitch, rounded up: divides a tile's pixels exactly
 
   Images(const tiling::Tile3x3& tile, const tiling::Images3x3& of)
       : image_rows(of.images * of.height),
@@ -33,8 +34,10 @@ struct Images {
         pitch(tile.pitch),
         positions(tile.positions),
         tiles(tile.tiles),
+        tile_pixels(tile_height * width),
+        last_pixels(static_cast<int>((image_rows - (tiles - 1) * tile_height) * width)),
         groups(tile.groups),
-        width_share((1 << 16) / tile_width + 1) {}
+        pitch_share((1 << 16) / pitch + 1) {}
 
   // Blocks walk over static ranges of tiles: the first of a block's.
   DE_HOST_DEVICE int first_tile(int64_t block, int64_t blocks) const {
@@ -52,16 +55,17 @@ inline void check_fits(const Arg& x, const tiling::Tile3x3& tile) {
 
 namespace device {
 
-using tiling::kPixelBytes, tiling::kTaps, tiling::kZeroBytes;
+using tiling::kGroupZeroBytes, tiling::kPixelBytes, tiling::kTaps, tiling::kZeroBytes;
 
 struct TileOrigin {
+  int tile;
   int64_t image_row;            // of N * H
   uint32_t image_row_in_image;  // of H
   int column;
 
   // Tiles are fewer than 2^31 (Images): divisions of 64 bits cost a hundred instructions.
   __device__ __forceinline__ TileOrigin(const Images& images, int tile)
-      : image_row(int64_t(tile) * images.tile_height), column(0) {
+      : tile(tile), image_row(int64_t(tile) * images.tile_height), column(0) {
     if (images.strips > 1) {
       image_row = int64_t(tile / images.strips) * images.tile_height;
       column = tile % images.strips * images.tile_width;
@@ -71,31 +75,48 @@ struct TileOrigin {
   __device__ __forceinline__ int64_t pixel(const Images& images) const {
     return image_row * images.width + column;
   }
+  // The same of a tile that is as wide as the images, and its pixels.
+  __device__ __forceinline__ int64_t whole_pixel(const Images& images) const {
+    return int64_t(tile) * images.tile_pixels;
+  }
+  __device__ __forceinline__ int whole_pixels(const Images& images) const {
+    return tile == images.tiles - 1 ? images.last_pixels : images.tile_pixels;
+  }
 };
 
 // A pixel of a tile: x is its distance from the tile's first pixel, in pixels of the images
-// (negative where there is no pixel); y its position in bytes of a panel and, from bit 16 on, which
-// of its neighbours exist: bit 3 (dh + 1) + dw + 1.
+// (negative where there is no pixel); y says by bit 3 (dh + 1) + dw + 1 which neighbours exist.
 __device__ __forceinline__ uint2 describe_pixel(const Images& images, const TileOrigin& origin,
                                                 int pixel) {
-  const int row = pixel * images.width_share >> 16, column = pixel - row * images.tile_width;
-  const int64_t image_row = origin.image_row + row;
-  const int w = origin.column + column;
-  const uint32_t position = ((row + 1) * images.pitch + column + images.margin) * kPanelRowBytes;
-  if (row >= images.tile_height || image_row >= images.image_rows || w >= images.width)
-    return uint2{0xffffffffu, position % kZeroBytes};
-  const uint32_t h = (origin.image_row_in_image + row) % static_cast<uint32_t>(images.height);
+  const int row = pixel * images.pitch_share >> 16;
+  const int column = pixel - row * images.pitch - images.margin, w = origin.column + column;
+  if (row >= images.tile_height || origin.image_row + row >= images.image_rows ||
+      static_cast<uint32_t>(column) >= static_cast<uint32_t>(images.tile_width) ||
+      w >= images.width)
+    return uint2{0xffffffffu, 0};
+  const auto height = static_cast<uint32_t>(images.height);
+  uint32_t h = origin.image_row_in_image + row;
+  if (h >= height) h = images.tile_height <= images.height ? h - height : h % height;
   const uint32_t columns = (w > 0 ? 1u : 0u) | 2u | (w + 1 < images.width ? 4u : 0u);
-  const uint32_t mask = (h > 0 ? columns : 0u) | columns << 3 |
-                        (h + 1 < static_cast<uint32_t>(images.height) ? columns << 6 : 0u);
-  return uint2{static_cast<uint32_t>(row * images.width + column), position | mask << 16};
+  const uint32_t mask =
+      (h > 0 ? columns : 0u) | columns << 3 | (h + 1 < height ? columns << 6 : 0u);
+  return uint2{static_cast<uint32_t>(row * images.width + column), mask};
+}
+
+__device__ __forceinline__ void clear_zeros(unsigned char* zeros, int bytes, int threads) {
+  for (int at = 16 * thread_index(); at < bytes; at += 16 * threads)
+    shared_store(zeros + at, uint4{0, 0, 0, 0});
 }
 
 // The pixels of a tile, in groups of 64, described in shared memory by the threads of the block.
 __device__ __forceinline__ void describe_tile(const Images& images, const TileOrigin& origin,
                                               unsigned char* pixels, int threads) {
-  for (int p = thread_index(); p < tiling::Tile3x3::kGroup * images.groups; p += threads)
+  // Through a shuffle: what follows from the thread would be kept in registers, and spill.
+  for (int p = kept(thread_index()); p < tiling::Tile3x3::kGroup * images.groups; p += threads)
     shared_store(pixels + p * kPixelBytes, describe_pixel(images, origin, p));
+}
+__device__ __forceinline__ uint32_t neighbours_of(const unsigned char* pixels, int pixel) {
+  return shared_load<uint32_t>(pixels + pixel * kPixelBytes + 4);
 }
 
 // Neighbouring pixels of a tile's halo: `pixels` of them from `position` on, the first of which is
@@ -111,44 +132,68 @@ struct HaloRun {
 template <typename F>
 __device__ __forceinline__ void for_runs(const Images& images, const TileOrigin& origin, F f) {
   const bool whole = images.strips == 1;
-  const int64_t all = images.image_rows * images.width;
   const int runs = whole ? 1 : images.tile_height + 2;
+#pragma unroll 1
   for (int r = 0; r < runs; ++r) {
-    const int64_t image_row = origin.image_row - 1 + r;
-    const int64_t first = image_row * images.width + origin.column - images.margin;
-    HaloRun run{r * images.pitch, images.tile_width + 2, first, origin.column == 0,
-                images.width - origin.column + 1};
+    HaloRun run;
     if (whole) {
-      run.pixels = (images.tile_height + 2) * images.width;
-      run.begin = first < 0 ? static_cast<int>(-first) : 0;
-      run.end = static_cast<int>(min(all - first, int64_t(run.pixels)));
-    } else if (image_row < 0 || image_row >= images.image_rows) {
-      run.end = 0;
+      // Of a tile's pixels only the images' first and last row have none above or below.
+      const int width = images.width, pixels = images.tile_pixels + 2 * width;
+      run = {0, pixels, origin.whole_pixel(images) - width, origin.tile == 0 ? width : 0,
+             origin.tile == images.tiles - 1 ? width + images.last_pixels : pixels};
+    } else {
+      // Divided anew, so that nothing of it is kept in registers, where it spills.
+      const TileOrigin strip(images, kept(origin.tile));
+      const int64_t image_row = strip.image_row - 1 + r;
+      const bool exists = image_row >= 0 && image_row < images.image_rows;
+      run = {r * images.pitch, images.pitch,
+             image_row * images.width + strip.column - images.margin, strip.column == 0,
+             exists ? images.width - strip.column + 1 : 0};
     }
     f(run);
   }
 }
 
-// The halo's positions that this thread loads one chunk of (chunk thread % 4), kBatch at a time:
-// fetch(slot, first, at, exists) for each of the batch, which is the images' pixel first + at, then
-// change() for all of them, then put(slot, position) for each.
-template <int kBatch, typename Fetch, typename Change, typename Put>
-__device__ __forceinline__ void for_halo(const Images& images, const TileOrigin& origin,
-                                         int threads, Fetch fetch, Change change, Put put) {
-  const int step = threads >> 2;
-  for_runs(images, origin, [&](const HaloRun& run) {
-    for (int i = thread_index() >> 2; i < run.pixels; i += kBatch * step) {
+// copy_rows where both addresses only move on from row to row and rows that do not exist are copies
+// of nothing, which leave zeros: the least instructions where a tile's rows are few for a thread.
+template <typename T>
+__device__ __forceinline__ void copy_tile_rows(unsigned char* panel, const RowTensor& from,
+                                               const RowCopy& copy, int threads) {
+  const int chunk = thread_index() & 3, first = thread_index() >> 2, step = threads >> 2;
+  const int left = copy.channels - copy.channel - chunk * kChunk<T>;
+  unsigned char* to = panel + panel_offset<T>(copy.position + first, chunk);
+  const unsigned char* at = row_bytes<T>(from, copy.row0, first, copy.channel + chunk * kChunk<T>);
+  const uint32_t stride = step * row_pitch<T>(from);
+  // Rows are counted from the first that exists.
+  const int end = copy.rows - copy.begin;
+  int row = first - copy.begin;
+  const auto next = [&] {
+    row += step;
+    to += step * kPanelRowBytes;
+    at += stride;
+  };
+  if (from.vector == kChunk<T> && (left >= kChunk<T> || left <= 0)) {
+    const auto exist = static_cast<uint32_t>(left > 0 ? max(copy.end - copy.begin, 0) : 0);
+    const auto copy_next = [&] {
+      cp_async<16>(to, at, static_cast<uint32_t>(row) < exist ? 16 : 0);
+      next();
+    };
+#pragma unroll 1
+    while (row + 3 * step < end) {
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int at = i + b * step;
-        fetch(b, run.first, at, at < run.pixels && at >= run.begin && at < run.end);
-      }
-      change();
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-        if (i + b * step < run.pixels) put(b, run.position + i + b * step);
+      for (int i = 0; i < 4; ++i) copy_next();
     }
-  });
+    if (row + step < end) {
+      copy_next();
+      copy_next();
+    }
+    if (row < end) copy_next();
+    return;
+  }
+#pragma unroll 1
+  for (; row < end; next())
+    copy_chunk(to, reinterpret_cast<const T*>(at),
+               row >= 0 && row < copy.end - copy.begin ? left : 0, from.vector);
 }
 
 // One panel of a tile's halo, raw, to shared memory by cp.async.
@@ -157,49 +202,75 @@ __device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& ima
                                           const TileOrigin& origin, const RowTensor& x, int channel,
                                           int channels, int threads) {
   for_runs(images, origin, [&](const HaloRun& run) {
-    copy_rows<T>(halo, x,
-                 {run.position, run.first, run.begin, run.end, run.pixels, channel, channels},
-                 threads);
+    copy_tile_rows<T>(halo, x,
+                      {run.position, run.first, run.begin, run.end, run.pixels, channel, channels},
+                      threads);
   });
 }
 
-// One panel of a tile's pixels, without halo, zero where there is no pixel.
+// One panel of a group of a tile's pixels, without halo, zero where there is no pixel: a warp's.
 template <typename T>
-__device__ __forceinline__ void copy_pixels(unsigned char* panel, const Images& images,
-                                            const TileOrigin& origin, const RowTensor& x,
-                                            int channel, int channels, int threads) {
-  const int64_t first = origin.pixel(images);
-  const int rows = tiling::Tile3x3::kGroup * images.groups;
-  if (images.strips == 1) {
-    const int64_t left = images.image_rows * images.width - first;
-    const int whole = images.tile_height * images.tile_width;
-    const int end = static_cast<int>(min(int64_t(whole), left));
-    copy_rows<T>(panel, x, {0, first, 0, end, rows, channel, channels}, threads);
+__device__ __forceinline__ void copy_group(unsigned char* panel, const Images& images,
+                                           const TileOrigin& origin, const RowTensor& x, int group,
+                                           int channel, int channels) {
+  constexpr int kRows = 8;  // of a group, of a lane
+  const int lane = lane_index(), chunk = lane & 3;
+  const int pixel = tiling::Tile3x3::kGroup * group + (lane >> 2);
+  const int left = channels - channel - chunk * kChunk<T>;
+  unsigned char* const to = panel + panel_offset<T>(pixel, chunk);
+  if (images.strips == 1 && x.vector == kChunk<T> && (left >= kChunk<T> || left <= 0)) {
+    const unsigned char* at =
+        row_bytes<T>(x, origin.whole_pixel(images), pixel, channel + chunk * kChunk<T>);
+    const int exist = left > 0 ? origin.whole_pixels(images) - pixel : 0;
+    const uint32_t step = kRows * row_pitch<T>(x);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i, at += step)
+      cp_async<16>(to + kRows * i * kPanelRowBytes, at, kRows * i < exist ? 16 : 0);
     return;
   }
-  const int chunk = thread_index() & 3;
-  const int left = channels - channel - chunk * kChunk<T>;
 #pragma unroll 1
-  for (int p = thread_index() >> 2; p < rows; p += threads >> 2) {
-    const int offset = static_cast<int>(describe_pixel(images, origin, p).x);
-    copy_chunk(panel + panel_offset<T>(p, chunk),
-               x.at<T>(first + offset, channel + chunk * kChunk<T>), offset < 0 ? 0 : left,
-               x.vector);
+  for (int i = 0; i < kRows; ++i) {
+    const int offset = static_cast<int>(describe_pixel(images, origin, pixel + kRows * i).x);
+    copy_chunk(to + kRows * i * kPanelRowBytes,
+               x.at<T>(origin.pixel(images) + offset, channel + chunk * kChunk<T>),
+               offset < 0 ? 0 : left, x.vector);
   }
 }
 
-// A lane's operand row of a pixel: the described y with the lane's byte in the row added.
-__device__ __forceinline__ uint32_t operand_row(const unsigned char* pixels, int pixel, int byte) {
-  return shared_load<uint2>(pixels + pixel * kPixelBytes).y + byte;
+// A lane's operand rows of a warp's 64 pixels, 16 apart: where its byte of the first one lies,
+// before chunks change places, in a halo whose first byte is a multiple of kZeroBytes; and which
+// neighbours of each exist.
+struct OperandRows {
+  int offset;
+  uint32_t neighbours[4];
+
+  // Moves on from the taps of one row to those of the next.
+  __device__ __forceinline__ void next_taps(int pitch) {
+    offset += pitch * kPanelRowBytes;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) neighbours[m] >>= 3;
+  }
+};
+
+// `pixel`: the first of the lane's; `pixels`: of the tile; `halo`: its offset, that of a panel.
+__device__ __forceinline__ OperandRows operand_rows(const unsigned char* pixels, int pixel,
+                                                    int byte, int halo, int pitch) {
+  OperandRows rows;
+  rows.offset = halo + (pixel + pitch) * kPanelRowBytes + byte;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) rows.neighbours[m] = neighbours_of(pixels, pixel + 16 * m);
+  return rows;
 }
 
-// Its offset for the tap `bit`, at `shift` positions from its own: in the halo at `halo`, or among
-// the zero rows at `zeros`.
+// Where the rows lie for the tap of that bit, `shift` positions on, each less its distance from the
+// first: in the halo, or among the kGroupZeroBytes of zeros at `zeros`, a multiple of kZeroBytes.
 template <typename T>
-__device__ __forceinline__ int tap_offset(uint32_t row, int bit, int shift, int halo, int zeros) {
-  const int offset = static_cast<int>(row & 0xffffu) + shift * kPanelRowBytes;
-  const bool exists = (row >> (16 + bit)) & 1;
-  return (exists ? halo : zeros) + swizzle_chunks<T>(exists ? offset : offset & (kZeroBytes - 1));
+__device__ __forceinline__ void tap_offsets(int (&offsets)[4], const OperandRows& rows,
+                                            uint32_t bit, int shift, int zeros) {
+  const int row = swizzle_chunks<T>(rows.offset + shift * kPanelRowBytes);
+  const int zero = zeros | (row & (kZeroBytes - 1));
+#pragma unroll
+  for (int m = 0; m < 4; ++m) offsets[m] = rows.neighbours[m] & bit ? row : zero;
 }
 
 }  // namespace device

@@ -11,28 +11,9 @@ struct OutputGradient {
   device::RowTensor dy;      // [M, K]
   device::RowTensor y;       // [M, K]; data null without a correction
   device::Table correction;  // [4, K]
-
-  template <typename T>
-  DE_HOST_DEVICE OutputGradient from_channel(int channel) const {
-    return {dy.from_channel<T>(channel), y.data ? y.from_channel<T>(channel) : y,
-            correction.data ? correction.from_channel(channel) : correction};
-  }
 };
 
 namespace device {
-
-// A halo of dy: panels, each followed by its zero rows.
-__device__ __forceinline__ int gradient_panel_bytes(const Images& images) {
-  return images.positions * kPanelRowBytes + kZeroBytes;
-}
-
-__device__ __forceinline__ void clear_zero_rows(unsigned char* halo, const Images& images,
-                                                int panels, int threads) {
-  for (int i = thread_index(); i < panels * (kZeroBytes / 16); i += threads)
-    shared_store(halo + i / (kZeroBytes / 16) * gradient_panel_bytes(images) +
-                     images.positions * kPanelRowBytes + i % (kZeroBytes / 16) * 16,
-                 uint4{0, 0, 0, 0});
-}
 
 // The correction in shared memory, [panels][kChunk][4 chunks][a, p, q, mean], so that the four
 // threads of a position read neighbours; the channels of a chunk are so far apart that they do not
@@ -44,46 +25,57 @@ constexpr int kCorrectionBytes = tiling::correction_bytes(sizeof(T));  // of a p
 
 template <typename T>
 __device__ __forceinline__ void load_correction(unsigned char* shared, const OutputGradient& from,
-                                                int outputs, int panels, int threads) {
+                                                int output0, int end, int panels, int threads) {
   if (!from.correction.data) return;
   for (int c = thread_index(); c < panels * kPanelChannels<T>; c += threads)
     shared_store(shared + c / kPanelChannels<T> * kCorrectionBytes<T> +
                      c % kChunk<T> * kCorrectionPitch<T> + c / kChunk<T> % 4 * 16,
-                 kept_correction<T>(load_entries(from.correction, c, outputs)));
+                 kept_correction<T>(load_entries(from.correction, output0 + c, end)));
 }
 
 // One panel of the corrected dy of a tile and its halo, operands; channels past the end are zero.
-// kBatch positions a thread are under way at a time. kWhole: all channels exist and are aligned.
-template <typename T, int kBatch, bool kWhole>
+// kBatch positions a thread are under way at a time. kPiece: bytes that every row is aligned to and
+// its channels are whole pieces of: 16, 8, or none if it is 0.
+template <typename T, int kBatch, int kPiece>
 __device__ __forceinline__ void load_gradient_panel(unsigned char* to,
                                                     const unsigned char* correction,
                                                     const Images& images, const TileOrigin& origin,
                                                     const OutputGradient& from, int channel,
-                                                    int outputs, int threads) {
-  const int chunk = thread_index() & 3, left = outputs - channel;
+                                                    int end, int threads) {
+  const int chunk = thread_index() & 3, step = threads >> 2;
+  const int left = end - channel;
   const bool corrects = from.y.data != nullptr;
-  const auto load = [&](const RowTensor& rows, int64_t first, int at, bool exists) {
-    const T* const base = rows.at<T>(first, channel);
-    const auto pitch = static_cast<int>(rows.stride) * static_cast<int>(sizeof(T));
-    const T* const place = advance(base, at, pitch);
-    if constexpr (kWhole)
-      return exists ? global_load<uint4>(place) : uint4{0, 0, 0, 0};
-    else
-      return load_chunk(place, exists ? left : 0, rows.vector);
+  const auto load = [](const unsigned char* at, int left, int vector) {
+    if constexpr (kPiece == 16) {
+      return left > 0 ? global_load<uint4>(at) : uint4{0, 0, 0, 0};
+    } else if constexpr (kPiece == 8) {
+      const uint2 low = left > 0 ? global_load<uint2>(at) : uint2{0, 0};
+      const uint2 high = left > kHalf<T> ? global_load<uint2>(at + 8) : uint2{0, 0};
+      return uint4{low.x, low.y, high.x, high.y};
+    } else {
+      return load_chunk(reinterpret_cast<const T*>(at), left, vector);
+    }
   };
-  uint32_t dy[kBatch][4], y[kBatch][4];
-  for_halo<kBatch>(
-      images, origin, threads,
-      [&](int slot, int64_t first, int at, bool exists) {
-        to_array(load(from.dy, first, at, exists), dy[slot]);
-        if (corrects) to_array(load(from.y, first, at, exists), y[slot]);
-      },
-      [&] {
-        if (!corrects) {
+  for_runs(images, origin, [&](const HaloRun& run) {
+    // Rows are counted from the first that exists; a step is a multiple of eight, so that chunks
+    // keep their order.
+    const int first = thread_index() >> 2, last = run.pixels - run.begin;
+    const auto exist = static_cast<uint32_t>(max(run.end - run.begin, 0));
+    const auto* of_dy = row_bytes<T>(from.dy, run.first, first, channel);
+    const auto* of_y = row_bytes<T>(corrects ? from.y : from.dy, run.first, first, channel);
+    unsigned char* place = to + panel_offset<T>(run.position + first, chunk);
+#pragma unroll 1
+    for (int row = first - run.begin; row < last; row += kBatch * step) {
+      uint32_t dy[kBatch][4], y[kBatch][4];
 #pragma unroll
-          for (int slot = 0; slot < kBatch; ++slot) round_operands<T>(dy[slot]);
-          return;
-        }
+      for (int b = 0; b < kBatch; ++b) {
+        const bool exists = static_cast<uint32_t>(row + b * step) < exist;
+        to_array(load(of_dy, exists ? left : 0, from.dy.vector), dy[b]);
+        if (corrects) to_array(load(of_y, exists ? left : 0, from.y.vector), y[b]);
+        of_dy = advance(of_dy, step, row_pitch<T>(from.dy));
+        of_y = advance(of_y, step, row_pitch<T>(from.y));
+      }
+      if (corrects) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float4 entries[kOperandChannels<T>];
@@ -92,36 +84,50 @@ __device__ __forceinline__ void load_gradient_panel(unsigned char* to,
             entries[k] = shared_load<float4>(correction +
                                              (i * kOperandChannels<T> + k) * kCorrectionPitch<T>);
 #pragma unroll
-          for (int slot = 0; slot < kBatch; ++slot)
-            dy[slot][i] = correct_operand<T>(dy[slot][i], y[slot][i], entries);
+          for (int b = 0; b < kBatch; ++b)
+            dy[b][i] = correct_operand<T>(dy[b][i], y[b][i], entries);
         }
-      },
-      [&](int slot, int position) {
-        shared_store(to + panel_offset<T>(position, chunk),
-                     uint4{dy[slot][0], dy[slot][1], dy[slot][2], dy[slot][3]});
-      });
+      } else {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) round_operands<T>(dy[b]);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (row + b * step < last)
+          shared_store(place, uint4{dy[b][0], dy[b][1], dy[b][2], dy[b][3]});
+        place += step * kPanelRowBytes;
+      }
+    }
+  });
 }
 
-// All panels of it.
+// All panels of it, `pitch` bytes apart, from channel `output0` on, up to `end`.
 template <typename T, int kBatch>
-__device__ __forceinline__ void load_gradient(unsigned char* halo, const unsigned char* correction,
-                                              const Images& images, const TileOrigin& origin,
-                                              const OutputGradient& from, int outputs, int panels,
-                                              int threads) {
+__device__ __forceinline__ void load_gradient(unsigned char* halo, int pitch,
+                                              const unsigned char* correction, const Images& images,
+                                              const TileOrigin& origin, const OutputGradient& from,
+                                              int output0, int end, int panels, int threads) {
   const int of_chunk = (thread_index() & 3) * kChunk<T>;
-  const bool aligned =
-      from.dy.vector == kChunk<T> && (from.y.data == nullptr || from.y.vector == kChunk<T>);
+  const int vector = from.y.data ? min(from.dy.vector, from.y.vector) : from.dy.vector;
   for (int panel = 0; panel < panels; ++panel) {
-    const int channel = panel * kPanelChannels<T>;
-    unsigned char* to = halo + panel * gradient_panel_bytes(images);
+    const int channel = output0 + panel * kPanelChannels<T>;
+    unsigned char* to = halo + panel * pitch;
     const unsigned char* entries =
         correction + panel * kCorrectionBytes<T> + 16 * (thread_index() & 3);
-    if (aligned && channel + kPanelChannels<T> <= outputs)
-      load_gradient_panel<T, kBatch, true>(to, entries, images, origin, from, channel + of_chunk,
-                                           outputs, threads);
+    const auto load = [&](auto piece) {
+      load_gradient_panel<T,
+                          piece == 16  ? kBatch
+                          : piece == 8 ? kBatch / 2
+                                       : 1,
+                          piece>(to, entries, images, origin, from, channel + of_chunk, end,
+                                 threads);
+    };
+    if (vector == kChunk<T> && end % kChunk<T> == 0)
+      load(std::integral_constant<int, 16>{});
+    else if (vector >= kHalf<T> && end % kHalf<T> == 0)
+      load(std::integral_constant<int, 8>{});
     else
-      load_gradient_panel<T, 2, false>(to, entries, images, origin, from, channel + of_chunk,
-                                       outputs, threads);
+      load(std::integral_constant<int, 0>{});
   }
 }
 

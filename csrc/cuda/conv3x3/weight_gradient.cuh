@@ -24,13 +24,16 @@ struct WeightGradient {
   int channels, outputs;    // C, K
   int units;                // of 32 channels, of a block
   int channel_blocks;       // blocks that share a range of tiles, block_y() divides the outputs
+  tiling::WeightGradientLayout3x3::Offsets shared;
 };
 
 namespace weight_gradient {
 
 using namespace device;
-using Layout = tiling::WeightGradientLayout3x3;
 constexpr int kGroup = tiling::Tile3x3::kGroup;
+
+// Anew at every use: kept over tiles, where it would spill, it is the thread alone.
+__device__ __forceinline__ int own_warp() { return kept(thread_index()) >> 5; }
 
 // One row of taps over a tile: kDepths times 16 outputs, 32 channels.
 template <typename T, int kDepths>
@@ -39,13 +42,22 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
                                               const unsigned char* x, int x_pitch,
                                               const unsigned char* pixels, int zeros, int dh,
                                               int pitch, int steps) {
-  const int lane = lane_index();
-  int of_x[kPointers<T>];
+  // Through a shuffle, so that what follows from the lane is not kept over tiles, where it spills.
+  const int lane = kept(lane_index());
+  // A step is a multiple of eight rows: chunks keep their order.
+  int of_x[kPointers<T>], of_dy[3][kPointers<T>];
 #pragma unroll
-  for (int i = 0; i < kPointers<T>; ++i)
+  for (int i = 0; i < kPointers<T>; ++i) {
     of_x[i] = byte_offset<T>(b_depth<T>(lane, i), 0, b_byte<T>(lane));
+#pragma unroll
+    for (int dw = 0; dw < 3; ++dw) {
+      const int position = a_depth<T>(lane, i) + (1 + dh) * pitch + dw - 1;
+      of_dy[dw][i] = swizzle_chunks<T>(dy + position * kPanelRowBytes + a_byte<T>(lane));
+    }
+  }
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    uint32_t b[2][4], rows[kPointers<T>];
+    uint32_t b[2][4], neighbours[kPointers<T>];
 #pragma unroll
     for (int j = 0; j < 2; ++j)
       load_b_transposed<T>(b[j],
@@ -53,21 +65,25 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[3][kDepths][4][4],
                            of_x, sixteen_swizzle<T>(j));
 #pragma unroll
     for (int i = 0; i < kPointers<T>; ++i)
-      rows[i] = operand_row(pixels, kDepth<T> * step + a_depth<T>(lane, i), a_byte<T>(lane));
+      neighbours[i] =
+          neighbours_of(pixels, a_depth<T>(lane, i) + kDepth<T> * step) >> (3 * (1 + dh));
 #pragma unroll
-    for (int dw = -1; dw <= 1; ++dw) {
-      int of_dy[kPointers<T>];
+    for (int dw = 0; dw < 3; ++dw) {
+      int from[kPointers<T>];
 #pragma unroll
-      for (int i = 0; i < kPointers<T>; ++i)
-        of_dy[i] = tap_offset<T>(rows[i], 3 * dh + dw + 4, dh * pitch + dw, dy, zeros);
+      for (int i = 0; i < kPointers<T>; ++i) {
+        const int zero = zeros | (of_dy[dw][i] & (kZeroBytes - 1));
+        from[i] = neighbours[i] >> dw & 1 ? of_dy[dw][i] : zero;
+        of_dy[dw][i] += kDepth<T> * kPanelRowBytes;
+      }
 #pragma unroll
       for (int m = 0; m < kDepths; ++m) {
         uint32_t a[4];
-        load_a_transposed<T>(a, shared + sixteen_offset<T>(m, dy_pitch), of_dy,
+        load_a_transposed<T>(a, shared + sixteen_offset<T>(m, dy_pitch), from,
                              sixteen_swizzle<T>(m));
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          multiply_add_pair<T>(acc[dw + 1][m][2 * j], acc[dw + 1][m][2 * j + 1], a, b[j]);
+          multiply_add_pair<T>(acc[dw][m][2 * j], acc[dw][m][2 * j + 1], a, b[j]);
       }
     }
   }
@@ -78,33 +94,34 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
     norm_relu_conv3x3_backward_weight_kernel(WeightGradient args, Images images) {
   constexpr int kOutputs = 16 * kDepths, kOutputPanels = tiling::panels(kOutputs, sizeof(T));
   constexpr int kUnitPanels = 32 / kPanelChannels<T>;
-  const Layout layout{sizeof(T), images.positions, images.groups, args.units, kOutputs};
-  const int threads = 96 * args.units, warp = warp_index(), lane = lane_index();
+  const int panels = args.units * kUnitPanels;
+  const int threads = 96 * args.units;
   const int channel_block = block_x() % args.channel_blocks;
   const int row_block = block_x() / args.channel_blocks;
   const int row_blocks = grid_x() / args.channel_blocks;
   const int channel0 = channel_block * args.units * 32;
   const int output0 = block_y() * kOutputs;
-  const int outputs = args.outputs - output0 < kOutputs ? args.outputs - output0 : kOutputs;
+  const int end = min(args.outputs, output0 + kOutputs);
   const int first_tile = images.first_tile(row_block, row_blocks);
   const int last_tile = images.first_tile(row_block + 1, row_blocks);
-  const OutputGradient gradient = args.gradient.from_channel<T>(output0);
   unsigned char* shared = shared_memory();
-  unsigned char* pixels = shared + layout.pixels_offset();
+  unsigned char* pixels = shared + args.shared.pixels;
 
-  clear_zero_rows(shared + layout.dy_offset(), images, kOutputPanels, threads);
-  load_correction<T>(shared + layout.correction_offset(), gradient, outputs, kOutputPanels,
+  for (int panel = 0; panel < kOutputPanels; ++panel)
+    clear_zeros(shared + args.shared.zeros + panel * args.shared.dy_pitch, kZeroBytes, threads);
+  load_correction<T>(shared + args.shared.correction, args.gradient, output0, end, kOutputPanels,
                      threads);
 
   const auto load = [&](int tile, int stage_index) {
     if (tile < last_tile) {
       const TileOrigin origin(images, tile);
-      for (int panel = 0; panel < layout.panels(); ++panel) {
+      for (int panel = 0; panel < panels; ++panel) {
         unsigned char* to =
-            shared + stage_index * layout.stage_bytes() + panel * layout.panel_bytes();
+            shared + stage_index * args.shared.stage_bytes + panel * args.shared.panel_bytes;
         const int channel = channel0 + panel * kPanelChannels<T>;
-        copy_pixels<T>(to, images, origin, args.x, channel, args.channels, threads);
-        copy_scale_shift<T>(to + layout.x_bytes(), args.norm, channel, args.channels,
+        for (int group = own_warp(); group < images.groups; group += threads / 32)
+          copy_group<T>(to, images, origin, args.x, group, channel, args.channels);
+        copy_scale_shift<T>(to + args.shared.norm, args.norm, channel, args.channels,
                             thread_index(), threads);
       }
     }
@@ -112,34 +129,37 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
   };
   load(first_tile, 0);
 
-  const int dh = warp % 3 - 1, own_unit = warp / 3;
   float acc[3][kDepths][4][4] = {};
   int stage_index = 0;
   for (int tile = first_tile; tile < last_tile; ++tile) {
-    unsigned char* stage = shared + stage_index * layout.stage_bytes();
+    unsigned char* stage = shared + stage_index * args.shared.stage_bytes;
     const TileOrigin origin(images, tile);
     cp_async_wait<0>();
     sync_threads();
     load(tile + 1, 1 - stage_index);
     describe_tile(images, origin, pixels, threads);
-    load_gradient<T, 2>(shared + layout.dy_offset(), shared + layout.correction_offset(), images,
-                        origin, gradient, outputs, kOutputPanels, threads);
-    for (int panel = 0; panel < layout.panels(); ++panel) {
-      unsigned char* x = stage + panel * layout.panel_bytes();
-      normalise_panel<T>(x, x + layout.x_bytes(), images.groups * kGroup, threads);
+    load_gradient<T, 2>(shared + args.shared.dy, args.shared.dy_pitch,
+                        shared + args.shared.correction, images, origin, args.gradient, output0,
+                        end, kOutputPanels, threads);
+    for (int panel = 0; panel < panels; ++panel) {
+      unsigned char* x = stage + panel * args.shared.panel_bytes;
+      normalise_panel<T>(x, x + args.shared.norm, images.groups * kGroup, threads);
     }
     sync_threads();
-    multiply_tile<T, kDepths>(acc, shared, layout.dy_offset(), gradient_panel_bytes(images),
-                              stage + own_unit * kUnitPanels * layout.panel_bytes(),
-                              layout.panel_bytes(), pixels,
-                              layout.dy_offset() + images.positions * kPanelRowBytes, dh,
-                              images.pitch, images.groups * (kGroup / kDepth<T>));
+    const int own = own_warp(), own_unit = own / 3, dh = own % 3 - 1;
+    multiply_tile<T, kDepths>(acc, shared, args.shared.dy, args.shared.dy_pitch,
+                              stage + own_unit * kUnitPanels * args.shared.panel_bytes,
+                              args.shared.panel_bytes, pixels, args.shared.zeros, dh, images.pitch,
+                              images.groups * (kGroup / kDepth<T>));
     stage_index = 1 - stage_index;
   }
 
-  const int g = lane >> 2, t = lane & 3;
-  float* partial = args.partial + int64_t(row_block) * kTaps * args.outputs * args.pitch +
-                   channel0 + 32 * own_unit;
+  const int g = lane_index() >> 2, t = lane_index() & 3;
+  // Divided anew, so that nothing of it is kept over tiles, where it spills.
+  const int block = kept(block_x()), own = own_warp();
+  float* partial = args.partial +
+                   int64_t(block / args.channel_blocks) * kTaps * args.outputs * args.pitch +
+                   (block % args.channel_blocks * args.units + own / 3) * 32;
 #pragma unroll
   for (int dw = 0; dw < 3; ++dw) {
 #pragma unroll
@@ -148,10 +168,10 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int output = 16 * m + 8 * half + g;
-          const int tap = 8 - (3 * (dh + 1) + dw);
-          if (output < outputs)
-            global_store(partial + ((output0 + output) * kTaps + tap) * args.pitch + 8 * j + 2 * t,
+          const int output = output0 + 16 * m + 8 * half + g;
+          const int tap = 8 - (3 * (own % 3) + dw);
+          if (output < end)
+            global_store(partial + (output * kTaps + tap) * args.pitch + 8 * j + 2 * t,
                          float2{acc[dw][m][j][2 * half], acc[dw][m][j][2 * half + 1]});
         }
       }

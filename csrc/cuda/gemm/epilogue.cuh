@@ -6,6 +6,21 @@
 
 namespace densenet_efficient::device {
 
+// Of eight values of each lane, added up over the eight lanes that are alike modulo four, the one
+// whose number is lane / 4: in seven shuffles, where all of them in every lane would take 24.
+__device__ __forceinline__ float share_of_sums(const float (&values)[8], int lane) {
+  const auto exchange = [lane](float lower, float upper, int mask) {
+    const bool keeps_upper = lane & mask;
+    return (keeps_upper ? upper : lower) + shuffle_xor(keeps_upper ? lower : upper, mask);
+  };
+  float four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = exchange(values[i], values[i + 4], 16);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) two[i] = exchange(four[i], four[i + 2], 8);
+  return exchange(two[0], two[1], 4);
+}
+
 // Running moments of the columns that a warp writes, in shared memory: mean [columns], M2
 // [columns].
 struct WarpMoments {

@@ -143,11 +143,11 @@ __device__ __forceinline__ void copy_scale_shift(unsigned char* shared, Table no
 template <typename T>
 __device__ __forceinline__ void copy_norm(unsigned char* shared, Table norm, int channel,
                                           int channels, int threads) {
+  const int row = thread_index() % kBeta, pitch = 4 * static_cast<int>(norm.stride);
+  const float* const from = advance(norm.data + channel, row, pitch);
   for (int i = thread_index(); i < kBeta * kPanelChannels<T>; i += threads) {
-    const int row = i % kBeta, c = i / kBeta;
-    const bool exists = channel + c < channels;
-    cp_async<4>(shared + 4 * i, norm.data + (exists ? row * norm.stride + channel + c : 0),
-                exists ? 4 : 0);
+    const int c = i / kBeta;
+    cp_async<4>(shared + 4 * i, from + c, channel + c < channels ? 4 : 0);
   }
 }
 

@@ -31,6 +31,19 @@ struct RowTensor {
   }
 };
 
+// Bytes from row to row, and where row `row` after `row0` begins from a channel on: what differs
+// from thread to thread, row and channel, fits 32 bits.
+template <typename T>
+__device__ __forceinline__ int row_pitch(const RowTensor& rows) {
+  return static_cast<int>(rows.stride) * static_cast<int>(sizeof(T));
+}
+template <typename T>
+__device__ __forceinline__ const unsigned char* row_bytes(const RowTensor& rows, int64_t row0,
+                                                          int row, int channel) {
+  return static_cast<const unsigned char*>(rows.data) + row0 * row_pitch<T>(rows) +
+         (row * row_pitch<T>(rows) + channel * static_cast<int>(sizeof(T)));
+}
+
 // A [rows, C] table of fp32 vectors: norm or correction.
 struct Table {
   const float* data;

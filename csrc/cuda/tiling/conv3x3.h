@@ -17,9 +17,11 @@ namespace densenet_efficient::tiling {
 
 constexpr int kTaps = 9;
 
-// Of the halo (conv3x3/halo.cuh): rows of zeros next to each panel, and a pixel's description.
+// Of the halo (conv3x3/halo.cuh): rows of zeros, as many as an operand's rows may differ in, those
+// that a warp's 64 rows reach with one offset, and a pixel's description.
 constexpr int kZeroRows = 8;
 constexpr int kZeroBytes = kZeroRows * kPanelRowBytes;
+constexpr int kGroupZeroBytes = (3 * 16 + kZeroRows) * kPanelRowBytes;
 constexpr int kPixelBytes = 8;
 
 // The correction of one panel of dy (conv3x3/output_gradient.cuh): four floats a channel, the
@@ -33,9 +35,10 @@ struct Images3x3 {
 };
 
 // A tile is tile_height rows of pixels, counted through all images, by tile_width columns: the
-// whole width, or a strip of it where images are wider than 64. Its pixels are numbered row by row
-// and worked on in groups of 64. Its halo (one row above and below, and one column on either side
-// of a strip) lies in shared memory at `positions`, tile rows `pitch` apart.
+// whole width, or a strip of it where images are wider than 64. Its halo (one row above and below,
+// and `margin` columns on either side of a strip) lies in shared memory at `positions`, tile rows
+// `pitch` apart. Pixels are numbered as their positions are, a strip's margins too, from the first
+// after the row above on, and worked on in groups of 64.
 struct Tile3x3 {
   static constexpr int kGroup = 64, kMaxGroups = 6;
   static constexpr int kMaxPositions = 1023;  // their byte offsets fill 16 bits (conv3x3/halo.cuh)
@@ -62,6 +65,7 @@ struct Tile3x3 {
     for (int64_t pieces = ceil_div(of.width, kGroup); !best && pieces <= of.width; pieces *= 2) {
       for (int candidate = kMaxGroups; candidate > 0; --candidate) {
         Tile3x3 tile(of.images * of.height, of.width, static_cast<int>(pieces), candidate);
+        if (tile.tile_height == 0) continue;
         tile.shared_bytes = shared_bytes_of(tile.positions, candidate);
         if (tile.shared_bytes > device.shared_bytes || tile.positions > kMaxPositions) continue;
         const int64_t time = tile.divide(device, by);
@@ -89,9 +93,8 @@ struct Tile3x3 {
   Tile3x3(int64_t image_rows, int64_t width, int pieces, int groups)
       : groups(groups), strips(pieces), margin(pieces > 1) {
     tile_width = static_cast<int>(ceil_div(width, pieces));
-    tile_height = static_cast<int>(std::min<int64_t>(kGroup * groups / tile_width, image_rows));
-    // Positions of consecutive pixels differ by one modulo eight, also from row to row.
-    pitch = tile_width + (margin ? 8 : 0);
+    pitch = tile_width + 2 * margin;
+    tile_height = static_cast<int>(std::min<int64_t>(kGroup * groups / pitch, image_rows));
     positions = static_cast<int>(round_up((tile_height + 2) * pitch, 8));
     tiles = ceil_div(image_rows, tile_height) * strips;
   }
@@ -106,17 +109,25 @@ inline int64_t weight_copy_bytes(const Images3x3& of, int64_t outputs, int64_t c
 
 // ---- Forward ------------------------------------------------------------------------------------
 
-// Shared memory of the forward kernel. A stage: weight, norm, halo. After the stages: zeros; the
-// warps' staging; the tile's pixels; the warps' moments.
+// What is read at nine shifts, the weight that goes with it and the zeros lie at multiples of
+// kZeroBytes.
+DE_HOST_DEVICE constexpr int aligned(int bytes) {
+  return (bytes + kZeroBytes - 1) / kZeroBytes * kZeroBytes;
+}
+
+// Shared memory of the forward kernel. A stage: weight, halo. After the stages: zeros; the stages'
+// norms; the warps' staging; the tile's pixels; the warps' moments.
 struct ForwardLayout3x3 {
   static constexpr int kStages = 2;
   int size, columns, positions, groups;
 
-  DE_HOST_DEVICE int norm_offset() const { return kTaps * columns * kPanelRowBytes; }
-  DE_HOST_DEVICE int halo_offset() const { return norm_offset() + scale_shift_bytes(size); }
+  DE_HOST_DEVICE int halo_offset() const { return kTaps * columns * kPanelRowBytes; }
   DE_HOST_DEVICE int stage_bytes() const { return halo_offset() + positions * kPanelRowBytes; }
   DE_HOST_DEVICE int zero_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int staging_offset() const { return zero_offset() + kZeroBytes; }
+  DE_HOST_DEVICE int norm_offset(int stage) const {
+    return zero_offset() + kGroupZeroBytes + stage * scale_shift_bytes(size);
+  }
+  DE_HOST_DEVICE int staging_offset() const { return norm_offset(kStages); }
   DE_HOST_DEVICE int pixels_offset() const { return staging_offset() + groups * kStagingBytes; }
   DE_HOST_DEVICE int moments_offset() const {
     return pixels_offset() + groups * Tile3x3::kGroup * kPixelBytes;
@@ -150,7 +161,7 @@ struct NormReluConv3x3Forward {
 // ---- Backward -----------------------------------------------------------------------------------
 
 // Shared memory of the data gradient. A stage: weight, norm [channels][4], x and, if it is added
-// to, dx. After the stages: the warps' sums, twice; dy; its correction; the tile's pixels.
+// to, dx. After the stages: zeros; dy; its correction; the tile's pixels; the warps' sums, twice.
 struct DataGradientLayout3x3 {
   static constexpr int kStages = 2;
   int size, positions, groups, output_panels;
@@ -161,22 +172,26 @@ struct DataGradientLayout3x3 {
   DE_HOST_DEVICE int x_offset() const { return norm_offset() + kBeta * channels() * 4; }
   DE_HOST_DEVICE int x_bytes() const { return groups * Tile3x3::kGroup * kPanelRowBytes; }
   DE_HOST_DEVICE int dx_offset() const { return x_offset() + x_bytes(); }
-  DE_HOST_DEVICE int stage_bytes() const { return x_offset() + (accumulate ? 2 : 1) * x_bytes(); }
-  DE_HOST_DEVICE int sums_offset() const { return kStages * stage_bytes(); }
-  DE_HOST_DEVICE int dy_offset() const {
-    return sums_offset() + 2 * groups * (kDnormRows * channels() * 4);
+  DE_HOST_DEVICE int stage_bytes() const {
+    return aligned(x_offset() + (accumulate ? 2 : 1) * x_bytes());
   }
+  DE_HOST_DEVICE int zero_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int dy_offset() const { return zero_offset() + kGroupZeroBytes; }
   DE_HOST_DEVICE int correction_offset() const {
-    return dy_offset() + output_panels * (positions * kPanelRowBytes + kZeroBytes);
+    return dy_offset() + output_panels * positions * kPanelRowBytes;
   }
   DE_HOST_DEVICE int pixels_offset() const {
     return correction_offset() + output_panels * correction_bytes(size);
   }
-  int shared_bytes() const { return pixels_offset() + groups * Tile3x3::kGroup * kPixelBytes; }
+  DE_HOST_DEVICE int sums_offset() const {
+    return pixels_offset() + groups * Tile3x3::kGroup * kPixelBytes;
+  }
+  int shared_bytes() const { return sums_offset() + 2 * groups * (kDnormRows * channels() * 4); }
 };
 
 // Shared memory of the weight gradient. A stage: x and the norm of each panel. After the stages:
-// dy, its correction, the tile's pixels. `units` of 32 channels; `outputs` of a block.
+// dy, zeros after each panel of it; its correction; the tile's pixels. `units` of 32 channels;
+// `outputs` of a block.
 struct WeightGradientLayout3x3 {
   static constexpr int kStages = 2;
   int size, positions, groups, units, outputs;
@@ -187,14 +202,25 @@ struct WeightGradientLayout3x3 {
   DE_HOST_DEVICE int x_bytes() const { return groups * Tile3x3::kGroup * kPanelRowBytes; }
   DE_HOST_DEVICE int panel_bytes() const { return x_bytes() + scale_shift_bytes(size); }
   DE_HOST_DEVICE int stage_bytes() const { return panels() * panel_bytes(); }
-  DE_HOST_DEVICE int dy_offset() const { return kStages * stage_bytes(); }
+  DE_HOST_DEVICE int dy_offset() const { return aligned(kStages * stage_bytes()); }
+  DE_HOST_DEVICE int dy_pitch() const { return positions * kPanelRowBytes + kZeroBytes; }
   DE_HOST_DEVICE int correction_offset() const {
-    return dy_offset() + output_panels() * (positions * kPanelRowBytes + kZeroBytes);
+    return dy_offset() + output_panels() * dy_pitch();
   }
   DE_HOST_DEVICE int pixels_offset() const {
     return correction_offset() + output_panels() * correction_bytes(size);
   }
   int shared_bytes() const { return pixels_offset() + groups * Tile3x3::kGroup * kPixelBytes; }
+
+  // What a kernel needs of it, so that it computes none of it: dy after the stages.
+  struct Offsets {
+    int stage_bytes, panel_bytes, norm, dy, dy_pitch, zeros, correction, pixels;
+  };
+  Offsets offsets() const {
+    return {stage_bytes(),       panel_bytes(),  x_bytes(),
+            dy_offset(),         dy_pitch(),     dy_offset() + positions * kPanelRowBytes,
+            correction_offset(), pixels_offset()};
+  }
 };
 
 struct DataGradient3x3 {
@@ -238,15 +264,17 @@ struct WeightGradient3x3 {
         output_blocks(std::max<int64_t>(1, ceil_div(outputs, 16 * depths))),
         tile(of,
              [&](int positions, int groups) {
-               return WeightGradientLayout3x3{static_cast<int>(size), positions, groups, units,
-                                              16 * depths}
-                   .shared_bytes();
+               return layout(static_cast<int>(size), positions, groups).shared_bytes();
              },
              // At least two tiles a block, or the partial sums outweigh the pixels.
              device,
              {.most_resident = 2, .beside = channel_blocks * output_blocks, .least_tiles = 2}),
         pitch(channel_blocks * units * 32),
         bytes(partial_bytes(tile.blocks, kTaps * outputs, pitch, size)) {}
+
+  WeightGradientLayout3x3 layout(int size, int positions, int groups) const {
+    return {size, positions, groups, units, 16 * depths};
+  }
 };
 
 struct NormReluConv3x3Backward {
