@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from . import distributed
 from .data import DataError
+from .interrupts import held_back
 
 __all__ = ["held_out_batches", "on_device", "training_batches"]
 
@@ -65,14 +66,22 @@ def on_device(
     batches: DataLoader, device: torch.device, memory_format: torch.memory_format
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches on the device: images [n, C, H, W] in the memory format, labels [n]."""
-    for images, labels in _one_line_errors(batches):
+    for images, labels in _loaded(batches):
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         yield images, labels.to(device, non_blocking=True)
 
 
-def _one_line_errors(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """A worker process passes its error on as text with a traceback in front: leave that out."""
+def _loaded(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches. A ctrl-C waits for the loader. A worker process passes its error on as
+    text with a traceback in front, which is left out."""
     try:
-        yield from batches
+        with held_back():
+            iterator = iter(batches)
+        while True:
+            with held_back():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
     except DataError as error:
         raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
