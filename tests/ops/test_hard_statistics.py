@@ -50,6 +50,17 @@ def test_a_constant_channel_is_beta(operators: ModuleType, dtype: torch.dtype) -
     assert torch.equal(dnorm[1], torch.where(beta > 0, 12.0, 0.0))
 
 
+@OPERATORS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_no_variance_is_negative(operators: ModuleType, dtype: torch.dtype) -> None:
+    """The squares of deviations from a mean that was rounded, less what it was rounded by: of a
+    constant channel, the difference of two equal numbers."""
+    x = torch.rand(2000).to(dtype).expand(15, 2000).contiguous()
+    stats = torch.empty(2, 2000, dtype=dtype if dtype == torch.float64 else torch.float32)
+    operators.channel_stats(x, stats)
+    assert (stats[1] >= 0).all()
+
+
 def test_long_sums_are_not_rounded_at_every_row() -> None:
     """dbeta of gradients that all have one sign, in float32: a running sum over the rows of a tile
     would lose a digit of every row. With scale 1 and nothing masked, dx holds the terms."""

@@ -35,7 +35,8 @@ void tile_moments(Rows<const T> y, int64_t rows, int64_t channels, Arithmetic<T>
     const V missed = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     const V total = (square[0] + square[1]) + (square[2] + square[3]);
     store_vector(center + missed * share, mean + c, count);
-    store_vector(total - missed * missed * share, m2 + c, count);
+    const V squares = total - missed * missed * share;  // of a constant channel: 0, rounded
+    store_vector(squares < A(0) ? V{} : squares, m2 + c, count);
   });
 }
 

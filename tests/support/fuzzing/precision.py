@@ -37,6 +37,7 @@ DEVIATIONS = 3.0
 DISTURBANCE = 2.0**-40
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Errors up to this part of a tensor are its float32 sums' rounding, whatever PyTorch's are."""
+Floors = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,18 @@ def _scales(exact: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: scale or 1.0 for name, scale in scales.items()}
 
 
+def _floors(exact: Mapping[str, Tensor], dtype: torch.dtype, scales: Mapping[str, float]) -> Floors:
+    """Errors below which nothing is asked: a tensor's float32 sums' rounding, and of a variance the
+    square of what a layer's outputs, of this dtype and the mean's size, were rounded by."""
+    floors = dict.fromkeys(exact, ROUNDING)
+    for name in exact:
+        if name.endswith("running_var"):
+            mean = exact[name.replace("running_var", "running_mean")].double().norm().item()
+            rounding = (torch.finfo(dtype).eps * mean) ** 2 / scales[name]
+            floors[name] = max(ROUNDING, rounding)
+    return floors
+
+
 def _is_gradient(name: str) -> bool:
     return name == "x" or name.endswith(".grad")
 
@@ -159,6 +172,7 @@ class Comparison:
         if not eager["y"].isfinite().all():
             return  # no loss comes of this: which gradients are finite is where a ReLU cut the NaN
         scales, errors = _scales(exact), {}
+        floors = _floors(exact, eager["y"].dtype, scales)
         for name, value in eager.items():
             assert name in ours, f"nothing came for {name}"
             got = ours[name]
@@ -176,7 +190,7 @@ class Comparison:
                 self.left_out[name] += 1
                 continue
             pair = (_error(side, exact[name], scales[name]) for side in (got, value))
-            errors[name] = tuple(max(error, ROUNDING) for error in pair)
+            errors[name] = tuple(max(error, floors[name]) for error in pair)
         self.draws.append(errors)
 
     def problem(self, deviations: float = 0.0) -> str | None:
