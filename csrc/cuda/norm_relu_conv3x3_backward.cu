@@ -86,6 +86,7 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
     const Tiling tiling(of, call.C, call.K, sizeof(T), accumulate, needs_packing(weight),
                         dweight.has_value(), launcher.device());
     check_fits(call.lead, tiling.data.tile);
+    check_near(call.lead.op, {call.dy, call.y, call.x, call.dx});
     if (dweight) check_fits(call.lead, tiling.weight.tile);
     const Workspace packed(x, tiling.weight_copy_bytes), sums(x, tiling.sums_bytes),
         weights(x, tiling.dweight_bytes);

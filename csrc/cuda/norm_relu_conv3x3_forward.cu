@@ -184,6 +184,7 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, O
     const Tiling tiling(of, call.C, call.K, sizeof(T), needs_packing(weight), stats.has_value(),
                         launcher.device());
     check_fits(call.lead, tiling.tile);
+    check_near(call.lead.op, {call.x});
     const Workspace packed(x, tiling.weight_bytes), partial(x, tiling.moment_bytes);
     const Forward args{
         row_tensor(call.x),

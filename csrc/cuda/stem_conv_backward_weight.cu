@@ -190,14 +190,8 @@ void stem_conv_backward_weight(Tensor dy, Tensor x, Tensor dweight) {
                                         .tap_step = static_cast<int>(call.dweight.tap),
                                         .outputs = static_cast<int>(call.K)};
       dispatch_stem_conv(call.C, tiling.units, [&]<int C, int kUnits>() {
-        launcher.launch<&stem_conv_backward_weight_kernel<T, C, kUnits>>(
-            {.grid_x = tiling.tiling.blocks,
-             .grid_y = tiling.output_blocks,
-             .block = Tiling::kThreads,
-             .shared_bytes = tiling.shared_bytes,
-             .tiles = tiling.tiling.tiles,
-             .ranges = tiling.tiling.blocks},
-            args, tiling.tiling);
+        launcher.launch<&stem_conv_backward_weight_kernel<T, C, kUnits>>(stem_conv_launch(tiling),
+                                                                         args, tiling.tiling);
       });
     }
     // All of dweight as one row.

@@ -162,13 +162,8 @@ void stem_conv_forward(Tensor x, Tensor weight, Tensor y) {
                                .y = output_row_tensor(call.y),
                                .outputs = static_cast<int>(call.K)};
     dispatch_stem_conv(call.C, tiling.units, [&]<int C, int kUnits>() {
-      launcher.launch<&stem_conv_forward_kernel<T, C, kUnits>>({.grid_x = tiling.tiling.blocks,
-                                                                .grid_y = tiling.output_blocks,
-                                                                .block = Tiling::kThreads,
-                                                                .shared_bytes = tiling.shared_bytes,
-                                                                .tiles = tiling.tiling.tiles,
-                                                                .ranges = tiling.tiling.blocks},
-                                                               args, tiling.tiling);
+      launcher.launch<&stem_conv_forward_kernel<T, C, kUnits>>(stem_conv_launch(tiling), args,
+                                                               tiling.tiling);
     });
   });
 }

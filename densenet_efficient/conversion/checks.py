@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations as plain_type
 
-from ..nn.layers import CONVOLUTIONS, LayerParts, per_axis
+from ..nn.layers import CONVOLUTIONS, LayerParts, in_channels, per_axis
 from ..nn.norms import BATCH_NORMS, activation_problem, is_batch_norm
 
 
@@ -25,7 +25,7 @@ def input_channels(module: nn.Module) -> int:
     weight that is computed is not evaluated here, and the attribute believed."""
     weight = module._parameters.get("weight")
     if isinstance(module, CONVOLUTIONS):
-        return module.in_channels if weight is None else weight.shape[1] * module.groups
+        return module.in_channels if weight is None else in_channels(module)
     return module.num_features if weight is None else len(weight)  # type: ignore[return-value]
 
 

@@ -21,7 +21,7 @@ from .architecture import STEM, plain_outputs
 from .dense_block import DenseBlockExecution
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .graph import GraphPlan
-from .layers import CONVOLUTIONS, image_dims
+from .layers import CONVOLUTIONS, image_dims, in_channels
 from .norms import (
     batch_norm,
     begin_exchange,
@@ -38,10 +38,6 @@ from .stage import StageExecution
 from .transition import MAX_POOLS, TransitionExecution, once
 
 _FORWARDS = (DenseBlockExecution.forward, StageExecution.forward, TransitionExecution.forward)
-
-
-def _in_channels(conv: Any) -> int:
-    return int(conv.weight.shape[1] * conv.groups)
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
@@ -223,7 +219,7 @@ class FeaturesExecution(Efficient):
         if plan.kind == graph.ORIGINAL:
             return x, None, 0
         conv, norm, *rest = children
-        execution.check_input(x, image_dims(conv), _in_channels(conv), conv.weight, "conv0")
+        execution.check_input(x, image_dims(conv), in_channels(conv), conv.weight, "conv0")
         answer = execution.pooling_dtype(x, image_dims(conv))
         x = first_convolution.by_pytorch(conv, x, conv.weight)
         if plan.kind == graph.EAGER:
@@ -271,7 +267,7 @@ class FeaturesExecution(Efficient):
         chosen, first = paths
         conv, norm, *rest = [child for _, child in self.stem_children()]
         gamma, beta = norm.weight, norm.bias
-        execution.check_input(x, image_dims(conv), _in_channels(conv), conv.weight, "conv0")
+        execution.check_input(x, image_dims(conv), in_channels(conv), conv.weight, "conv0")
         answer = execution.pooling_dtype(x, image_dims(conv))
         x = first_convolution.run(first, conv, x, contiguous)
         want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
@@ -332,8 +328,8 @@ class EfficientFeatures(FeaturesExecution, nn.Sequential):
     conv0 is PyTorch's, or on a GPU an operator (`nn.first_convolution`); norm0, ReLU and
     max-pooling after it become one operator that keeps only conv0's output. Dense blocks and
     transitions pass their channel statistics along, so that no norm between them takes a pass over
-    its input. Children, names, order and keys are those of an
-    ordinary Sequential, and may still be called one by one.
+    its input. Children, names, order and keys are those of an ordinary Sequential, and may still be
+    called one by one.
     """
 
     original_class = nn.Sequential

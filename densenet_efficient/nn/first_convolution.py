@@ -15,6 +15,7 @@ from ..ops.dispatch import Dispatch
 from ..ops.stem_conv import PADDING, STRIDE
 from . import execution, handover
 from .execution import ORIGINAL
+from .layers import image_dims, per_axis
 
 _KERNEL, _MOST_CHANNELS = 7, 4
 _OTHER = "it is not one of 7x7 pixels, stride 2, padding 3, at most 4 channels and without bias"
@@ -32,9 +33,9 @@ def _is_ours(conv: Any) -> bool:
         type(conv) is nn.Conv2d
         and conv.weight.shape[2:] == (_KERNEL, _KERNEL)
         and conv.weight.shape[1] <= _MOST_CHANNELS
-        and conv.stride == (STRIDE, STRIDE)
-        and conv.padding == (PADDING, PADDING)
-        and conv.dilation == (1, 1)
+        and per_axis(conv.stride, 2) == (STRIDE, STRIDE)
+        and per_axis(conv.padding, 2) == (PADDING, PADDING)
+        and per_axis(conv.dilation, 2) == (1, 1)
         and conv.groups == 1
         and conv.bias is None
         and conv.padding_mode == "zeros"
@@ -73,7 +74,7 @@ def run(chosen: Dispatch, conv: Any, x: Tensor, contiguous: bool) -> Tensor:
 def by_pytorch(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
     """conv(x) in channels-last memory. The weight's strides decide, so no copy of x is kept; those
     of one input channel would be ambiguous, and are set by a view."""
-    dims = weight.dim() - 2
+    dims = image_dims(conv)
     if conv.padding_mode != "zeros" or dims == 1:
         return conv(x)
     if weight.is_contiguous():  # its gradient is to be contiguous, too

@@ -72,6 +72,11 @@ def image_dims(conv: Convolution) -> int:
     return conv.weight.dim() - 2
 
 
+def in_channels(conv: Convolution) -> int:
+    """Of the images that a convolution takes, as its weight has them."""
+    return int(conv.weight.shape[1] * conv.groups)
+
+
 def per_axis(value: Any, dims: int) -> tuple[int, ...]:
     """An option of a convolution, which PyTorch also takes as one number for all axes."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from tests.support.bad_calls import assert_refused
 from tests.support.emulators import check, emulator, total
 from tests.support.identifiers import identifier
 from tools.emulation import Launch
@@ -186,3 +187,13 @@ def expect_traffic(launches: list[Launch], loads: int, stores: int) -> None:
     assert load.efficiency >= 0.95 and store.efficiency >= 0.95
     for launch in launches:
         assert launch.conflict_factor == 1.0, launch.kernel
+
+
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_pixels_too_far_apart_for_32_bits_are_refused(op: str) -> None:
+    case = make(op, (1, 1, 2, 16, 8), BF16)
+    case.arguments["x"] = torch.zeros(1, 1, 2, 2_800_000, dtype=BF16)[..., :16]
+    message = "x must have pixels at most 5592405 bytes apart, got 5600000"
+    for written in case.outputs.values():
+        written.zero_()  # NaN until then, which equals nothing
+    assert_refused(emulator().call, op, tuple(case.arguments.values()), message)

@@ -131,3 +131,28 @@ def test_transitions(subject: Subject, **options: object) -> None:
 @fuzz(0.12, subject=NETWORKS, **COMMON)
 def test_networks(subject: Network, **options: object) -> None:
     check(subject, **options)  # type: ignore[arg-type]
+
+
+def test_only_the_rounding_of_gradients_inside_is_allowed() -> None:
+    """And these are looked for only where something differs."""
+    right, asked = torch.ones(3, dtype=torch.float64), []
+
+    def inside() -> float:
+        asked.append(True)
+        return 1e8
+
+    assert_equal_in_float64({"y": right}, {"y": right + 1e-10}, inside)
+    assert not asked
+    assert_equal_in_float64({"y": right}, {"y": right + 1e-7}, inside)
+    with pytest.raises(AssertionError, match="y: Tensor-likes are not close"):
+        assert_equal_in_float64({"y": right}, {"y": right + 1e-6}, inside)
+
+
+def test_the_largest_gradient_inside_is_found() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1e-6)
+        model[1].weight.fill_(1e6)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    found = largest_gradient(model, lambda model: model(x).sum().backward())
+    assert found == pytest.approx(1e6)

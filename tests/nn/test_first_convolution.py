@@ -173,6 +173,9 @@ def test_inputs_and_weights_that_the_operator_does_not_take() -> None:
         return chosen.reason
 
     assert first_convolution.choose(conv, x).kind == "kernels"
+    numbers: Any = convolution()
+    numbers.stride, numbers.padding, numbers.dilation = 2, 3, 1
+    assert first_convolution.choose(numbers, x).kind == "kernels"
     wanting = x.clone().requires_grad_()
     assert reason(conv, wanting) == "the images need a gradient"
     with torch.no_grad():

@@ -116,6 +116,17 @@ __device__ __forceinline__ uint32_t last_word_mask() {
   return left >= 2 ? 0xffffffffu : left == 1 ? 0x0000ffffu : 0u;
 }
 
+// The launch of a direction, whose tiling has the type Tiling.
+template <typename Tiling>
+LaunchShape stem_conv_launch(const Tiling& of) {
+  return {.grid_x = of.tiling.blocks,
+          .grid_y = of.output_blocks,
+          .block = Tiling::kThreads,
+          .shared_bytes = of.shared_bytes,
+          .tiles = of.tiling.tiles,
+          .ranges = of.tiling.blocks};
+}
+
 // Calls f<C, kUnits>() for the channels of x and the units of outputs of a block.
 template <typename F>
 void dispatch_stem_conv(int64_t channels, int units, F&& f) {
