@@ -8,6 +8,7 @@ statistics, goes into a `Result` that the caller hands in.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from . import differentiable, eager, layout, max_pool, pooling, specs
 from .dense_block import Kept, block_backward, block_forward
 from .gradients import gradient_buffer
 from .specs import BlockSpec, PoolSpec
+from .stem_conv import StemConvCall, StemConvFunction
 
 
 @dataclass
@@ -162,12 +164,15 @@ class TransitionFunction(torch.autograd.Function):
 class StemFunction(torch.autograd.Function):
     """Norm, ReLU and max-pooling (kernel 3, stride 2, padding 1).
 
-    (spec, x, result, gamma, beta) -> y. x ``[N, C, *spatial]`` is the stem convolution's output and
-    the only tensor kept.
+    (spec, x, made by, result, gamma, beta) -> y. x ``[N, C, *spatial]`` is the stem convolution's
+    output. It is kept, unless the call that made it is given, which backward makes again; the
+    convolution keeps what that takes anyway.
     """
 
     @staticmethod
-    def forward(ctx, spec: PoolSpec, x: Tensor, result: Result, gamma, beta):
+    def forward(
+        ctx, spec: PoolSpec, x: Tensor, made_by: StemConvCall | None, result: Result, gamma, beta
+    ):
         """See `pooling.stem_forward`."""
         with torch.autocast(x.device.type, enabled=False):
             rows = layout.channels_last(x)
@@ -175,28 +180,35 @@ class StemFunction(torch.autograd.Function):
             y, y_stats = pooling.stem_forward(spec, rows, stats, gamma, beta)
         result.stats, result.used = y_stats, stats
         ctx.spec = spec
+        ctx.made_by = None if made_by is None else made_by[:2]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, stats, gamma, beta)
+        kept = (x,) if made_by is None else made_by[2:]
+        ctx.save_for_backward(stats, gamma, beta, *kept)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         """See `pooling.stem_backward`."""
         if dy is None:
-            return (None,) * 5
+            return (None,) * 6
         spec: PoolSpec = ctx.spec
-        x, stats, gamma, beta = ctx.saved_tensors
+        stats, gamma, beta, *kept = ctx.saved_tensors
+        made_by = None if ctx.made_by is None else StemConvCall(*ctx.made_by, *kept)
         if not _is_first_order(dy, spec):
+            with torch.enable_grad():
+                x = kept[0] if made_by is None else StemConvFunction.apply(*made_by)
             dx, dgamma, dbeta = differentiable.gradients(
                 lambda *inputs: differentiable.stem(spec, *inputs), (x, gamma, beta), dy
             )
         else:
-            with torch.autocast(dy.device.type, enabled=False):
+            found = (
+                nullcontext(layout.channels_last(kept[0])) if made_by is None else made_by.again()
+            )
+            with torch.autocast(dy.device.type, enabled=False), found as rows:
                 dx, (dgamma, dbeta) = pooling.stem_gradients(
-                    spec, dy, layout.channels_last(x), stats, (gamma, beta),
-                    ctx.needs_input_grad[3:],
-                )  # fmt: skip
-        return _where(ctx.needs_input_grad, (None, dx, None, dgamma, dbeta))
+                    spec, dy, rows, stats, (gamma, beta), ctx.needs_input_grad[4:]
+                )
+        return _where(ctx.needs_input_grad, (None, dx, None, None, dgamma, dbeta))
 
 
 class NewFeaturesFunction(torch.autograd.Function):

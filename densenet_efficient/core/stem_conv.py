@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,32 @@ from torch import Tensor
 from ..ops.dtypes import accumulation_dtype
 from ..ops.interface import Operators
 from ..ops.stem_conv import PADDING, STRIDE
-from . import differentiable, eager, layout
+from . import arena, differentiable, eager, layout
+
+
+class StemConvCall(NamedTuple):
+    """The arguments of `StemConvFunction`, by which a backward pass can make its result again."""
+
+    operators: Operators
+    dtype: torch.dtype
+    x: Tensor
+    weight: Tensor
+
+    def output_row(self) -> arena.Buffer:
+        """y as a row of a memory table: ``[N, ceil(H/2), ceil(W/2), K]``, dense."""
+        image = (-(-size // STRIDE) for size in self.x.shape[2:])
+        shape = (self.x.shape[0], *image, self.weight.shape[0])
+        return arena.Buffer("convolution", shape, self.dtype, "scratch")
+
+    @contextmanager
+    def again(self) -> Iterator[Tensor]:
+        """y ``[N, ceil(H/2), ceil(W/2), K]``, bit by bit as before, in the scratch that blocks
+        share, until the context ends."""
+        row = self.output_row()
+        with arena.lease([row], self.x.device) as scratch:
+            y = scratch[row.name]
+            self.operators.stem_conv_forward(self.x.movedim(1, -1), self.weight, y)
+            yield y
 
 
 class StemConvFunction(torch.autograd.Function):
@@ -27,9 +54,8 @@ class StemConvFunction(torch.autograd.Function):
         ctx: Any, operators: Operators, dtype: torch.dtype, x: Tensor, weight: Tensor
     ) -> Tensor:
         """See `Operators.stem_conv_forward`."""
-        outputs = weight.shape[0]
-        image = (x.shape[0], *(-(-size // STRIDE) for size in x.shape[2:]))
-        y = layout.empty(image, outputs, dtype, x.device, length=outputs)
+        *image, outputs = StemConvCall(operators, dtype, x, weight).output_row().shape
+        y = layout.empty(tuple(image), outputs, dtype, x.device, length=outputs)
         operators.stem_conv_forward(x.movedim(1, -1), weight, y.movedim(1, -1))
         ctx.operators, ctx.dtype = operators, dtype
         ctx.set_materialize_grads(False)

@@ -14,16 +14,8 @@ from ..core import layout
 from ..core.arena import Buffer
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.fully_convolutional import FCDenseNetBase, Upsampling
-from .steps import (
-    PARAMETER_GRADIENTS,
-    Block,
-    Convolution,
-    Norm,
-    Part,
-    Transition,
-    gradient_bytes,
-    transition_part,
-)
+from .parts import PARAMETER_GRADIENTS, Convolution, Norm, Part
+from .steps import Block, Transition, gradient_bytes, transition_part
 from .timeline import Timeline
 
 Image = tuple[int, ...]

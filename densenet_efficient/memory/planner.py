@@ -24,7 +24,8 @@ from ..nn.features import FeaturesExecution
 from ..nn.options import check_module, check_number, check_sizes
 from ..ops.dtypes import FLOATING, accumulation_dtype
 from . import fully_convolutional
-from .steps import PARAMETER_GRADIENTS, SCRATCH, Part, gradient_bytes, parts_of
+from .parts import PARAMETER_GRADIENTS, SCRATCH, Part
+from .steps import gradient_bytes, parts_of
 from .timeline import Moment, Timeline
 
 

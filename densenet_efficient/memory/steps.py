@@ -1,15 +1,10 @@
-"""What each part of a feature extractor allocates and frees in one step, forward and backward.
-
-A part's forward allocates what its output and its backward need, and names the output that the next
-part consumes and nobody keeps. Its backward allocates the gradient it sends on and frees the one
-that arrived.
-"""
+"""What the transitions and dense blocks of a feature extractor allocate and free in one step, and
+the list of all its parts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,93 +15,15 @@ from ..core.arena import Buffer
 from ..core.specs import BlockSpec, keeps_norms, kept_table, norm_elements, scratch_table
 from ..nn.dense_block import DenseBlockExecution
 from ..nn.features import FeaturesExecution
-from ..nn.first_convolution import has_operator
+from ..nn.first_convolution import has_operator, is_made_again
 from ..nn.layers import layer_spec
 from ..nn.norms import includes_relu, is_batch_norm
 from ..nn.transition import MAX_POOLS, TransitionExecution, is_max_pool_by_two
 from ..ops.dispatch import choose
 from ..ops.dtypes import accumulation_dtype
 from . import workspaces
+from .parts import SCRATCH, Convolution, Norm, Part, Stem
 from .timeline import Timeline
-
-PARAMETER_GRADIENTS = "parameter gradients"
-SCRATCH = "scratch"
-
-
-@dataclass
-class Part:
-    """One part, with its input and output images (N, *spatial) and channels."""
-
-    name: str
-    module: nn.Module
-    image: tuple[int, ...]
-    channels: int
-    out_image: tuple[int, ...]
-    out_channels: int
-    dtype: torch.dtype
-    device: torch.device
-
-    kept = False  # whether its output is kept for the backward pass of the next part
-    pads_gradient = False  # whether the gradient it sends has padded rows, as a block wants it
-    operator = ""  # of which the workspace counts
-
-    def forward(self, timeline: Timeline, training: bool) -> str | None:
-        """Returns the name of the output where it dies with the next part."""
-        where = f"the forward of {self.name}"
-        kept = training and self.kept
-        row = self._output_row()
-        shape = (*self.out_image, row)
-        lifetime = "kept" if kept else "transient"
-        output = Buffer(f"{self.name} output", shape, self.dtype, lifetime)
-        timeline.allocate(output, where)
-        timeline.mark(where, self._workspace("forward"))
-        return None if kept else output.name
-
-    def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
-        """arriving: name of the gradient of its output. follows: the next part in forward order.
-        Returns the name of the gradient it sends."""
-        where = f"the backward of {self.name}"
-        row = layout.row_length(self.channels, self.dtype, self.device)
-        shape = (*self.image, row if self.pads_gradient else self.channels)
-        name = f"gradient before {self.name}"
-        timeline.allocate(Buffer(name, shape, self.dtype, "transient"), where)
-        timeline.mark(where, self._workspace("backward"))
-        timeline.free(arriving)
-        return name
-
-    def _output_row(self) -> int:
-        return self.out_channels
-
-    def _workspace(self, way: str) -> int:
-        """Bytes inside the operator; those inside PyTorch's own are not known."""
-        if not self.operator:
-            return 0
-        shape = (*self.image, self.channels)
-        return workspaces.operator(
-            f"{self.operator}_{way}", shape, self.out_channels, self.dtype, self.device
-        )
-
-
-class Convolution(Part):
-    """The first convolution, whose input needs no gradient."""
-
-    def backward(self, timeline: Timeline, arriving: str, follows: Part | None) -> str:
-        """See `Part.backward`."""
-        timeline.mark(f"the backward of {self.name}", self._workspace("backward_weight"))
-        return arriving
-
-
-class Norm(Part):
-    """A batch norm by itself."""
-
-
-class Stem(Part):
-    """Norm, ReLU and max-pooling; the convolution's output is what it keeps."""
-
-    operator = "stem"
-
-    def _output_row(self) -> int:
-        return layout.row_length(self.out_channels, self.dtype, self.device)
 
 
 class Transition(Part):
@@ -312,9 +229,10 @@ def parts_of(
         after = 1 if includes_relu(children[0][1]) else 2
         if type(children[after][1]) in MAX_POOLS:
             halved = (image[0], *(-(-s // 2) for s in image[1:]))
+            add(Stem, "stem", children[0][1], halved, channels)
             if has_operator(conv, device, dtype):
                 parts[0].operator = "stem_conv"
-            add(Stem, "stem", children[0][1], halved, channels)
+                parts[1].input_again = is_made_again(conv, features._modules.values())
             after += 1
         else:  # PyTorch's norm, which keeps its input, and its ReLU in place
             add(Norm, "stem", children[0][1], image, channels)
@@ -336,7 +254,8 @@ def parts_of(
                 f"{type(child).__name__}; call densenet_efficient.convert(model) first"
             )
     # A block copies its input into its own buffer; only the stem keeps the convolution's output.
-    parts[0].kept = len(parts) > 1 and not isinstance(parts[1], Block)
+    reads = len(parts) > 1 and not isinstance(parts[1], Block)
+    parts[0].kept = reads and not parts[1].input_again
     return parts
 
 

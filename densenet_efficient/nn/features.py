@@ -269,13 +269,14 @@ class FeaturesExecution(Efficient):
         gamma, beta = norm.weight, norm.bias
         execution.check_input(x, image_dims(conv), in_channels(conv), conv.weight, "conv0")
         answer = execution.pooling_dtype(x, image_dims(conv))
+        made_by = first_convolution.made_by(first, conv, x, self._modules.values())
         x = first_convolution.run(first, conv, x, contiguous)
         want, own = uses_batch_statistics(norm), norm_spec(norm, x.dtype)
         exchange = begin_exchange(own.group, x, None) if want else None
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
         spec = PoolSpec(own, chosen.operators, want, exchange)
         result = Result()
-        y = StemFunction.apply(spec, x, result, gamma, beta)
+        y = StemFunction.apply(spec, x, made_by, result, gamma, beta)
         if exchange is None and result.has_overflowed():
             execution.record(self, "stem", Dispatch(ORIGINAL, OVERFLOW))
             for child in (norm, *rest):

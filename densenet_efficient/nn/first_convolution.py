@@ -3,17 +3,19 @@ norm and pooling, by an operator of our own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import eager
-from ..core.stem_conv import StemConvFunction
+from ..core.stem_conv import StemConvCall, StemConvFunction
 from ..ops import dispatch
 from ..ops.dispatch import Dispatch
 from ..ops.stem_conv import PADDING, STRIDE
 from . import execution, handover
+from .dense_block import DenseBlockExecution
 from .execution import ORIGINAL
 from .layers import image_dims, per_axis
 
@@ -67,8 +69,26 @@ def run(chosen: Dispatch, conv: Any, x: Tensor, contiguous: bool) -> Tensor:
     """conv(x) in channels-last memory, as chosen. contiguous: the memory of x's gradient."""
     if chosen.kind != ORIGINAL:
         dtype = execution.convolution_dtype(x)
-        return StemConvFunction.apply(chosen.operators, dtype, x, conv.weight)
+        return StemConvFunction.apply(*StemConvCall(chosen.operators, dtype, x, conv.weight))
     return by_pytorch(conv, handover.match_layout(x) if contiguous else x, conv.weight)
+
+
+def made_by(
+    chosen: Dispatch, conv: Any, x: Tensor, network: Iterable[nn.Module | None]
+) -> StemConvCall | None:
+    """The call of the operator that runs conv(x), as chosen, where its result is not kept but made
+    again. network: the modules of the feature extractor."""
+    if chosen.kind == ORIGINAL or not is_made_again(conv, network):
+        return None
+    return StemConvCall(chosen.operators, execution.convolution_dtype(x), x, conv.weight)
+
+
+def is_made_again(conv: Any, network: Iterable[nn.Module | None]) -> bool:
+    """Whether backward makes the operator's result again, which takes about a hundredth of a step:
+    where the first block does not store everything. A weight without gradient keeps no images,
+    which the caller may write to then."""
+    first = next((m for m in network if isinstance(m, DenseBlockExecution)), None)
+    return conv.weight.requires_grad and first is not None and first.memory != "store"
 
 
 def by_pytorch(conv: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -14,50 +14,23 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import densenet_efficient
-from densenet_efficient import reference
-from densenet_efficient.bench.accuracy import moved_norms, relative_error
+from densenet_efficient.bench.accuracy import relative_error
 from densenet_efficient.memory import steps
-from densenet_efficient.models.densenet import EfficientDenseNet
 from densenet_efficient.nn import first_convolution
 from densenet_efficient.nn.features import EfficientFeatures
 from densenet_efficient.ops import dispatch, fallback
 from densenet_efficient.ops.dispatch import Dispatch
 from tests.support.identifiers import identifier
+from tests.support.stem_convolution import STEP, Calls, images, network, pretend
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CUDA = torch.device("cuda", 0)
 
 
-class Calls:
-    """The operators by the fallback, and which of them were called."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        self.names.append(name)
-        return getattr(fallback, name)
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Every device and dtype has the operator."""
-    operators = Calls()
-    chosen = Dispatch("kernels", "pretended", operators)
-    monkeypatch.setattr(dispatch, "stem_convolution", lambda *_: chosen)
-    return operators
-
-
-def network(**options: Any) -> tuple[EfficientDenseNet, nn.Module]:
-    """Ours and PyTorch's, with the same parameters."""
-    plain = moved_norms(reference.DenseNet(4, (2, 2), 6, num_classes=3, **options))
-    ours = EfficientDenseNet(4, (2, 2), 6, num_classes=3, **options)
-    ours.load_state_dict(plain.state_dict())
-    return ours, plain
-
-
-def images(C: int = 3, dtype: torch.dtype = FP64) -> Tensor:
-    return torch.randn(2, C, 37, 33, dtype=dtype)
+    return pretend(monkeypatch)
 
 
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=identifier)
@@ -69,7 +42,7 @@ def test_a_step_is_pytorchs(calls: Calls, weights: Any, inputs: Any) -> None:
         model(x).logsumexp(1).sum().backward()
     for own, other in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-9, atol=1e-9)
-    assert calls.names == ["stem_conv_forward", "stem_conv_backward_weight"]
+    assert calls.names == STEP
     gradients = (model.features.conv0.weight.grad for model in (ours, plain))
     assert len({gradient.stride() for gradient in gradients}) == 1
 
@@ -118,7 +91,7 @@ def test_checkpoints(calls: Calls, reentrant: bool) -> None:
     for model in (ours, plain):
         run: Callable[..., Tensor] = lambda x, _, model=model: model(x)  # noqa: E731
         checkpoint(run, x, wanting, use_reentrant=reentrant).sum().backward()
-    assert calls.names == ["stem_conv_forward"] * 2 + ["stem_conv_backward_weight"]
+    assert calls.names == ["stem_conv_forward", *STEP]
     expected = plain.features.conv0.weight.grad
     torch.testing.assert_close(ours.features.conv0.weight.grad, expected)
 
@@ -202,7 +175,7 @@ def test_a_weight_of_another_size_decides(calls: Calls, shape: tuple[int, ...]) 
     for model in (ours, plain):
         model.features.conv0.weight = nn.Parameter(weight)
         model(x).logsumexp(1).sum().backward()
-    assert calls.names == ["stem_conv_forward", "stem_conv_backward_weight"] * (shape[2] == 7)
+    assert calls.names == STEP * (shape[2] == 7)
     found, expected = (m.features.conv0.weight.grad for m in (ours, plain))
     torch.testing.assert_close(found, expected)
 

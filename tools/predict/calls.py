@@ -90,9 +90,10 @@ class Step:
             sizes = (self.batch, side, side, channels)
             images = (self.batch, self.image_size, self.image_size, 3, channels)
             first, gradient = (Call("stem", name, images) for name in CUDA_NAMES)
+            again = [] if self.memory == "store" else [first]
             yield (
                 [own, first, stats, Call("stem", "stem_forward", sizes)],
-                [Call("stem", "stem_backward", sizes), gradient, own],
+                [*again, Call("stem", "stem_backward", sizes), gradient, own],
             )
             side = (side + 1) // 2
         blocks, kept = options["block_config"], self.kept_layers()
