@@ -204,7 +204,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--image-size", "8"], "image_size: expected at least 29 pixels a side"),
         (["--occupancy", "some"], "--occupancy: expected with --operators, got it alone"),
         (["--write"], "--write: expected with --fit or --waves, got neither"),
-        (["--count", "--fit"], "--count: expected with a network alone, got it with a table"),
+        (["--count", "--fit"], "--count: expected with a network or --waves, got it with another"),
         (["--operators", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
     ],
 )
@@ -231,13 +231,34 @@ def test_launches_are_counted_in_their_own_dtype(monkeypatch: pytest.MonkeyPatch
     assert counts.count([launch], torch.float16) == {counts.key(launch): {2: counts.Count(7, 7)}}
 
 
+def test_short_launches_are_exempt_from_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their own execution, without the cost of a launch; of the others the worst is kept."""
+    short, long = (
+        replace(a_launch(tiles, ranges), op="norm_relu_conv1x1_forward", shape=(1568, 64, 128))
+        for tiles, ranges in ((133, 133), (300, 264))
+    )
+    points = {counts.key(short): {2: counts.Count(500, 0)}}
+    least = seconds(work_of(short, points), H200, replace(fit.stored(), launch=0.0))
+    placed = [waves.Placed("densenet121", 64, H200, one) for one in (short, long)]
+    monkeypatch.setattr(counts, "stored", lambda: points)
+    monkeypatch.setattr(waves, "persistent", lambda *_: iter(placed))
+
+    def idlest(exempt: float) -> list[tuple[Launch, float, int]]:
+        monkeypatch.setattr(waves, "EXEMPT", exempt)
+        return [(one.idlest.launch, one.factor, one.warps) for one in waves.worst("densenet121")]
+
+    assert idlest(least) == [(short, pytest.approx(264 / 133), 8)]
+    assert idlest(1.01 * least) == [(long, pytest.approx(528 / 300), 8)]
+    assert idlest(2.01 * least) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", waves.NETWORKS)
 def test_no_wave_idler_than_the_table_says(network: str) -> None:
     """A wave factor of at most 1.2 and eight warps a multiprocessor; where today's tilings miss
     that, no worse than docs/predict.md lists."""
     listed = {
-        tuple(row[:3]): (float(row[3]), int(row[4]))
+        tuple(row[:3]): (float(row[3]), int(row[5]))
         for row in table_rows(document.DOCUMENT.read_text(), document.WAVES)
     }
     for one in waves.worst(network):

@@ -5,8 +5,8 @@ worst, and the step's, with the host's launches and as a graph.
     python -m tools.predict --network densenet264 --batch 256 --set latency=2 --set memory=0.7
     python -m tools.predict --fit            predicted next to measured, for the stored measurements
 
-Needs g++, which builds the launchers for the host. --count counts the step's kernels anew (nvcc,
-minutes); --write puts the tables into docs/predict.md.
+Needs g++, which builds the launchers for the host. --count counts the kernels of the step, or of
+--waves, anew (nvcc, minutes); --write puts the tables into docs/predict.md.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
         return error("--occupancy: expected with --operators, got it alone")
     if options.write and not tables:
         return error("--write: expected with --fit or --waves, got neither")
-    if options.count and (tables or options.operators):
-        return error("--count: expected with a network alone, got it with a table")
+    if options.count and (options.fit or options.operators):
+        return error("--count: expected with a network or --waves, got it with another table")
     if options.operators:
         print(operators.report(options.operators, options.occupancy))
         return 0
@@ -70,10 +70,9 @@ def run(options: argparse.Namespace) -> int:
     gpu = GPUS[options.gpu]
     with emulator_for(step.calls()) as emulator:
         launches = list(listed(step.calls(), gpu.device, DTYPES[options.dtype], emulator))
-    known = counts.stored()
     if options.count:
-        known |= counts.count(counts.extremes(launches), DTYPES[options.dtype])
-        counts.write(known)
+        counts.renew(launches, DTYPES[options.dtype])
+    known = counts.stored()
     works = [work_of(launch, known) for launch in launches]
     print(f"{network.title}, {step.image_size} px, batch {step.batch}, {options.dtype}, "
           f"{step.memory}, {gpu.title}")  # fmt: skip
@@ -100,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", type=assignment, action="append", default=[], metavar="EFFICIENCY=VALUE"
     )
-    parser.add_argument("--count", action="store_true", help="count the step's kernels anew")
+    parser.add_argument("--count", action="store_true", help="count the kernels anew")
     parser.add_argument(
         "--fit", action="store_true", help="to benchmarks/results/kernels-h200.json"
     )
@@ -163,6 +162,9 @@ def report(options: argparse.Namespace) -> None:
         tables[document.MEASURED_STEPS] = steps.table(found, given)
         tables[document.STEPS] = step_table(given)
     if options.waves:
+        if options.count:
+            placed = (one.launch for name in waves.NETWORKS for one in waves.persistent(name))
+            counts.renew(placed, torch.bfloat16)
         idle = [one for network in waves.NETWORKS for one in waves.worst(network) if one.misses]
         tables[document.WAVES] = document.idle_table(idle)
     for title, table in tables.items():

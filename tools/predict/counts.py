@@ -128,6 +128,11 @@ def extremes(launches: Iterable[Launch]) -> list[Launch]:
     return list(dict.fromkeys(chosen))
 
 
+def renew(launches: Iterable[Launch], dtype: torch.dtype) -> None:
+    """Counts what these launches need anew, and stores it."""
+    write(stored() | count(extremes(launches), dtype))
+
+
 def count(launches: Iterable[Launch], dtype: torch.dtype, arch: str = "90a") -> dict[str, Points]:
     """Counts these launches, of activations in this dtype, in the machine code of one architecture:
     minutes."""

@@ -39,6 +39,11 @@ GPUS = {
     "h200": Gpu("H200", "NVIDIA H200", 132, 1.83e9, 4.8e12, 989e12, 227 << 10),
 }
 
+# For the shapes' idle waves only (waves.py), no time is predicted for it elsewhere. Memory and
+# products: data sheet "NVIDIA Blackwell" (HGX B200, of each GPU). Multiprocessors and shared
+# memory: what CUDA says of the device. Its clock is not in these: the H200's.
+B200 = Gpu("B200", "NVIDIA B200", 148, GPUS["h200"].clock, 8e12, 2250e12, 227 << 10)
+
 
 def gpu_named(name: str) -> Gpu:
     """By the name that the driver gives it; the whole of it, because cards that share a part differ

@@ -50,10 +50,19 @@ def efficiency_table(given: Efficiencies) -> str:
 
 def idle_table(found: Sequence[Idle]) -> str:
     rows = [
-        [one.network, one.stage, f"`{one.kernel}`", f"{one.factor:.2f}", str(one.warps)]
+        [
+            one.network,
+            one.stage,
+            f"`{one.kernel}`",
+            f"{one.factor:.2f}",
+            one.idlest.where,
+            str(one.warps),
+            one.loneliest.where,
+        ]
         for one in found
     ]
-    return markdown(["network", "stage", "kernel", "wave factor", "warps"], rows)
+    head = ["network", "stage", "kernel", "wave factor", "of", "warps", "of"]
+    return markdown(head, rows)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
