@@ -286,7 +286,7 @@ class Build:
         includes: list[object] = ["-I", self.root / "csrc", "-I", self.folder]
         includes += ["-isystem", toolchain.find_pybind11(self.torch)]
         # No -march: this module must run on the CPU that lacks what the kernels need, to say so.
-        flags: list[object] = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-DNDEBUG"]
+        flags: list[object] = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-O2", "-DNDEBUG"]
         command = join([self.compiler.path, *flags, *includes])
         ninja.rule(
             "module",

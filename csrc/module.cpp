@@ -1,6 +1,7 @@
-// The compiled companion of the operator library: what it was built from, and the scratch that its
-// operators take. It links neither torch nor CUDA and is compiled for any CPU of its kind, so that
-// it can say why the library itself does not load.
+// The compiled companion of the operator library: what it was built from, the scratch that its
+// operators take, and the comparison of modules with what they were. It links neither torch nor
+// CUDA and is compiled for any CPU of its kind, so that it can say why the library itself does not
+// load.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "snapshot.h"
 #include "workspaces.h"
 
 namespace densenet_efficient {
@@ -74,7 +76,7 @@ int64_t cuda_bytes(const std::string& op, const std::vector<int64_t>& shape, int
 PYBIND11_MODULE(_module, module) {
   using namespace densenet_efficient;
   namespace py = pybind11;
-  module.doc() = "Build information and workspace sizes of densenet_efficient.";
+  module.doc() = "Build information, workspace sizes and comparisons of densenet_efficient.";
   module.attr("__version__") = kBuildInfo.at("version");
   module.def(
       "build_info", [] { return kBuildInfo; },
@@ -96,4 +98,14 @@ PYBIND11_MODULE(_module, module) {
              "packed_weight: the channels of a 3x3 weight are neighbours. accumulate: as in "
              "norm_relu_conv3x3_backward. optional_output: stats or dweight is wanted. ValueError "
              "where an argument is out of range.");
+  module.def(
+      "tensors_if_unchanged",
+      [](const py::tuple& entries, const py::tuple& kinds) {
+        PyObject* found = Snapshot(entries.ptr(), kinds.ptr()).tensors();
+        if (!found) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(found);
+      },
+      py::arg("entries"), py::arg("kinds"),
+      "The tensors of some modules, in order, if all is as csrc/snapshot.h describes it in "
+      "`entries`, and each tensor of one of the `kinds`; None otherwise.");
 }

@@ -1,6 +1,7 @@
 """Types of the compiled module, csrc/module.cpp."""
 
 from collections.abc import Sequence
+from typing import Any
 
 __version__: str
 
@@ -24,3 +25,6 @@ def cuda_workspace_bytes(
     accumulate: bool = False,
     optional_output: bool = True,
 ) -> int: ...
+def tensors_if_unchanged(
+    entries: tuple[tuple[Any, type, tuple[Any, ...]], ...], kinds: tuple[type, ...]
+) -> list[Any] | None: ...

@@ -8,14 +8,16 @@ the next call compares it, at a fraction of the cost, and decides anew where any
 from __future__ import annotations
 
 import copy
+import enum
+import functools
 from collections.abc import Callable, Iterable
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .watch import ORDINARY, own_members
+from .watch import HOOKS, ORDINARY, own_members
 
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 """What every module has; of it hooks, children, parameters and buffers are compared one by one."""
@@ -25,22 +27,30 @@ OWN = "_efficient"
 
 _METHODS = (FunctionType, staticmethod, classmethod)
 _PLAIN = (bool, int, float, str, type(None))
+_KINDS = tuple(ORDINARY - {type(None)})
 
 
-class _Entry(NamedTuple):
-    """One module: what is compared, and how its tensors are read."""
+class _Rule(enum.IntEnum):
+    """How an attribute is compared; see ``csrc/snapshot.h``."""
 
-    module: nn.Module
-    cls: type
-    watches_hooks: bool
-    attributes: int  # how many
-    values_of: Callable[[Any], Any]
-    values: Any
-    children: tuple[tuple[str, nn.Module | None], ...]
-    parameters_of: Callable[[Any], tuple[Tensor | None, ...]]
-    parameters: int
-    buffers_of: Callable[[Any], tuple[Tensor | None, ...]]
-    buffers: int
+    ANYTHING = 0
+    EQUAL = 1
+    EMPTY = 2
+    VALUES = 3
+    TENSORS = 4
+
+
+_RULES = {
+    **dict.fromkeys(_STANDARD, _Rule.ANYTHING),
+    **dict.fromkeys(HOOKS, _Rule.EMPTY),
+    "_modules": _Rule.VALUES,
+    "_parameters": _Rule.TENSORS,
+    "_buffers": _Rule.TENSORS,
+}
+
+
+_Pattern = tuple[tuple[Any, ...], tuple[Any, ...]]
+"""What is compared of a module's attributes, and with what; see ``csrc/snapshot.h``."""
 
 
 class _Shared(NamedTuple):
@@ -58,40 +68,60 @@ class Snapshot:
     of modules and their classes, names of parameters and buffers, and which of these are None.
     """
 
-    def __init__(self, entries: list[_Entry], shared: list[_Shared]) -> None:
-        self._entries, self._shared = entries, shared
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        patterns: list[_Pattern],
+        shared: list[_Shared],
+        compare: Callable[..., list[Tensor | None] | None],
+    ) -> None:
+        self._shared, self._compare = shared, compare
+        self._entries = tuple(
+            (module, type(module), *pattern)
+            for module, pattern in zip(modules, patterns, strict=True)
+        )
         places = (
-            (entry.module, name)
-            for entry in entries  # several of a module that stands in several places
-            for name in (*entry.module._parameters, *entry.module._buffers)
+            (module, name)
+            for module in modules  # several of a module that stands in several places
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
         )
         self._place: dict[tuple[nn.Module | None, str], int] = {
             of: place for place, of in enumerate(places)
         }
-        self._absent = [tensor is None for tensor in self._read() or ()]
 
     @classmethod
     def take(cls, root: nn.Module, watched: Iterable[nn.Module | None]) -> Snapshot | None:
         """Of a module, without its own hooks, and of those of its children that are watched, with
         all inside. None where one or its class has an attribute that cannot be compared, so that a
-        decision may depend on what no snapshot shows."""
-        entries: list[_Entry] = []
+        decision may depend on what no snapshot shows, and where nothing compiled compares."""
+        compare = _comparison()
+        modules: list[nn.Module] = []
+        patterns: list[_Pattern] = []
+        known: dict[tuple[int, ...], tuple[Any, ...]] = {}
+
+        def one(parts: Iterable[Any]) -> tuple[Any, ...]:
+            """A tuple, the same one for the same objects."""
+            found = tuple(parts)
+            return known.setdefault(tuple(map(id, found)), found)
 
         def add(module: nn.Module, inside: Iterable[nn.Module | None], is_root: bool) -> bool:
-            entry = _entry(module, is_root)
-            if entry is None:
+            pattern = _pattern(module, is_root, one)
+            if pattern is None:
                 return False
-            entries.append(entry)
+            modules.append(module)
+            patterns.append(pattern)
             return all(
                 child is not None and add(child, child._modules.values(), False) for child in inside
             )
 
-        if not add(root, watched, True):
+        if compare is None or not add(root, watched, True):
             return None
-        shared = list(filter(None, map(_shared_of, {entry.cls for entry in entries[1:]})))
+        shared = list(filter(None, map(_shared_of, set(map(type, modules[1:])))))
         if not all(_is_plain(one.values) for one in shared):
             return None
-        return cls(entries, copy.deepcopy(shared))
+        return cls(modules, patterns, copy.deepcopy(shared), compare)
 
     def place(self, module: nn.Module | None, name: str) -> int:
         """Where `tensors` has a parameter or buffer; -1, where it has None, if there is no module,
@@ -102,74 +132,48 @@ class Snapshot:
         """The parameters and buffers of all modules as they are now, and None at the end; None
         where anything that is compared is no longer what it was."""
         try:
-            found = self._read()
-        except (AttributeError, KeyError, RuntimeError, ValueError):  # gone, or an array now
-            return None
-        if found is None or [tensor is None for tensor in found] != self._absent:
-            return None
-        if not ORDINARY.issuperset(map(type, found)):
-            return None
-        return [*found, None]
-
-    def _read(self) -> list[Tensor | None] | None:
-        found: list[Tensor | None] = []
-        for kind, shared_of, shared in self._shared:
-            if shared_of(kind) != shared:
+            if any(values_of(cls) != values for cls, values_of, values in self._shared):
                 return None
-        for (
-            module, cls, watches_hooks, attributes, values_of, values, children, parameters_of,
-            parameters, buffers_of, buffers,
-        ) in self._entries:  # fmt: skip
-            own = module.__dict__
-            if (
-                type(module) is not cls
-                or len(own) != attributes
-                or "forward" in own
-                or values_of(own) != values
-                or (
-                    watches_hooks
-                    and (
-                        own["_forward_hooks"]
-                        or own["_forward_pre_hooks"]
-                        or own["_backward_hooks"]
-                        or own["_backward_pre_hooks"]
-                    )
-                )
-            ):
-                return None
-            inside = own["_modules"]
-            if (children or inside) and tuple(inside.items()) != children:
-                return None
-            if parameters or own["_parameters"]:
-                if len(own["_parameters"]) != parameters:
-                    return None
-                found += parameters_of(own["_parameters"])
-            if buffers or own["_buffers"]:
-                if len(own["_buffers"]) != buffers:
-                    return None
-                found += buffers_of(own["_buffers"])
+            found = self._compare(self._entries, _KINDS)
+        except (AttributeError, RuntimeError, ValueError):  # gone, or an array now
+            return None
+        if found is not None:
+            found.append(None)
         return found
 
 
-def _entry(module: nn.Module, is_root: bool) -> _Entry | None:
-    own = module.__dict__
-    names = [name for name in own if name not in _STANDARD and not (is_root and name == OWN)]
-    if not all(_is_plain(own[name]) for name in names):
+@functools.cache
+def _comparison() -> Callable[..., list[Tensor | None] | None] | None:
+    """The compiled comparison; None where it is not built."""
+    try:
+        from .. import _module
+    except ImportError:
         return None
-    values_of, parameters, buffers = _reader(names), module._parameters, module._buffers
-    return _Entry(
-        module,
-        type(module),
-        not is_root,
-        len(own),
-        values_of,
-        copy.deepcopy(values_of(own)),
-        tuple(module._modules.items()),
-        _reader(parameters),
-        len(parameters),
-        _reader(buffers),
-        len(buffers),
-    )
+    return _module.tensors_if_unchanged
+
+
+def _pattern(
+    module: nn.Module, is_root: bool, one: Callable[[Iterable[Any]], tuple[Any, ...]]
+) -> _Pattern | None:
+    """What a module holds, as the comparison takes it; None where that cannot be compared. one:
+    what makes the tuples."""
+    layout: list[Any] = []
+    values: list[Any] = []
+    for name, value in module.__dict__.items():
+        rule = _RULES.get(name, _Rule.EQUAL)
+        if is_root and (name == OWN or rule is _Rule.EMPTY):
+            rule = _Rule.ANYTHING
+        layout += name, int(rule)
+        if rule is _Rule.EQUAL:
+            if not _is_plain(value):
+                return None
+            values.append(copy.deepcopy(value))
+        elif rule is _Rule.VALUES:
+            values.append(one(part for item in value.items() for part in item))
+        elif rule is _Rule.TENSORS:
+            held = ((key, tensor is not None) for key, tensor in value.items())
+            values.append(one(part for item in held for part in item))
+    return one(layout), one(values)
 
 
 def _is_plain(value: Any) -> bool:
@@ -189,11 +193,3 @@ def _shared_of(cls: type) -> _Shared | None:
         return None
     values_of = attrgetter(*found)
     return _Shared(cls, values_of, values_of(cls))
-
-
-def _reader(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """What takes the values of some keys out of a dictionary."""
-    first, *others = names = list(names) or [""]
-    if others:
-        return itemgetter(*names)
-    return (lambda own: (own[first],)) if first else (lambda own: ())

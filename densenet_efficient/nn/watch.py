@@ -8,7 +8,7 @@ on its class or in `torch.nn.functional`), must be seen before a call, and the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from operator import attrgetter
+from operator import attrgetter, is_not, itemgetter
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -20,36 +20,50 @@ Structure = tuple[tuple[str, type, "Structure"], ...]
 """Children by name, class and their own structure."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # a SyncBatchNorm replaces any
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")
 _FORWARD = frozenset({"forward"})
 _HELD = ("_parameters", "_buffers")
 ORDINARY = frozenset({Tensor, nn.Parameter, type(None)})
 """What a module may hold: the kernels read its memory, whatever a subclass would make of it."""
-_FUNCTIONS: tuple[tuple[Any, str], ...] = tuple(
-    (home, name)
-    for home, names in (
-        (F, "batch_norm relu leaky_relu dropout dropout2d dropout3d conv1d conv2d conv3d"),
-        (F, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d"),
-        (torch, "batch_norm relu relu_ dropout feature_dropout conv1d conv2d conv3d cat"),
-        (torch, "max_pool1d max_pool2d max_pool3d"),
-    )
-    for name in names.split()
-)
-_UNPATCHED = tuple(getattr(home, name) for home, name in _FUNCTIONS)
+
+
+class _Functions(NamedTuple):
+    """Functions that a module of PyTorch's holds: all at once, as they were."""
+
+    home: Any
+    names: tuple[str, ...]
+    look_up: Callable[[Any], Any]
+    found: Any
 
 
 class _Methods(NamedTuple):
     """The methods of a class that PyTorch calls, and those of classes of other libraries, which its
-    forward may call: all at once, as they were, and the names that it had none of. own:
-    all but `__call__`, which Python looks up in the class alone."""
+    forward may call: all at once, as they were. own: what an instance must not have of its own, all
+    but `__call__`, which Python looks up in the class alone."""
 
     look_up: Callable[[type], Any]
     found: Any
-    absent: tuple[str, ...]
     own: frozenset[str]
 
 
+def _functions_of(home: Any, names: str) -> _Functions:
+    look_up = itemgetter(*names.split())
+    return _Functions(home, tuple(names.split()), look_up, look_up(vars(home)))
+
+
+_functions = (
+    _functions_of(
+        F,
+        "batch_norm relu leaky_relu dropout dropout2d dropout3d conv1d conv2d conv3d "
+        "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d",
+    ),
+    _functions_of(
+        torch,
+        "batch_norm relu relu_ dropout feature_dropout conv1d conv2d conv3d cat "
+        "max_pool1d max_pool2d max_pool3d",
+    ),
+)
 _methods: dict[type, _Methods] = {}
 
 
@@ -64,8 +78,7 @@ def _methods_of(cls: type) -> _Methods:
     own = [name for name, value in own_members(cls) if isinstance(value, FunctionType)]
     names = (*_METHODS, *own)
     look_up = attrgetter(*(name for name in names if hasattr(cls, name)))
-    absent = tuple(name for name in names if not hasattr(cls, name))
-    return _Methods(look_up, look_up(cls), absent, frozenset(names) - {"__call__"})
+    return _Methods(look_up, look_up(cls), frozenset(names) - {"__call__"})
 
 
 _methods |= {
@@ -78,7 +91,8 @@ _synchronised = _methods_of(nn.SyncBatchNorm)  # looked at where there is one
 
 def know(cls: type) -> None:
     """Takes the methods of a class as they are now for its own."""
-    _methods.setdefault(cls, _synchronised if cls is nn.SyncBatchNorm else _methods_of(cls))
+    if cls not in _methods:
+        _methods[cls] = _synchronised if cls is nn.SyncBatchNorm else _methods_of(cls)
 
 
 def know_all(structure: Structure) -> None:
@@ -100,23 +114,24 @@ def structure_of(children: Iterable[tuple[str, nn.Module]]) -> Structure:
 def patch() -> str | None:
     """What somebody replaced in PyTorch, or in a class that a watched module has, and the kernels
     would not call; None where there is nothing."""
-    for (home, name), original in zip(_FUNCTIONS, _UNPATCHED, strict=True):
-        if home.__dict__[name] is not original:
-            return f"{home.__name__}.{name} was replaced"
-    for cls, methods in _methods.items():
+    for home, names, look_up, found in _functions:
+        replaced = [*map(is_not, look_up(vars(home)), found)]
+        if True in replaced:
+            return f"{home.__name__}.{names[replaced.index(True)]} was replaced"
+    for cls, methods in list(_methods.items()):  # to which another thread may add
         try:
-            same = methods.look_up(cls) == methods.found
+            if methods.look_up(cls) == methods.found:
+                continue
         except AttributeError:
-            same = False
-        if not same or any(hasattr(cls, name) for name in methods.absent):
-            return f"a method of {cls.__name__} was replaced"
+            pass
+        return f"a method of {cls.__name__} was replaced"
     return None
 
 
 def own_change(module: nn.Module) -> str | None:
     """What one module carries that the kernels would not call, in words that follow its name."""
     attributes = module.__dict__
-    for name in _HOOKS:
+    for name in HOOKS:
         if attributes.get(name):
             return "carries a hook"
     methods = _methods.get(type(module))
