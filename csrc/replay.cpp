@@ -15,25 +15,25 @@
 //                   arguments                          (reference; of an optional one), or 3, value
 //                4, tensor                             it is not used any more
 //                5, n, n references, n references      n copies into the first from the second
+//                6, tensor, reference                  a view that is used more than once, under a
+//                                                      number of its own
 //
 // Every tensor that is given must have the layout that it had when the program was recorded;
 // operators check their arguments as in any other call.
-#include <dlfcn.h>
-
+#include <algorithm>
 #include <bit>
-#include <stdexcept>
-#include <string>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "stable.h"
 
 namespace densenet_efficient {
 namespace {
 
 enum class Status : int64_t { kDone, kOtherLayout, kNoMemory };
-using Result = std::tuple<int64_t, std::vector<Tensor>>;
 
 // In the order of densenet_efficient/ops/interface.py.
 constexpr const char* kOperators[] = {
@@ -52,38 +52,6 @@ constexpr const char* kOperators[] = {
 };
 constexpr int64_t kMostArguments = 16;
 
-// What an operator had to say, in versions of torch that keep it.
-[[noreturn]] void fail(const char* what) {
-  using Text = const char* (*)();
-  const auto text =
-      reinterpret_cast<Text>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  throw std::runtime_error(text ? text() : std::string(what) + " failed");
-}
-
-void check(AOTITorchError code, const char* what) {
-  if (code != AOTI_TORCH_SUCCESS) fail(what);
-}
-
-// An owned reference to a tensor, or none.
-class Handle {
- public:
-  Handle() = default;
-  Handle(Handle&& other) noexcept : handle_(other.release()) {}
-  Handle& operator=(Handle&& other) noexcept {
-    std::swap(handle_, other.handle_);
-    return *this;
-  }
-  ~Handle() {
-    if (handle_) aoti_torch_delete_tensor_object(handle_);
-  }
-  AtenTensorHandle get() const { return handle_; }
-  AtenTensorHandle* out() { return &handle_; }
-  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
-
- private:
-  AtenTensorHandle handle_ = nullptr;
-};
-
 int32_t dtype_of(int64_t code) {
   switch (code) {
     case 0: return aoti_torch_dtype_float64();
@@ -95,23 +63,22 @@ int32_t dtype_of(int64_t code) {
 
 class Run {
  public:
-  Run(const int64_t* program, const std::vector<Tensor>& given) : at_(program), given_(given) {}
+  Run(const int64_t* program, const std::vector<Handle>& given) : at_(program), given_(given) {}
 
-  Result operator()() {
-    if (!as_recorded()) return {static_cast<int64_t>(Status::kOtherLayout), {}};
+  Status operator()(std::vector<Handle>& results) {
+    if (!as_recorded()) return Status::kOtherLayout;
     made_.resize(next());
     for (int64_t left = next(); left > 0; --left)
-      if (!instruction()) return {static_cast<int64_t>(Status::kNoMemory), {}};
-    std::vector<Tensor> results;
+      if (!instruction()) return Status::kNoMemory;
     const int64_t count = next();
     results.reserve(count);
-    for (int64_t i = 0; i < count; ++i) results.emplace_back(reference().release());
-    return {static_cast<int64_t>(Status::kDone), std::move(results)};
+    for (int64_t i = 0; i < count; ++i) results.push_back(reference());
+    return Status::kDone;
   }
 
  private:
   const int64_t* at_;
-  const std::vector<Tensor>& given_;
+  const std::vector<Handle>& given_;
   std::vector<Handle> made_;
 
   int64_t next() { return *at_++; }
@@ -119,20 +86,21 @@ class Run {
 
   bool as_recorded() {
     if (next() != static_cast<int64_t>(given_.size())) return false;
-    bool same = true;
-    for (const Tensor& tensor : given_) {
+    for (const Handle& tensor : given_) {
       int32_t dtype = 0;
-      check(aoti_torch_get_dtype(tensor.get(), &dtype), "dtype");
+      int64_t own_dims = 0, *own_sizes = nullptr, *own_strides = nullptr;
+      check(aoti_torch_get_dtype(tensor.get(), &dtype), "a dtype");
+      check(aoti_torch_get_dim(tensor.get(), &own_dims), "a shape");
+      check(aoti_torch_get_sizes(tensor.get(), &own_sizes), "a shape");
+      check(aoti_torch_get_strides(tensor.get(), &own_strides), "strides");
       const int32_t expected = dtype_of(next());
       const int64_t dims = next();
       const int64_t *sizes = next(dims), *strides = next(dims);
-      same = same && dtype == expected && tensor.dim() == dims;
-      if (!same) return false;
-      const auto own_sizes = tensor.sizes(), own_strides = tensor.strides();
-      for (int64_t d = 0; d < dims; ++d)
-        same = same && own_sizes[d] == sizes[d] && own_strides[d] == strides[d];
+      if (dtype != expected || own_dims != dims || !std::equal(sizes, sizes + dims, own_sizes) ||
+          !std::equal(strides, strides + dims, own_strides))
+        return false;
     }
-    return same;
+    return true;
   }
 
   AtenTensorHandle tensor(int64_t index) const {
@@ -172,6 +140,7 @@ class Run {
       }
       case 3: call(); return true;
       case 5: copy_together(); return true;
+      case 6: view(); return true;
       default: made_[next() - static_cast<int64_t>(given_.size())] = Handle(); return true;
     }
   }
@@ -180,13 +149,18 @@ class Run {
     const int64_t count = next();
     StableIValue stack[3] = {references(count), references(count),
                              torch::stable::detail::from(false)};
-    check(torch_call_dispatcher("aten::_foreach_copy_", "", stack, TORCH_ABI_VERSION), "copies");
+    call_operator("aten::_foreach_copy_", stack);
   }
   StableIValue references(int64_t count) {
-    std::vector<Tensor> tensors;
+    std::vector<Handle> tensors;
     tensors.reserve(count);
-    for (int64_t i = 0; i < count; ++i) tensors.emplace_back(reference().release());
-    return torch::stable::detail::from(tensors);
+    for (int64_t i = 0; i < count; ++i) tensors.push_back(reference());
+    return list_of(std::move(tensors));
+  }
+
+  void view() {
+    const int64_t index = next() - static_cast<int64_t>(given_.size());
+    made_[index] = reference();
   }
 
   bool make() {
@@ -209,21 +183,26 @@ class Run {
       const int64_t kind = next();
       if (kind == 0) stack[i] = torch::stable::detail::from(std::nullopt);
       if (kind == 1) stack[i] = torch::stable::detail::from(reference().release());
-      if (kind == 2)
-        stack[i] = torch::stable::detail::from(OptionalTensor(Tensor(reference().release())));
+      if (kind == 2) stack[i] = torch::stable::detail::from(std::optional(reference().release()));
       if (kind == 3) stack[i] = static_cast<StableIValue>(next());
     }
-    check(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION), name);
+    call_operator(name, stack);
   }
 };
 
-Result replay(Tensor program, std::vector<Tensor> given) {
-  return Run(static_cast<const int64_t*>(program.const_data_ptr()), given)();
+// The arguments and the results of `replay`, as the dispatcher hands them over.
+void replay(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor program(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
+  const std::vector<Handle> given = elements(stack[1]);
+  std::vector<Handle> results;
+  const Status status = Run(static_cast<const int64_t*>(program.const_data_ptr()), given)(results);
+  stack[0] = torch::stable::detail::from(static_cast<int64_t>(status));
+  stack[1] = list_of(std::move(results));
 }
 
 // Where a negative view is given, whose memory holds the opposite of its values: operators read a
 // copy of it, which no program knows.
-Result refuse(Tensor, std::vector<Tensor>) {
+std::tuple<int64_t, std::vector<Tensor>> refuse(Tensor, std::vector<Tensor>) {
   return {static_cast<int64_t>(Status::kOtherLayout), {}};
 }
 
@@ -238,7 +217,7 @@ STABLE_TORCH_LIBRARY(densenet_efficient_calls, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_efficient_calls, CompositeExplicitAutograd, library) {
-  library.impl("replay", TORCH_BOX(&densenet_efficient::replay));
+  library.impl("replay", &densenet_efficient::replay);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_efficient_calls, Negative, library) {

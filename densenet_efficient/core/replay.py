@@ -9,6 +9,7 @@ other than a copy, a filling or a new tensor) leaves the algorithm to run as it 
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import struct
@@ -39,8 +40,15 @@ _NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.de
 _NEW |= {aten.new_empty.default, aten.new_empty_strided.default}
 _ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
 _COPIES = {aten._to_copy.default, aten.clone.default}
-_MAKE, _COPY, _FILL, _CALL, _DROP, _COPY_ALL = range(6)
+_MAKE, _COPY, _FILL, _CALL, _DROP, _COPY_ALL, _VIEW = range(7)
 _DONE, _OTHER_LAYOUT, _NO_MEMORY = range(3)
+
+
+_Reference = tuple[int, ...]
+"""A tensor or a view of one: the number of the tensor, and the rest as in a program."""
+
+_Step = list[int | _Reference]
+"""An instruction."""
 
 
 class NoProgram(Exception):
@@ -161,7 +169,7 @@ class _Recorder(TorchDispatchMode):
         self._recording = False
         self._tensors: list[Tensor] = []  # alive, so that no other gets the identity of one
         self._number: dict[int, int] = {}  # of a tensor, by its storage
-        self._steps: list[tuple[list[int], list[int]]] = []  # numbers, tensors that are used
+        self._steps: list[_Step] = []
 
     def begin(self, given: list[Tensor]) -> None:
         for tensor in given:
@@ -170,31 +178,26 @@ class _Recorder(TorchDispatchMode):
 
     def end(self, results: Sequence[Tensor | None]) -> Program:
         self._recording = False
-        places: list[int | None] = []
-        used: list[int] = []
-        returned: list[list[int]] = []
-        for result in results:
-            places.append(None if result is None else len(returned))
-            if result is not None:
-                returned.append(self._reference(result, used))
-        last = set(used)
-        steps: list[list[int]] = []
-        for numbers, tensors in reversed(self._steps):
-            for number in tensors:
+        found = [result for result in results if result is not None]
+        returned = [self._reference(result) for result in found]
+        steps, tensors = _with_views(self._steps, len(self._tensors))
+        last = {reference[0] for reference in returned}
+        reversed_steps: list[_Step] = []
+        for step in reversed(steps):
+            for number in (part[0] for part in step if isinstance(part, tuple)):
                 if number >= self._given and number not in last:
                     last.add(number)
-                    steps.append([_DROP, number])
-            steps.append(numbers)
+                    reversed_steps.append([_DROP, number])
+            reversed_steps.append(step)
         program = [self._given]
         for tensor in self._tensors[: self._given]:
             program += _layout(tensor)
-        program += [len(self._tensors) - self._given, len(steps)]
-        for numbers in reversed(steps):
-            program += numbers
-        program.append(len(returned))
-        for numbers in returned:
-            program += numbers
-        return Program(program, places)
+        program += [tensors - self._given, len(reversed_steps)]
+        for step in reversed(reversed_steps):
+            program += _numbers(step)
+        program += [len(returned), *_numbers(returned)]
+        places = iter(range(len(found)))
+        return Program(program, [None if result is None else next(places) for result in results])
 
     def __torch_dispatch__(
         self,
@@ -226,7 +229,7 @@ class _Recorder(TorchDispatchMode):
             raise NoProgram(func)
         found = func(*args, **kwargs)
         if makes:
-            self._steps.append(([_MAKE, self._know(found), *_layout(found)], []))
+            self._steps.append([_MAKE, self._know(found), *_layout(found)])
             if func in _ZEROS:
                 self._step(_FILL, found, 0.0)
             if func in _COPIES:
@@ -239,44 +242,55 @@ class _Recorder(TorchDispatchMode):
         return number
 
     def _step(self, *parts: Any) -> None:
-        used: list[int] = []
-        numbers: list[int] = []
-        for part in parts:
-            if isinstance(part, Tensor):
-                numbers += self._reference(part, used)
-            else:
-                numbers.append(_bits(part))
-        self._steps.append((numbers, used))
+        self._steps.append(
+            [self._reference(p) if isinstance(p, Tensor) else _bits(p) for p in parts]
+        )
 
     def _call(self, operator: Any, arguments: tuple[Any, ...]) -> None:
         name = operator._schema.name.partition("::")[2]
-        used: list[int] = []
-        numbers = [_CALL, NAMES.index(name), len(operator._schema.arguments)]
+        step: _Step = [_CALL, NAMES.index(name), len(operator._schema.arguments)]
         left_out = operator._schema.arguments[len(arguments) :]  # those that have their defaults
         values = (*arguments, *(argument.default_value for argument in left_out))
         for argument, value in zip(operator._schema.arguments, values, strict=True):
             if value is None:
-                numbers.append(0)
+                step.append(0)
             elif isinstance(value, Tensor):
                 optional = isinstance(argument.type, torch.OptionalType)
-                numbers += [1 + optional, *self._reference(value, used)]
+                step += [1 + optional, self._reference(value)]
             else:
-                numbers += [
-                    3,
-                    _bits(float(value) if argument.type.kind() == "FloatType" else value),
-                ]
-        self._steps.append((numbers, used))
+                number = float(value) if argument.type.kind() == "FloatType" else value
+                step += [3, _bits(number)]
+        self._steps.append(step)
 
-    def _reference(self, tensor: Tensor, used: list[int]) -> list[int]:
+    def _reference(self, tensor: Tensor) -> _Reference:
         number = self._number.get(tensor.untyped_storage()._cdata)
         if number is None or tensor.dtype != self._tensors[number].dtype or tensor.is_neg():
             raise NoProgram(tensor)
-        used.append(number)
         whole, own = self._tensors[number], (tensor.shape, tensor.stride(), tensor.storage_offset())
         if own == (whole.shape, whole.stride(), whole.storage_offset()):
-            return [number, -1]
+            return number, -1
         offset = tensor.storage_offset() - whole.storage_offset()
-        return [number, tensor.dim(), offset, *tensor.shape, *tensor.stride()]
+        return number, tensor.dim(), offset, *tensor.shape, *tensor.stride()
+
+
+def _with_views(steps: list[_Step], tensors: int) -> tuple[list[_Step], int]:
+    """The steps with views that are used more than once made only once, as tensors whose numbers
+    follow the given number of them; and how many tensors there are then."""
+    uses = collections.Counter(part for step in steps for part in step if isinstance(part, tuple))
+    made: dict[_Reference, _Reference] = {}
+    found: list[_Step] = []
+    for step in steps:
+        for part in step:
+            if isinstance(part, tuple) and part[1] >= 0 and uses[part] > 1 and part not in made:
+                made[part] = tensors + len(made), -1
+                found.append([_VIEW, made[part][0], part])
+        found.append([made.get(part, part) if isinstance(part, tuple) else part for part in step])
+    return found, tensors + len(made)
+
+
+def _numbers(step: Sequence[int | _Reference]) -> list[int]:
+    """A step as a program holds it."""
+    return [n for part in step for n in (part if isinstance(part, tuple) else (part,))]
 
 
 def _layout(tensor: Tensor) -> list[int]:

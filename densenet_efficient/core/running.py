@@ -48,10 +48,7 @@ def update(norms: Running, table: Tensor, first: Sequence[int], count: int) -> N
     which there is no variance. Nothing happens in a recomputation, or without values. Whatever
     fails or interrupts, all are updated or none.
     """
-    if count == 0 or is_recomputation():
-        return
-    if _has_operator(norms, table):
-        _update_together(norms, table, first, count)
+    if count == 0 or is_recomputation() or _update_together(norms, table, first, count):
         return
     every = [_Norm(*norm) for norm in zip(*norms, strict=True)]
     columns = []
@@ -62,35 +59,23 @@ def update(norms: Running, table: Tensor, first: Sequence[int], count: int) -> N
         _update_one_by_one(every, columns, count)
 
 
-def _has_operator(norms: Running, table: Tensor) -> bool:
-    """Whether the operator takes these norms: one momentum, one dtype, the table's device, nothing
-    left out, no negative view, and no memory in two places."""
-    if norms.momenta[0] is None or norms.momenta.count(norms.momenta[0]) != len(norms.momenta):
-        return False
-    dtype, device = table.dtype, table.device
-    for mean, variance, batches in zip(*norms[:3], strict=True):
-        if mean is None or variance is None or batches is None:
-            return False
-        same = mean.dtype == dtype and variance.dtype == dtype and batches.dtype == torch.int64
-        there = mean.device == variance.device == batches.device == device
-        if not (same and there and mean.is_contiguous() and variance.is_contiguous()):
-            return False
-        if mean.is_neg() or variance.is_neg():
-            return False
-    # Not data_ptr(), which ends the sharing of copy-on-write memory.
-    every = [t for kind in norms[:3] for t in kind]
-    if len(set(map(torch._C._data_address, every))) != len(every):  # type: ignore[attr-defined]
-        return False
-    return dispatch.choose(table.device, torch.bfloat16, 2).operators is compiled
-
-
-def _update_together(norms: Running, table: Tensor, first: Sequence[int], count: int) -> None:
-    """By one operator, which writes when it has checked all."""
+def _update_together(norms: Running, table: Tensor, first: Sequence[int], count: int) -> bool:
+    """By one operator, which writes when it has checked all. False, and nothing has happened, where
+    it does not take these norms: without one momentum, with something left out, of several dtypes
+    or devices, negative views, or memory in two places (``csrc/running.cpp``)."""
     means, variances, batches, momenta = norms
-    torch.autograd.graph.increment_version((*means, *variances, *batches))  # type: ignore[arg-type]
-    compiled.running_update(
+    every = (*means, *variances, *batches)
+    if momenta[0] is None or momenta.count(momenta[0]) != len(momenta):
+        return False
+    if type(None) in map(type, every):
+        return False
+    if dispatch.choose(table.device, torch.bfloat16, 2).operators is not compiled:
+        return False
+    torch.autograd.graph.increment_version(every)  # type: ignore[arg-type]
+    update: bool = torch.ops.densenet_efficient_calls.running_update.default(
         table, means, variances, batches, first, momenta[0], count / (count - 1)
     )
+    return update
 
 
 def _update_one_by_one(every: Sequence[_Norm], stats: Sequence[Tensor], count: int) -> None:

@@ -16,7 +16,7 @@ from . import flops, library
 from .interface import CUDA_NAMES, NAMES
 
 RUNNING_UPDATE = "running_update"
-"""Of lists of tensors, which `core.running` alone calls: no other implementation offers it."""
+"""Of lists of tensors, which ``csrc/running.cpp`` calls: no other implementation offers it."""
 
 _negative_views = torch.library.Library(library.NAMESPACE, "IMPL")
 

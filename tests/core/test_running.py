@@ -63,7 +63,7 @@ def test_both_ways_follow_pytorchs_rule(
 ) -> None:
     norms, table = given(dtype)
     if not together:
-        monkeypatch.setattr(running, "_has_operator", lambda *_: False)
+        monkeypatch.setattr(running, "_update_together", lambda *_: False)
     versions = [buffer._version for norm in norms for buffer in norm.buffers()]
     assert_updated(norms, table)
     now = [buffer._version for norm in norms for buffer in norm.buffers()]
@@ -98,8 +98,20 @@ def test_what_the_operator_takes(change: Any) -> None:
     norms, table = given()
     if change is not None:
         change(norms)
-    assert running._has_operator(kept(norms), table) == (change is None)
+    same = copy.deepcopy(norms)
+    assert running._update_together(kept(same), table, FIRST, COUNT) == (change is None)
+    if change is not None:
+        for norm, untouched in zip(norms, same, strict=True):
+            for buffer, value in zip(norm.buffers(), untouched.buffers(), strict=True):
+                assert torch.equal(buffer, value)
     assert_updated(norms, table)
+
+
+def test_a_negative_view_is_not_taken() -> None:
+    norms, table = given()
+    norms[1].running_mean = torch._neg_view(torch.ones(200))
+    assert not running._update_together(kept(norms), table, FIRST, COUNT)
+    assert torch.equal(norms[1].running_mean, -torch.ones(200))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ def test_operators_pass_opcheck(memory: str, monkeypatch: pytest.MonkeyPatch) ->
     # A convolution's backward makes the corrections of such a network.
     dnorm, norm, correction = torch.rand(2 + 5 + 4, 6, dtype=torch.float64).split((2, 5, 4))
     compiled.norm_correction(dnorm, norm, 7, False, correction)
+    # And C++ calls the update of a network's running statistics.
+    moments = [torch.rand(6, dtype=torch.float64) for _ in range(2)]
+    counter = torch.zeros((), dtype=torch.int64)
+    compiled.running_update(
+        torch.rand_like(dnorm), moments[:1], moments[1:], [counter], [0], 0.1, 1.5
+    )
     assert set(calls) == set(names)
     for name, args in calls.items():
         if name.endswith("forward"):  # the next norm's statistics hold y's; opcheck copies each
