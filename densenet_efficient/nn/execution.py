@@ -69,7 +69,7 @@ class State:
     structure: the children that the execution was made for. warned: the last reason for an original
     forward that was told. parts: of a dense block or a transition. memory, kept_layers, layers,
     with_input, newest_first: of a dense block, see `nn.dense_block`. last_call: what the next call
-    of a block need not find again; not copied, and not stored.
+    of a block or a transition need not find again; not copied, and not stored.
     """
 
     structure: watch.Structure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..core.functions import MaxPoolFunction, Result, TransitionFunction
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
 from ..ops.pools import AVG_POOL, MAX_POOL
-from . import execution, graph, handover
+from . import execution, graph, handover, watch
 from .execution import ORIGINAL, OVERFLOW, Efficient
 from .graph import GraphPlan
 from .layers import CONVOLUTIONS, Convolution, image_dims
@@ -30,6 +31,7 @@ from .norms import (
     uses_batch_statistics,
 )
 from .plain import transition_children
+from .snapshot import Snapshot
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -88,6 +90,30 @@ def _pools(parts: TransitionParts) -> bool:
     return type(parts.pool) is not nn.Identity
 
 
+class _LastCall:
+    """What the next call of a transition need not find again where no module has changed.
+
+    snapshot: None where modules cannot be compared.
+    """
+
+    def __init__(
+        self,
+        transition: nn.Module,
+        parts: TransitionParts,
+        watched: Iterable[nn.Module | None],
+    ) -> None:
+        self._transition = weakref.ref(transition)  # a replica shares this with its model
+        self.parts, self.snapshot = parts, Snapshot.take(transition, watched)
+        self._shape = parts.conv.weight.shape
+
+    def is_as_before(self, transition: nn.Module) -> bool:
+        """Whether the transition is this one, and nothing in it has changed but values."""
+        if self._transition() is not transition or self.snapshot is None:
+            return False
+        same = self.snapshot.tensors() is not None
+        return same and self.parts.conv.weight.shape == self._shape
+
+
 def _dtypes(x: Tensor, pools: bool) -> tuple[torch.dtype, torch.dtype]:
     """What the operators run in and what the original modules answer in."""
     answer = execution.convolution_dtype(x)
@@ -107,8 +133,8 @@ class TransitionExecution(Efficient):
     """The execution of a transition, whatever holds its modules."""
 
     def _adopt(self, parts: Callable[[nn.Module], TransitionParts]) -> None:  # type: ignore[override]
-        """Takes the present modules over. parts: transition -> its modules, a picklable function
-        that is called again at every call."""
+        """Takes the present modules over. parts: transition -> its modules, a picklable function of
+        these alone: a call asks it again where one has changed since the last call."""
         super()._adopt(parts=parts)
 
     def parts(self) -> TransitionParts:
@@ -118,11 +144,22 @@ class TransitionExecution(Efficient):
 
     def path(self, x: Tensor) -> Dispatch:
         """How this transition would run on x, and why."""
-        reason = self._input_problem(x) or self._change() or self._problem()
+        return self._decision(x)[0]
+
+    def _decision(self, x: Any) -> tuple[Dispatch, TransitionParts | None]:
+        reason = self._input_problem(x) or self._patch()
         if reason is not None:
-            return Dispatch(ORIGINAL, reason)
-        parts = self.parts()
-        return execution.choose(x, image_dims(parts.conv), _dtypes(x, _pools(parts))[0])
+            return Dispatch(ORIGINAL, reason), None
+        state = self._efficient
+        last = state.last_call  # which another thread may exchange
+        if last is None or not last.is_as_before(self):
+            reason = watch.change(self._watched(), state.structure) or self._problem()
+            if reason is not None:
+                return Dispatch(ORIGINAL, reason), None
+            last = _LastCall(self, self.parts(), self._watched().values())
+            state.last_call = last if last.snapshot is not None else None
+        parts = last.parts
+        return execution.choose(x, image_dims(parts.conv), _dtypes(x, _pools(parts))[0]), parts
 
     def _problem(self) -> str | None:
         """Why the operators cannot replace the modules, in words."""
@@ -146,10 +183,6 @@ class TransitionExecution(Efficient):
                 f"pool is {parts.pool}, not an average or maximum over 2 pixels in every direction"
             )
         return None
-
-    def _check_size(self, x: Tensor) -> None:
-        if _pools(self.parts()):
-            check_size(x)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *spatial] -> [N, K, *(spatial // 2)]; without pooling [N, K, *spatial]."""
@@ -215,13 +248,13 @@ class TransitionExecution(Efficient):
     @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, x: Tensor) -> Tensor:
         asked = handover.asked_for()
-        chosen = self.path(x)
-        if chosen.kind == ORIGINAL:
+        chosen, parts = self._decision(x)
+        if parts is None:
             # The original's norm would count an empty batch that its pooling then refuses.
-            if chosen.reason == execution.EMPTY and x.dim() > 2 and self._problem() is None:
-                self._check_size(x)
+            empty = chosen.reason == execution.EMPTY and x.dim() > 2
+            if empty and self._problem() is None and _pools(self.parts()):
+                check_size(x)
             return self._run_original(chosen, handover.own(x, asked))
-        parts = self.parts()
         norm, conv = parts.norm, parts.conv
         execution.record(self, "", chosen, [norm])
         original = x
@@ -229,7 +262,8 @@ class TransitionExecution(Efficient):
         execution.check_input(x, image_dims(conv), features_of(norm), weight, "conv")
         pools, drops = _pools(parts), parts.drop_rate > 0
         takes_largest = is_max_pool_by_two(parts.pool)
-        self._check_size(x)
+        if pools:
+            check_size(x)
         want, (dtype, answer) = uses_batch_statistics(norm), _dtypes(x, pools)
         own = norm_spec(norm, dtype)
         stats, known = handover.known_stats(x, own.group)

@@ -1,9 +1,12 @@
 """Transitions: against the reference, in a chain with their neighbours, and what they refuse."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import densenet_efficient as de
 from densenet_efficient import reference
@@ -52,3 +55,49 @@ def test_images_that_a_transition_leaves_nothing_of_are_refused_before_they_are_
         transition(torch.zeros(images, 3, 1, 4))
     for name, value in transition.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda transition: None,
+    "eps": lambda transition: setattr(transition.norm, "eps", 0.5),
+    "momentum": lambda transition: setattr(transition.norm, "momentum", 0.7),
+    "eval": lambda transition: transition.eval(),
+    "norm": lambda transition: transition.norm.eval(),
+    "no dropout": lambda transition: transition.drop.eval(),
+    "drop rate": lambda transition: setattr(transition.drop, "p", 0.2),
+    "no gamma": lambda transition: setattr(transition.norm, "weight", None),
+    "bias": lambda transition: setattr(transition.conv, "bias", nn.Parameter(torch.ones(4))),
+    "fewer": lambda transition: setattr(
+        transition.conv, "weight", nn.Parameter(transition.conv.weight[:3].detach())
+    ),
+    "data": lambda transition: setattr(transition.conv.weight, "data", torch.ones(5, 6, 1, 1)),
+    "kernel": lambda transition: setattr(transition.conv.weight, "data", torch.ones(4, 6, 3, 3)),
+    "stride": lambda transition: setattr(transition.conv, "stride", (2, 2)),
+    "max-pooling": lambda transition: setattr(transition, "pool", nn.MaxPool2d(2, 2)),
+    "no pooling": lambda transition: setattr(transition, "pool", nn.Identity()),
+    "pooling": lambda transition: setattr(transition.pool, "ceil_mode", True),
+    "hook": lambda transition: transition.conv.register_forward_hook(lambda *_: None),
+    "activation": lambda transition: setattr(transition, "relu", nn.ELU()),
+    "parametrised": lambda transition: nn.utils.parametrizations.weight_norm(transition.conv),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:EfficientTransition runs its original forward")
+def test_a_transition_that_is_called_again_notices_every_change(change: str) -> None:
+    """It gives what a copy does that has not been called before."""
+    torch.manual_seed(0)
+    called = de.EfficientTransition(6, 4, drop_rate=0.5)
+    x = torch.randn(2, 6, 5, 6)
+    for _ in range(3):
+        step(called, x)
+    CHANGES[change](called)
+    fresh = copy.deepcopy(called)
+    assert called.path(x) == fresh.path(x)
+    found = []
+    for transition in (called, fresh):
+        torch.manual_seed(1)
+        found.append((transition(x), dict(transition.state_dict())))
+    (y, state), (expected, expected_state) = found
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
