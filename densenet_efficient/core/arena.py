@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -73,23 +72,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@contextmanager
-def lease(table: Iterable[Buffer], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Uninitialised tensors for the rows of ``table``, by name, until the context ends."""
-    rows = list(table)
-    key = _key(device)
-    slab = _take(key, slab_bytes(rows), device)
-    try:
+class lease:
+    """A context: uninitialised tensors for the rows of ``table``, by name, until it ends."""
+
+    def __init__(self, table: Iterable[Buffer], device: torch.device) -> None:
+        self._rows, self._device = list(table), device
+
+    def __enter__(self) -> dict[str, Tensor]:
+        self._key = _key(self._device)
+        self._slab = _take(self._key, slab_bytes(self._rows), self._device)
         views: dict[str, Tensor] = {}
         offset = 0
-        for row in rows:
-            views[row.name] = slab[offset : offset + row.bytes].view(row.dtype).view(row.shape)
+        for row in self._rows:
+            part = self._slab[offset : offset + row.bytes]
+            views[row.name] = part.view(row.dtype).view(row.shape)
             offset += _aligned(row.bytes)
-        yield views
-    finally:
-        if key is not None and eager.is_ordinary(slab):
+        return views
+
+    def __exit__(self, *error: object) -> None:
+        if self._key is not None and eager.is_ordinary(self._slab):
             with _lock:
-                _free.setdefault(key, []).append(slab)
+                _free.setdefault(self._key, []).append(self._slab)
 
 
 def _key(device: torch.device) -> tuple[torch.device, int] | None:

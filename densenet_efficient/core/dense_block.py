@@ -51,10 +51,15 @@ class Kept:
     bottlenecks: list[Tensor] = field(default_factory=list)
     norms: Tensor | None = None
 
-    def __post_init__(self) -> None:
+    @property
+    def stats(self) -> Tensor:
+        """Those of F ``[2, C_total]``."""
+        return self.table[:, : self.spec.out_channels]
+
+    def bottleneck_stats(self) -> Sequence[Tensor]:
+        """Those of every b ``[2, K]``."""
         widths = [layer.bottleneck for layer in self.spec.layers]
-        self.stats, *rest = self.table.split((self.spec.out_channels, *widths), dim=1)
-        self.bottleneck_stats = list(rest)
+        return self.table[:, self.spec.out_channels :].split(widths, dim=1)
 
 
 def block_forward(
@@ -95,8 +100,8 @@ def _forward(
     acc = accumulation_dtype(x.dtype)
     kept = Kept(spec, features, torch.zeros((2, columns), dtype=acc, device=x.device))
     kept.norms = torch.empty(norm_elements(spec), dtype=acc, device=x.device)
-    fold = folds.Folds(spec, kept.stats, kept.bottleneck_stats, parameters, kept.norms)
-    stats, exchange = kept.stats, spec.exchange
+    stats, bottleneck_stats, exchange = kept.stats, kept.bottleneck_stats(), spec.exchange
+    fold = folds.Folds(spec, stats, bottleneck_stats, parameters, kept.norms)
 
     first = features[..., spec.inputs(0)]
     first.copy_(x.movedim(1, -1))
@@ -130,7 +135,7 @@ def _forward(
             else:
                 b = _front(scratch["bottleneck"], layer_spec.bottleneck)
             assert layer_spec.norm2 is not None
-            b_stats = kept.bottleneck_stats[index]
+            b_stats = bottleneck_stats[index]
             wanted = b_stats if layer_spec.norm2.running is None else None
             fold2 = fold.second(index)
             drops = layer_spec.bottleneck_drop_rate > 0
@@ -281,7 +286,7 @@ def _fold_again(kept: Kept, parameters: Sequence[Tensor | None]) -> Tensor:
     """All norms, where forward has not kept them."""
     spec, stats = kept.spec, kept.stats
     norms = torch.empty(norm_elements(spec), dtype=stats.dtype, device=stats.device)
-    fold = folds.Folds(spec, stats, kept.bottleneck_stats, parameters, norms)
+    fold = folds.Folds(spec, stats, kept.bottleneck_stats(), parameters, norms)
     for index, layer in enumerate(spec.layers):
         fold.first(index).run(spec.operators)
         if layer.bottleneck:

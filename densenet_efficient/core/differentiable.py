@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops import pools
 from ..ops.convolution import ConvOptions
+from . import eager
 from .dropout import draw_mask, mask_shape
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, NormSpec, PoolSpec
 
@@ -110,7 +111,7 @@ def gradients(
 
     with torch.enable_grad():
         inputs = [own(x) for x in inputs]
-        with torch.autocast(dy.device.type, enabled=False):
+        with eager.without_autocast(dy.device):
             y = function(*inputs)
         wanted = [x for x in inputs if x is not None and x.requires_grad]
         found = iter(

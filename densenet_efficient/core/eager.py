@@ -7,6 +7,9 @@ the modules run their original forward, whose operators all of these know.
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch.utils._device import DeviceContext
 _CALL = torch.nn.Module.__call__
 _CALL_IMPL = torch.nn.Module._call_impl
 _GETATTR = torch.nn.Module.__getattr__
+_NOTHING = contextlib.nullcontext()
 
 
 def unusual_mode() -> str | None:
@@ -74,3 +78,10 @@ def is_ordinary(x: object) -> bool:
         and torch._C._has_storage(x)  # a batch of tensors in a vectorised Jacobian has none
         and not x.is_meta
     )
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast casts nothing on a device."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING

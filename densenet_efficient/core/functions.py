@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,13 +26,12 @@ class Result:
     """What a forward pass found.
 
     stats: ``[2, C]`` of its output, None where they are not wanted. used: ``[2, C]`` of its input,
-    those its norm used (transition, stem). bottleneck_stats: ``[2, K]`` of every b (dense block).
-    table: what holds all statistics taken in this call.
+    those its norm used (transition, stem). table: what holds all statistics taken in this call
+    (dense block).
     """
 
     stats: Tensor | None = None
     used: Tensor | None = None
-    bottleneck_stats: list[Tensor] = field(default_factory=list)
     table: Tensor | None = None
 
     def has_overflowed(self) -> bool:
@@ -76,10 +75,10 @@ class DenseBlockFunction(torch.autograd.Function):
     def forward(ctx, spec: BlockSpec, x: Tensor, known_stats, result: Result, *parameters):
         """See `dense_block.block_forward`."""
         y = layout.empty((x.shape[0], *x.shape[2:]), spec.out_channels, x.dtype, x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with eager.without_autocast(x.device):
             kept = block_forward(spec, x, known_stats, parameters, y)
         result.stats = kept.stats if spec.batch_stats else None
-        result.bottleneck_stats, result.table = kept.bottleneck_stats, kept.table
+        result.table = kept.table
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         norms = kept.norms if specs.keeps_norms(y.device) else None
@@ -112,7 +111,7 @@ class DenseBlockFunction(torch.autograd.Function):
         kept = Kept(spec, layout.channels_last(y), table, bottlenecks, norms)
         e = gradient_buffer(held)
         held.clear()
-        with torch.autocast(y.device.type, enabled=False):
+        with eager.without_autocast(y.device):
             dx, computed = block_backward(spec, e, kept, parameters, wanted, dstats)
         return None, dx.movedim(-1, 1) if ctx.needs_input_grad[1] else None, None, None, *computed
 
@@ -128,7 +127,7 @@ class TransitionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec: PoolSpec, x: Tensor, known, result: Result, gamma, beta, weight, bias):
         """See `pooling.transition_forward`."""
-        with torch.autocast(x.device.type, enabled=False):
+        with eager.without_autocast(x.device):
             rows = layout.channels_last(x)
             stats = pooling.norm_statistics(spec, rows, known)
             y, y_stats = pooling.transition_forward(spec, rows, stats, gamma, beta, weight, bias)
@@ -153,7 +152,7 @@ class TransitionFunction(torch.autograd.Function):
                 dy,
             )
         else:
-            with torch.autocast(dy.device.type, enabled=False):
+            with eager.without_autocast(dy.device):
                 dx, (dgamma, dbeta, dweight, dbias), dstats = pooling.transition_gradients(
                     spec, dy, layout.channels_last(x), stats, (gamma, beta, weight, bias),
                     wanted[4:], defer=wanted[2],
@@ -174,7 +173,7 @@ class StemFunction(torch.autograd.Function):
         ctx, spec: PoolSpec, x: Tensor, made_by: StemConvCall | None, result: Result, gamma, beta
     ):
         """See `pooling.stem_forward`."""
-        with torch.autocast(x.device.type, enabled=False):
+        with eager.without_autocast(x.device):
             rows = layout.channels_last(x)
             stats = pooling.norm_statistics(spec, rows, None)
             y, y_stats = pooling.stem_forward(spec, rows, stats, gamma, beta)
@@ -204,7 +203,7 @@ class StemFunction(torch.autograd.Function):
             found = (
                 nullcontext(layout.channels_last(kept[0])) if made_by is None else made_by.again()
             )
-            with torch.autocast(dy.device.type, enabled=False), found as rows:
+            with eager.without_autocast(dy.device), found as rows:
                 dx, (dgamma, dbeta) = pooling.stem_gradients(
                     spec, dy, rows, stats, (gamma, beta), ctx.needs_input_grad[4:]
                 )

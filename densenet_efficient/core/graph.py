@@ -22,7 +22,7 @@ from torch.library import custom_op
 
 from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
-from . import capture, layout, running, sharing
+from . import capture, eager, layout, running, sharing
 from .dense_block import Kept, block_backward, block_forward
 from .dense_layer import empty_gradient
 from .encoding import decode
@@ -156,7 +156,7 @@ def _forward(
 ) -> tuple[Tensor, Kept]:
     spec = _block_spec(call, x, constants, seed)
     features = layout.empty(_image(x), spec.out_channels, x.dtype, x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with eager.without_autocast(x.device):
         return features, block_forward(spec, x, known, spread(given, parameters), features)
 
 
@@ -211,7 +211,7 @@ def _backward(
     e = layout.empty(_image(dy), dy.shape[1], dy.dtype, dy.device)
     e.copy_(dy)
     needs = spread(given, wanted, False)
-    with torch.autocast(dy.device.type, enabled=False):
+    with eager.without_autocast(dy.device):
         dx, gradients = block_backward(
             kept.spec, e.movedim(1, -1), kept, spread(given, parameters), needs
         )

@@ -11,13 +11,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
 from ..ops import dispatch
 from ..ops.dtypes import accumulation_dtype
-from . import layout, pooling
+from . import eager, layout, pooling
 from .encoding import decode
 from .graph import NAMESPACE, constant_statistics, doubled, is_beyond, separate, spread
 from .specs import PoolSpec
@@ -78,7 +77,7 @@ def _define(
         parameters: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec = _spec(call, x, constants)
-        with torch.autocast(x.device.type, enabled=False):
+        with eager.without_autocast(x.device):
             rows = layout.channels_last(x)
             used = pooling.norm_statistics(spec, rows, known)
             y, stats = forward(spec, rows, used, *spread(given, parameters))
@@ -128,7 +127,7 @@ def _define(
         wanted: Sequence[bool],
     ) -> tuple[Tensor, list[Tensor]]:
         every, needs = spread(given, parameters), spread(given, wanted, False)
-        with torch.autocast(dy.device.type, enabled=False):
+        with eager.without_autocast(dy.device):
             rows = layout.channels_last(x)
             dx, gradients = backward(_spec(call, x), dy, rows, used, every, needs)
         return dx, separate(gradients)

@@ -174,7 +174,7 @@ class ResidualDenseBlockFunction(torch.autograd.Function):
         ctx: Any, spec: ResidualSpec, dtype: torch.dtype, x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `forward`."""
-        with torch.autocast(x.device.type, enabled=False):
+        with eager.without_autocast(x.device):
             y, buffer, signs = forward(spec, x, parameters, dtype)
         ctx.spec, ctx.signs = spec, len(signs)
         ctx.set_materialize_grads(False)
@@ -193,7 +193,7 @@ class ResidualDenseBlockFunction(torch.autograd.Function):
         signs, parameters = others[: ctx.signs], others[ctx.signs :]
         usual = eager.is_ordinary(given) and not eager.is_transformed()
         if dy is not None and dbuffer is None and usual and not torch.is_grad_enabled():
-            with torch.autocast(dy.device.type, enabled=False):
+            with eager.without_autocast(dy.device):
                 dx, gradients = backward(spec, dy, buffer, signs, parameters, needs[3:])
             found: list[Tensor | None] = [dx, *gradients]
         else:

@@ -184,9 +184,9 @@ def scratch_table(
 
     image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
     """
-    widest = max(layer.bottleneck for layer in spec.layers)
-    layers = enumerate(spec.layers)
-    lost = max((layer.bottleneck for i, layer in layers if not spec.keeps(i)), default=0)
+    widths = [layer.bottleneck for layer in spec.layers]
+    lost_layers = max(len(widths) - spec.kept_layers, 0)
+    widest, lost = max(widths), max(widths[:lost_layers], default=0)
     table = []
     if lost:
         table.append(Buffer("bottleneck", (*image, lost), dtype, "scratch"))

@@ -13,8 +13,6 @@ copy; between two modules of ours the output stays channels last.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,15 +57,17 @@ class _Caller(threading.local):
 _caller = _Caller()
 
 
-@contextmanager
-def asking_for(asked: Asked) -> Iterator[None]:
-    """While one module is called by one of ours."""
-    before = _caller.asked
-    try:
-        _caller.asked = asked
-        yield
-    finally:
-        _caller.asked = before
+class asking_for:
+    """A context: while one module is called by one of ours."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+
+    def __enter__(self) -> None:
+        self._before, _caller.asked = _caller.asked, self._asked
+
+    def __exit__(self, *error: object) -> None:
+        _caller.asked = self._before
 
 
 def asked_for() -> Asked:

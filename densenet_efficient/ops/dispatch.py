@@ -41,8 +41,9 @@ def choose(device: torch.device, dtype: torch.dtype, dims: int = 2) -> Dispatch:
     """The implementation for activations of ``dtype`` on ``device``, images of ``dims`` dimensions.
     On a GPU float32 takes the
     kernels, whose products are TF32, exactly where cuDNN's convolutions would use TF32 too."""
-    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return _choose(device, dtype, dims, precision == "tf32")
+    cudnn: Any = torch.backends.cudnn
+    tf32 = device.type == "cuda" and cudnn.conv.fp32_precision == "tf32"
+    return _choose(device, dtype, dims, tf32)
 
 
 @functools.lru_cache(maxsize=64)
