@@ -37,16 +37,25 @@ void launch_data_gradient(const Launcher& launcher, const tiling::DataGradient3x
   if (tiling.tile.blocks == 0 || args.channels == 0) return;
   const Images images(tiling.tile, of);
   const LaunchShape shape{.grid_x = tiling.tile.blocks,
-                          .block = 32 * tiling.tile.groups,
+                          .grid_y = tiling.channel_blocks,
+                          .block = tiling.tile.threads(),
                           .shared_bytes = tiling.tile.shared_bytes,
                           .tiles = tiling.tile.tiles,
                           .ranges = tiling.tile.blocks};
+  const auto launch = [&](auto accumulates, auto shared) {
+    launcher.launch<&data_gradient::norm_relu_conv3x3_backward_data_kernel<T, accumulates, shared>>(
+        shape, args, images);
+  };
+  const auto launch_shared = [&](auto accumulates) {
+    if (tiling.tile.division.pixels < tiling::kAlone.pixels)
+      launch(accumulates, std::true_type{});
+    else
+      launch(accumulates, std::false_type{});
+  };
   if (accumulate)
-    launcher.launch<&data_gradient::norm_relu_conv3x3_backward_data_kernel<T, true>>(shape, args,
-                                                                                     images);
+    launch_shared(std::true_type{});
   else
-    launcher.launch<&data_gradient::norm_relu_conv3x3_backward_data_kernel<T, false>>(shape, args,
-                                                                                      images);
+    launch_shared(std::false_type{});
 }
 
 template <typename T, int kDepths>
@@ -106,8 +115,7 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
           {gradient, row_tensor(call.x), float_table(call.norm), weights.data<float>(),
            tiling.weight.pitch, channels, outputs, tiling.weight.units,
            static_cast<int>(tiling.weight.channel_blocks),
-           tiling.weight.layout(sizeof(T), tiling.weight.tile.positions, tiling.weight.tile.groups)
-               .offsets()});
+           tiling.weight.layout(sizeof(T)).offsets()});
       of_weight =
           weight_sums(weights.data<const float>(), tiling.weight.tile.blocks, call.K, call.C,
                       device::kTaps, tiling.weight.pitch, output_rows<float>(call.dweight).data,

@@ -25,6 +25,8 @@ using Layout = tiling::ForwardLayout3x3;
 using Tiling = tiling::NormReluConv3x3Forward;
 
 constexpr int kStages = Layout::kStages;
+using tiling::kTapRows;
+constexpr int kSharedThreads = 384;
 
 struct Forward {
   device::RowTensor x;       // [N * H * W, C]
@@ -36,28 +38,31 @@ struct Forward {
   int outputs;               // K
 };
 
-// The nine shifted products of 64 pixels with one panel of channels; the weight lies at a multiple
-// of kZeroBytes.
-template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
+// The shifted products of 16 kRows pixels with one panel of channels, of kTapRows rows of taps from
+// `first` on, and of both halves of its depth or the one at `byte` of its rows; the weight lies at
+// a multiple of kZeroBytes.
+template <typename T, int kTapRows, int kRows, int kTiles>
+__device__ __forceinline__ void multiply_panel(float (&acc)[kRows][kTiles][4],
                                                const unsigned char* shared, int weight, int zeros,
-                                               device::OperandRows rows, int pitch) {
+                                               device::OperandRows<kRows> rows, int pitch,
+                                               int first, int byte, bool both) {
   using namespace device;
   const int lane = lane_index();
-  int of_row = weight + b_row(lane) * kTaps * kPanelRowBytes + 16 * b_chunk(lane);
-  rows.offset -= (pitch + 1) * kPanelRowBytes;
+  int of_row = weight + b_row(lane) * kTaps * kPanelRowBytes + 16 * b_chunk(lane) + byte;
+  rows.offset += byte - (pitch + 1) * kPanelRowBytes;
+  of_row += 3 * first * kPanelRowBytes;
+  rows.skip_taps(first, pitch);
 #pragma unroll 1
-  for (int dh = 0; dh < 3; ++dh) {
+  for (int dh = 0; dh < kTapRows; ++dh) {
 #pragma unroll
     for (int dw = 0; dw < 3; ++dw) {
       const int of_weight = swizzle_chunks<T>(of_row + dw * kPanelRowBytes);
-      int offsets[4];
+      int offsets[kRows];
       tap_offsets<T>(offsets, rows, 1u << dw, dw, zeros);
+      const auto multiply = [&](int step) {
+        uint32_t a[kRows][4];
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        uint32_t a[4][4];
-#pragma unroll
-        for (int m = 0; m < 4; ++m)
+        for (int m = 0; m < kRows; ++m)
           ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)) + 16 * m * kPanelRowBytes);
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
@@ -65,22 +70,58 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles][4],
           ldmatrix_x4(b, shared + 8 * j * kTaps * kPanelRowBytes + (of_weight ^ (32 * step)));
           round_operands<T>(b);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
+          for (int m = 0; m < kRows; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }
-      }
+      };
+      multiply(0);
+      if (both) multiply(1);
     }
     of_row += 3 * kPanelRowBytes;
-    rows.next_taps(pitch);
+    rows.skip_taps(1, pitch);
   }
 }
 
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
+// A warp's accumulators to where the sums of its group's other warps meet, and added to those of
+// the warp that writes: `sums` of one warp.
+template <int kTiles>
+__device__ __forceinline__ void give_sums(const float (&acc)[2][kTiles][4], unsigned char* sums) {
+  float4* const to = reinterpret_cast<float4*>(sums) + device::lane_index();
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const float (&own)[4] = acc[i / kTiles][i % kTiles];
+    device::shared_store(to + 32 * i, float4{own[0], own[1], own[2], own[3]});
+  }
+}
+template <int kTiles>
+__device__ __forceinline__ void take_sums(float (&acc)[2][kTiles][4], const unsigned char* sums) {
+  const float4* const from = reinterpret_cast<const float4*>(sums) + device::lane_index();
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    float (&own)[4] = acc[i / kTiles][i % kTiles];
+    const float4 other = device::shared_load<float4>(from + 32 * i);
+    own[0] += other.x;
+    own[1] += other.y;
+    own[2] += other.z;
+    own[3] += other.w;
+  }
+}
+
+// kShared: three or six warps share a group of 32 pixels; otherwise each has one of 64 by itself.
+template <typename T, int kColumns, bool kShared>
+__global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGroups,
+                                  kShared || kColumns == 48 ? 1 : 2)
     norm_relu_conv3x3_forward_kernel(Forward args, Images images) {
   using namespace device;
-  constexpr int kTiles = kColumns / 8;
-  const Layout layout{sizeof(T), kColumns, images.positions, images.groups};
-  const int threads = 32 * images.groups, warp = warp_index(), lane = lane_index();
+  constexpr int kTiles = kColumns / 8, kRowsOfTaps = kShared ? kTapRows : 1;
+  constexpr int kGroup = kShared ? tiling::kForwardShared[0].pixels : Tile::kGroup;
+  const int share = kShared ? images.share : 1;
+  const Layout layout{sizeof(T), kColumns, images.positions, images.groups, kGroup, share};
+  const int threads = 32 * share * images.groups, warp = warp_index(), lane = lane_index();
+  // A warp's row of taps and half of the depth, of all that its group has.
+  const int own_taps = warp % kRowsOfTaps, pair = warp / kRowsOfTaps;
+  const int own_half = kShared && pair >= images.groups;
+  const int group = kShared ? pair - own_half * images.groups : warp;
+  const bool writes = !kShared || (own_taps == 0 && own_half == 0);
   const int column0 = block_y() * kColumns;
   const int panels = max(1, panels_of<T>(args.channels));
   const int first_tile = images.first_tile(block_x(), grid_x());
@@ -90,7 +131,8 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
 
   clear_zeros(shared + layout.zero_offset(), kGroupZeroBytes, threads);
   const BlockMoments<kColumns> block_moments(shared + layout.moments_offset());
-  WarpMoments moments = block_moments.start(warp);
+  WarpMoments moments{};
+  if (writes) moments = block_moments.start(group);
   sync_threads();
 
   int load_tile = first_tile;
@@ -119,7 +161,7 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   int stage_index = 0;
   for (int tile = first_tile; tile < last_tile; ++tile) {
     const TileOrigin origin(images, tile);
-    float acc[4][kTiles][4] = {};
+    float acc[kGroup / 16][kTiles][4] = {};
     for (int panel = 0; panel < panels; ++panel) {
       cp_async_wait<0>();
       sync_threads();
@@ -127,20 +169,32 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
       const int weight = stage_index * layout.stage_bytes(), halo = weight + layout.halo_offset();
       normalise_panel<T>(shared + halo, shared + layout.norm_offset(stage_index), images.positions,
                          threads);
-      if (panel == 0) describe_tile(images, origin, pixels, threads);
+      if (panel == 0) describe_tile(images, origin, pixels, images.groups * kGroup, threads);
       sync_threads();
-      multiply_panel<T, kTiles>(acc, shared, weight, layout.zero_offset(),
-                                operand_rows(pixels, warp * Tile::kGroup + a_row(lane),
-                                             16 * a_chunk(lane), halo, images.pitch),
-                                images.pitch);
+      multiply_panel<T, kTapRows / kRowsOfTaps>(
+          acc, shared, weight, layout.zero_offset(),
+          operand_rows<kGroup / 16>(pixels, group * kGroup + a_row(lane), 16 * a_chunk(lane), halo,
+                                    images.pitch),
+          images.pitch, own_taps, 32 * own_half, !kShared || share == kTapRows);
       stage_index = 1 - stage_index;
     }
     const int end = column0 + kColumns < args.outputs ? column0 + kColumns : args.outputs;
+    if constexpr (kShared) {
+      // In the stage that was multiplied last, which the next tile fills after its first barrier.
+      constexpr int kBytes = kGroup * kColumns * 4;
+      unsigned char* sums =
+          shared + (1 - stage_index) * layout.stage_bytes() + group * (share - 1) * kBytes;
+      sync_threads();
+      if (!writes) give_sums(acc, sums + (kTapRows * own_half + own_taps - 1) * kBytes);
+      sync_threads();
+      if (!writes) continue;
+      for (int other = 0; other < share - 1; ++other) take_sums(acc, sums + other * kBytes);
+    }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const unsigned char* rows = pixels + (warp * Tile::kGroup + 32 * half) * kPixelBytes;
+    for (int half = 0; half < kGroup / 32; ++half) {
+      const unsigned char* rows = pixels + (group * kGroup + 32 * half) * kPixelBytes;
       write_rows<T, kTiles>(
-          acc + 2 * half, shared + layout.staging_offset() + warp * kStagingBytes, args.y,
+          acc + 2 * half, shared + layout.staging_offset() + group * kStagingBytes, args.y,
           origin.pixel(images), column0, end, args.partial != nullptr, moments,
           [&](int r) { return static_cast<int>(shared_load<uint2>(rows + r * kPixelBytes).x); });
     }
@@ -148,7 +202,7 @@ __global__ void __launch_bounds__(32 * Tile::kMaxGroups, kColumns < 48 ? 2 : 1)
   if (args.partial)
     block_moments.template finish<1>(moments, images.groups,
                                      args.partial + int64_t(block_x()) * 3 * args.outputs, column0,
-                                     args.outputs);
+                                     args.outputs, (share - 1) * images.groups);
 }
 
 template <typename T>
@@ -166,8 +220,11 @@ __global__ void __launch_bounds__(kMomentThreads)
 
 template <typename T, int kColumns>
 void launch_forward(const Launcher& launcher, const LaunchShape& shape, const Forward& args,
-                    const Images& images) {
-  launcher.launch<&norm_relu_conv3x3_forward_kernel<T, kColumns>>(shape, args, images);
+                    const Images& images, bool shared) {
+  if (shared)
+    launcher.launch<&norm_relu_conv3x3_forward_kernel<T, kColumns, true>>(shape, args, images);
+  else
+    launcher.launch<&norm_relu_conv3x3_forward_kernel<T, kColumns, false>>(shape, args, images);
 }
 
 void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats,
@@ -201,11 +258,11 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, O
       launch(launcher,
              {.grid_x = tiling.tile.blocks,
               .grid_y = ceil_div(call.K, tiling.columns),
-              .block = 32 * tiling.tile.groups,
+              .block = tiling.tile.threads(),
               .shared_bytes = tiling.tile.shared_bytes,
               .tiles = tiling.tile.tiles,
               .ranges = tiling.tile.blocks},
-             args, Images(tiling.tile, of));
+             args, Images(tiling.tile, of), tiling.tile.division.share > 1);
     launch_finish<&norm_relu_conv3x3_forward_finish_kernel>(
         launcher, partial.data<const float>(), tiling.tile.blocks, call.K, call.stats, call.next);
   });

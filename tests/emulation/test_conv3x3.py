@@ -101,8 +101,9 @@ def test_weight_layouts_agree(op: str, dtype: torch.dtype) -> None:
         assert torch.equal(value, results[1][name]), name
 
 
-def halo_rows(rows: int, height: int) -> int:
-    """Image rows loaded by tiles of `height` rows and the row above and below each."""
+def halo_rows(rows: int, tiles: int) -> int:
+    """Image rows loaded by tiles, as high as each other, and the row above and below each."""
+    height = math.ceil(rows / tiles)
     firsts = range(0, rows, height)
     return sum(min(rows, first + height + 1) - max(0, first - 1) for first in firsts)
 
@@ -124,10 +125,9 @@ def test_forward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtype
     )
     launches = emulator().call(FORWARD, *case.arguments.values())
     kernel = launches[0]
-    height = 2 * kernel.block // W  # 64 pixels a warp
-    tiles, blocks = math.ceil(N * H / height), kernel.grid[0]
-    loads = size * halo_rows(N * H, height) * W * C + tiles * (size * 9 * K * C + 2 * 4 * C)
-    loads += 3 * 4 * K * blocks
+    tiles, (blocks, beside) = kernel.tiles, kernel.grid
+    loads = beside * (size * halo_rows(N * H, tiles) * W * C + tiles * 2 * 4 * C)
+    loads += tiles * size * 9 * K * C + 3 * 4 * K * blocks
     stores = size * N * H * W * K + 3 * 4 * K * blocks + 2 * 4 * K
     expect_traffic(launches, loads, stores)
 
@@ -147,36 +147,20 @@ def test_backward_traffic(sizes: tuple[int, ...], reason: str, dtype: torch.dtyp
     panel = 64 // size  # channels
     panels = math.ceil(C / panel) * panel
 
-    height = 2 * data.block // W
-    tiles, blocks = math.ceil(rows / height), data.grid[0]
+    tiles, (blocks, beside) = data.tiles, data.grid
     sums = 2 * 4 * panels
-    loads = size * pixels * C + 2 * size * halo_rows(rows, height) * W * K
-    loads += tiles * (size * 9 * K * C + 4 * 4 * C) + sums * tiles + blocks * 4 * 4 * K
+    loads = size * pixels * C + beside * 2 * size * halo_rows(rows, tiles) * W * K
+    loads += tiles * (size * 9 * K * C + 4 * 4 * C) + sums * tiles + beside * blocks * 4 * 4 * K
     stores = size * pixels * C + sums * tiles
 
-    # The weight gradient's tile follows from its shared memory: that of x, dy and the pixels.
     channel_blocks = math.ceil(C / 64)
     row_blocks = weight.grid[0] // channel_blocks
-    height = weight_tile_height(weight.shared_bytes, W, size, math.ceil(K * size / 64))
-    loads += size * pixels * C + channel_blocks * 2 * size * halo_rows(rows, height) * W * K
-    loads += math.ceil(rows / height) * 2 * 4 * C + row_blocks * channel_blocks * 4 * 4 * K
+    loads += size * pixels * C + channel_blocks * 2 * size * halo_rows(rows, weight.tiles) * W * K
+    loads += weight.tiles * 2 * 4 * C + row_blocks * channel_blocks * 4 * 4 * K
     partial = row_blocks * 4 * 9 * K * channel_blocks * 64
     loads += row_blocks * 4 * 9 * K * C
     stores += partial + 4 * (9 * K + 2) * C
     expect_traffic(launches, loads, stores)
-
-
-def weight_tile_height(shared_bytes: int, width: int, size: int, output_panels: int) -> int:
-    x_panels = size  # 64 channels
-    for groups in range(1, 8):
-        height = 64 * groups // width
-        positions = math.ceil((height + 2) * width / 8) * 8
-        correction = {2: 8 * 80, 4: 4 * 96}[size]
-        fixed = 2 * x_panels * 2 * 4 * 64 // size + output_panels * (512 + correction)
-        tile = output_panels * positions * 64 + groups * (2 * x_panels * 4096 + 512)
-        if fixed + tile == shared_bytes:
-            return height
-    raise AssertionError(f"no tile of {width} columns takes {shared_bytes} bytes")
 
 
 def expect_traffic(launches: list[Launch], loads: int, stores: int) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.support.kernel_check import compare
-from tools.emulation import Emulator, Launch
+from tools.emulation import Device, Emulator, Launch
 from tools.emulation.report import Traffic, tensor_traffic
 from tools.op_cases import Case
 
 # Seeds 0 and 1 run threads in ascending and descending order, others shuffle them; even ones let
 # asynchronous copies arrive as late as they may.
 SEEDS = (0, 1, 2, 5)
+HOPPER = Device()
 
 _running: list[Emulator] = []
 
@@ -29,10 +30,10 @@ def emulator() -> Emulator:
     return _running[0]
 
 
-def run(emulator: Emulator, case: Case, seed: int) -> dict[str, Tensor]:
+def run(emulator: Emulator, case: Case, seed: int, device: Device = HOPPER) -> dict[str, Tensor]:
     """One call; the case's tensors are put back as they were."""
     saved = [whole.clone() for whole, _ in case.buffers]
-    for launch in emulator.call(case.op, *case.arguments.values(), seed=seed):
+    for launch in emulator.call(case.op, *case.arguments.values(), seed=seed, device=device):
         assert launch.kernel.startswith(case.op), f"{case.op} launches {launch.kernel}"
     case.check_outside()
     results = {name: value.clone() for name, value in case.outputs.items()}
@@ -41,10 +42,10 @@ def run(emulator: Emulator, case: Case, seed: int) -> dict[str, Tensor]:
     return results
 
 
-def check(emulator: Emulator, case: Case) -> None:
+def check(emulator: Emulator, case: Case, device: Device = HOPPER) -> None:
     """Right, and the same bits under every order of threads."""
     inputs = case.inputs()
-    results = [run(emulator, case, seed) for seed in SEEDS]
+    results = [run(emulator, case, seed, device) for seed in SEEDS]
     for seed, result in zip(SEEDS, results, strict=True):
         for name, value in result.items():
             assert torch.equal(value, results[0][name]), f"{name} depends on the order, seed {seed}"

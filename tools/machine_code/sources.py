@@ -15,7 +15,8 @@ PARTS = {
     "norm": ("normalise_panel", "norm_relu_operand", "load_operand_norm"),
     "products": ("multiply_panel", "multiply_step", "multiply_tile", "multiply_add",
                  "weight_gradient", "data_gradient"),
-    "epilogue": ("write_rows", "store_chunk", "finish_panel", "add_sums", "write"),
+    "epilogue": ("write_rows", "store_chunk", "finish_panel", "add_sums", "write", "give_sums",
+                 "take_sums"),
     "moments": ("measure_panel", "add", "add_square", "merge", "start",
                 "finish", "merge_shared", "RowCounts"),
 }  # fmt: skip

@@ -48,6 +48,9 @@ def key(launch: Launch) -> str:
         images, height = launch.shape[:2]
         width += f" rows {-(-images * ((height + 1) // 2) // launch.tiles)}"
     stats = "" if launch.stats else " without statistics"
+    if "backward_data" in launch.kernel:  # whose blocks may divide the channels
+        beside = launch.blocks // launch.ranges
+        width += f" beside {beside}" if beside > 1 else ""
     return f"{launch.kernel} threads {launch.threads} shared {launch.shared_bytes}{width}{stats}"
 
 

@@ -1,10 +1,10 @@
 // The 3x3 convolution's data gradient: dz [M, C] = conv3x3^T(dy, weight) * [a * x + s > 0], written
 // to dx, or added to it times a; and the sums of dz and dz * x_hat.
 //
-// Tile: as in the forward pass, 64 pixels a warp. dy and its halo stay in shared memory for the
-// whole tile; for a panel of x at a time (32 channels of 16 bits, 16 of 32), their weight passes by
-// and nine shifted products add up in registers. The result goes through the place where x lay, and
-// leaves from there in rows.
+// Tile: as in the forward pass, 64 pixels a warp, or 32 pixels and 16 channels. dy and its halo
+// stay in shared memory for the whole tile; for a panel of x at a time (32 channels of 16 bits, 16
+// of 32), their weight passes by and nine shifted products add up in registers. The result goes
+// through the place where x lay, and leaves from there in rows.
 // Who owns what: a block walks over a static range of tiles; (tile, panel of channels, panel of
 // outputs) triples form one sequence, of which cp.async loads the next while this one is
 // multiplied.
@@ -34,49 +34,51 @@ namespace data_gradient {
 
 using namespace device;
 using Layout = tiling::DataGradientLayout3x3;
-constexpr int kGroup = tiling::Tile3x3::kGroup;
 
-template <typename T>
-constexpr int kTiles = kPanelChannels<T> / 8;  // of eight channels, in a panel
+// How the warps of a block divide pixels and the channels of a panel.
+template <typename T, bool kShared>
+constexpr tiling::Groups3x3 kDivision =
+    kShared ? tiling::data_gradient_shared(sizeof(T)) : tiling::kAlone;
 
-// The nine shifted products of 64 pixels of dy, up to a panel of outputs, with their weight of a
-// panel of channels, which lies at a multiple of kZeroBytes.
-template <typename T>
-__device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles<T>][4],
+// The nine shifted products of 16 kRows pixels of dy, up to a panel of outputs, with their weight
+// of the channels that the warp owns of a panel, which lies at a multiple of kZeroBytes; the first
+// of them is at `byte` of its rows.
+template <typename T, int kRows, int kTiles>
+__device__ __forceinline__ void multiply_panel(float (&acc)[kRows][kTiles][4],
                                                const unsigned char* shared, int weight, int zeros,
-                                               OperandRows rows, int pitch, int outputs) {
+                                               OperandRows<kRows> rows, int pitch, int outputs,
+                                               int byte) {
   const int lane = lane_index();
   const bool second = outputs > kDepth<T>;
   // The neighbour at (dh, dw) took this pixel through the opposite tap.
   int of_row[kPointers<T>];
 #pragma unroll
   for (int i = 0; i < kPointers<T>; ++i)
-    of_row[i] = weight + (b_depth<T>(lane, i) * kTaps + kTaps - 1) * kPanelRowBytes;
+    of_row[i] = weight + (b_depth<T>(lane, i) * kTaps + kTaps - 1) * kPanelRowBytes +
+                (byte | (b_byte<T>(lane) & ~15));
   rows.offset -= (pitch + 1) * kPanelRowBytes;
 #pragma unroll 1
   for (int dh = 0; dh < 3; ++dh) {
 #pragma unroll
     for (int dw = 0; dw < 3; ++dw) {
-      int of_weight[kPointers<T>], offsets[4];
+      int of_weight[kPointers<T>], offsets[kRows];
 #pragma unroll
       for (int i = 0; i < kPointers<T>; ++i)
-        of_weight[i] =
-            swizzle_chunks<T>(of_row[i] - dw * kPanelRowBytes + (b_byte<T>(lane) & ~15)) +
-            (b_byte<T>(lane) & 15);
+        of_weight[i] = swizzle_chunks<T>(of_row[i] - dw * kPanelRowBytes) + (b_byte<T>(lane) & 15);
       tap_offsets<T>(offsets, rows, 1u << dw, dw, zeros);
       const auto multiply = [&](int step) {
-        uint32_t a[4][4];
+        uint32_t a[kRows][4];
 #pragma unroll
-        for (int m = 0; m < 4; ++m)
+        for (int m = 0; m < kRows; ++m)
           ldmatrix_x4(a[m], shared + (offsets[m] ^ (32 * step)) + 16 * m * kPanelRowBytes);
 #pragma unroll
-        for (int j = 0; j < kTiles<T>; j += 2) {
+        for (int j = 0; j < kTiles; j += 2) {
           uint32_t b[4];
           load_b_transposed<T>(b, shared + kDepth<T> * step * kTaps * kPanelRowBytes, of_weight,
                                16 * j);
           round_operands<T>(b);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
+          for (int m = 0; m < kRows; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
         }
       };
       multiply(0);
@@ -84,37 +86,39 @@ __device__ __forceinline__ void multiply_panel(float (&acc)[4][kTiles<T>][4],
     }
 #pragma unroll
     for (int i = 0; i < kPointers<T>; ++i) of_row[i] -= 3 * kPanelRowBytes;
-    rows.next_taps(pitch);
+    rows.skip_taps(1, pitch);
   }
 }
 
-// Mask, sums and result of a warp's 64 pixels, the result in place of x; `sums` [channels, 2]. Of
-// the panel's channels there are `channels`, in steps of 16.
-template <typename T, bool kAccumulate>
-__device__ __forceinline__ void finish_panel(const float (&acc)[4][kTiles<T>][4], unsigned char* x,
+// Mask, sums and result of a warp's pixels, the result in place of x; `sums` [channels, 2]. Of the
+// panel's channels there are `channels`, in steps of 16; `first`: eights of them before the warp's.
+template <typename T, bool kAccumulate, int kRows, int kTiles>
+__device__ __forceinline__ void finish_panel(const float (&acc)[kRows][kTiles][4], unsigned char* x,
                                              const unsigned char* dx, const unsigned char* norm,
-                                             float* sums, int channels) {
+                                             float* sums, int channels, int first) {
   const int lane = lane_index(), g = lane >> 2, t = lane & 3;
   constexpr int kTileBytes = 8 * sizeof(T);
   const int accumulator = accumulator_offset<T>(lane);
 #pragma unroll
-  for (int pair = 0; pair < kTiles<T>; pair += 2) {
-    if (8 * pair >= channels) break;
+  for (int pair = 0; pair < kTiles; pair += 2) {
+    if (8 * (first + pair) >= channels) break;
     float own[8];  // of two tiles: two channels' dgamma and dbeta
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      const int j = pair + tile, channel = 8 * j + 2 * t;
+      const int j = first + pair + tile, channel = 8 * j + 2 * t;
       const float4 low = shared_load<float4>(norm + channel * 16);
       const float4 high = shared_load<float4>(norm + (channel + 1) * 16);
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
+      for (int m = 0; m < kRows; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int offset =
               (16 * m + 8 * half) * kPanelRowBytes + (accumulator ^ (kTileBytes * j));
           const float2 v = unpack_two<T>(shared_load<Two<T>>(x + offset));
-          const float dz_low = relu_mask(acc[m][j][2 * half], normalise(v.x, low.x, low.y));
-          const float dz_high = relu_mask(acc[m][j][2 * half + 1], normalise(v.y, high.x, high.y));
+          const float dz_low =
+              relu_mask(acc[m][pair + tile][2 * half], normalise(v.x, low.x, low.y));
+          const float dz_high =
+              relu_mask(acc[m][pair + tile][2 * half + 1], normalise(v.y, high.x, high.y));
           const float terms[4] = {dz_low * (v.x - low.z), dz_low, dz_high * (v.y - high.z),
                                   dz_high};
 #pragma unroll
@@ -133,48 +137,58 @@ __device__ __forceinline__ void finish_panel(const float (&acc)[4][kTiles<T>][4]
     }
     // Eight lanes have these sums of the same channels: each adds up one of the eight.
     const float sum = share_of_sums(own, lane);
-    shared_store(sums + 2 * (8 * (pair + (g >> 2)) + 2 * t) + (g & 3), sum);
+    shared_store(sums + 2 * (8 * (first + pair + (g >> 2)) + 2 * t) + (g & 3), sum);
   }
 }
 
-// The warps' sums of one panel from `channel` on, in order, to the block's partial; zeros past the
+// The groups' sums of one panel from `channel` on, in order, to the block's partial; zeros past the
 // channels' end.
 template <typename T>
 __device__ __forceinline__ void add_sums(const float* sums, float* partial, int64_t pitch,
-                                         int channel, int channels, int warps, bool first) {
+                                         int channel, int channels, int groups, int threads,
+                                         bool first) {
   constexpr int kSums = kDnormRows * kPanelChannels<T>;
-  for (int i = thread_index(); i < kSums; i += 32 * warps) {
-    const int taken = channel + i / kDnormRows < channels ? warps : 0;
+  for (int i = thread_index(); i < kSums; i += threads) {
+    const int taken = channel + i / kDnormRows < channels ? groups : 0;
     float sum = 0.0f;
-    for (int warp = 0; warp < taken; ++warp) sum += shared_load<float>(sums + warp * kSums + i);
+    for (int group = 0; group < taken; ++group) sum += shared_load<float>(sums + group * kSums + i);
     float* out = partial + i % kDnormRows * pitch + channel + i / kDnormRows;
     global_store(out, first ? sum : global_load<float>(out) + sum);
   }
 }
 
-template <typename T, bool kAccumulate>
-__global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
+// kShared: warps share groups of 32 pixels, 16 channels of a panel each, and block_y() divides the
+// panels among blocks; otherwise a warp has a group of 64 pixels.
+template <typename T, bool kAccumulate, bool kShared>
+__global__ void __launch_bounds__(32 * kDivision<T, kShared>.share * kDivision<T, kShared>.most,
+                                  kShared ? 1 : 2)
     norm_relu_conv3x3_backward_data_kernel(DataGradient args, Images images) {
   constexpr int kChannels = kPanelChannels<T>, kSums = kDnormRows * kChannels;
+  constexpr int kGroup = kDivision<T, kShared>.pixels, kShare = kDivision<T, kShared>.share;
+  constexpr int kRows = kGroup / 16, kTiles = kChannels / 8 / kShare;
   const int output_panels = max(1, panels_of<T>(args.outputs));
-  const Layout layout{sizeof(T), images.positions, images.groups, output_panels, kAccumulate};
-  const int threads = 32 * images.groups, warp = warp_index();
+  const Layout layout{sizeof(T),     images.positions, images.groups,
+                      output_panels, kAccumulate,      kGroup};
+  const int threads = 32 * kShare * images.groups, warp = warp_index();
   const int lane = lane_index();
-  const int panels = panels_of<T>(args.channels);
+  const int all_panels = panels_of<T>(args.channels);
+  const int first_panel = all_panels * block_y() / grid_y();
+  const int last_panel = all_panels * (block_y() + 1) / grid_y();
   const int first_tile = images.first_tile(block_x(), grid_x());
   const int last_tile = images.first_tile(block_x() + 1, grid_x());
   unsigned char* shared = shared_memory();
   unsigned char* pixels = shared + layout.pixels_offset();
   float* sums = reinterpret_cast<float*>(shared + layout.sums_offset());
   float* partial = args.partial + int64_t(block_x()) * kDnormRows * args.pitch;
-  const int warp_pixel = warp * kGroup, dy_pitch = images.positions * kPanelRowBytes;
+  const int warp_pixel = warp / kShare * kGroup, dy_pitch = images.positions * kPanelRowBytes;
+  const int own_tile = warp % kShare * kTiles;  // the first of the warp's channels, in eights
 
   clear_zeros(shared + layout.zero_offset(), kGroupZeroBytes, threads);
   load_correction<T>(shared + layout.correction_offset(), args.gradient, 0, args.outputs,
                      output_panels, threads);
 
   int load_tile = first_tile;
-  int load_panel = 0, load_output = 0;
+  int load_panel = first_panel, load_output = 0;
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
@@ -189,16 +203,17 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
       if (load_output + 1 == output_panels) {
         const TileOrigin origin(images, load_tile);
         copy_norm<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, threads);
-        copy_group<T>(stage + layout.x_offset(), images, origin, args.x, warp, channel,
-                      args.channels);
+        constexpr int kPixels = kGroup / kShare;
+        copy_group<T, kPixels>(stage + layout.x_offset(), images, origin, args.x, warp * kPixels,
+                               channel, args.channels);
         if constexpr (kAccumulate)
-          copy_group<T>(stage + layout.dx_offset(), images, origin, args.dx, warp, channel,
-                        args.channels);
+          copy_group<T, kPixels>(stage + layout.dx_offset(), images, origin, args.dx,
+                                 warp * kPixels, channel, args.channels);
       }
       if (++load_output == output_panels) {
         load_output = 0;
-        if (++load_panel == panels) {
-          load_panel = 0;
+        if (++load_panel == last_panel) {
+          load_panel = first_panel;
           ++load_tile;
         }
       }
@@ -212,47 +227,55 @@ __global__ void __launch_bounds__(32 * tiling::Tile3x3::kMaxGroups, 2)
   const auto close_panel = [&](bool first) {
     if (open_panel >= 0)
       add_sums<T>(sums + (1 - sums_index) * images.groups * kSums, partial, args.pitch,
-                  open_panel * kChannels, args.channels, images.groups, first);
+                  open_panel * kChannels, args.channels, images.groups, threads, first);
     open_panel = -1;
   };
   for (int tile = first_tile; tile < last_tile; ++tile) {
     const TileOrigin origin(images, tile);
     sync_threads();  // every warp is done with the tile before
-    describe_tile(images, origin, pixels, threads);
+    describe_tile(images, origin, pixels, images.groups * kGroup, threads);
     load_gradient<T, 4>(shared + layout.dy_offset(), dy_pitch, shared + layout.correction_offset(),
                         images, origin, args.gradient, 0, args.outputs, output_panels, threads);
-    for (int panel = 0; panel < panels; ++panel) {
-      float acc[4][kTiles<T>][4] = {};
+    for (int panel = first_panel; panel < last_panel; ++panel) {
+      float acc[kRows][kTiles][4] = {};
       for (int output = 0; output < output_panels; ++output) {
         unsigned char* stage = shared + stage_index * layout.stage_bytes();
         cp_async_wait<0>();
         sync_threads();
         load(1 - stage_index);
-        close_panel(panel > 0 ? tile == first_tile : tile == first_tile + 1);
+        close_panel(panel > first_panel ? tile == first_tile : tile == first_tile + 1);
         multiply_panel<T>(acc, shared, stage_index * layout.stage_bytes(), layout.zero_offset(),
-                          operand_rows(pixels, warp_pixel + a_row(lane), 16 * a_chunk(lane),
-                                       layout.dy_offset() + output * dy_pitch, images.pitch),
-                          images.pitch, args.outputs - output * kChannels);
+                          operand_rows<kRows>(pixels, warp_pixel + a_row(lane), 16 * a_chunk(lane),
+                                              layout.dy_offset() + output * dy_pitch, images.pitch),
+                          images.pitch, args.outputs - output * kChannels,
+                          own_tile * 8 * static_cast<int>(sizeof(T)));
         if (output + 1 == output_panels) {
           unsigned char* x = stage + layout.x_offset() + warp_pixel * kPanelRowBytes;
-          finish_panel<T, kAccumulate>(
-              acc, x, stage + layout.dx_offset() + warp_pixel * kPanelRowBytes,
-              stage + layout.norm_offset(), sums + (sums_index * images.groups + warp) * kSums,
-              args.channels - panel * kChannels);
+          finish_panel<T, kAccumulate>(acc, x,
+                                       stage + layout.dx_offset() + warp_pixel * kPanelRowBytes,
+                                       stage + layout.norm_offset(),
+                                       sums + (sums_index * images.groups + warp / kShare) * kSums,
+                                       args.channels - panel * kChannels, own_tile);
           sync_warp();
-          const int channel = panel * kChannels + (lane & 3) * kChunk<T>;
+          // A lane's rows and chunk of those that the warp owns: rows 0, 1, 4, 5 where they are
+          // half as long, so that eight lanes meet each bank once.
+          constexpr int kLanes = 4 / kShare, kStep = 32 / kLanes;  // of a row; rows at a time
+          const int chunk = warp % kShare * kLanes + lane % kLanes;
+          const int number = lane / kLanes;
+          const int row =
+              kShare == 1 ? number : (number & ~6) | (number & 2) << 1 | (number & 4) >> 1;
+          const int channel = panel * kChannels + chunk * kChunk<T>;
           const int left = args.channels - channel;
           const int pitch = static_cast<int>(args.dx.stride) * static_cast<int>(sizeof(T));
           T* const to = args.dx.at<T>(origin.pixel(images), channel);
-          const int row = lane >> 2;  // and every eighth after it
-          store_rows<T, kGroup / 8>(
+          store_rows<T, kGroup / kStep>(
               to, pitch, left, args.dx.vector,
               [&](int i) {
-                return shared_load<int>(pixels + (warp_pixel + row + 8 * i) * kPixelBytes);
+                return shared_load<int>(pixels + (warp_pixel + row + kStep * i) * kPixelBytes);
               },
               [&](int i) {
-                return shared_load<uint4>(x + panel_offset<T>(row, lane & 3) +
-                                          8 * i * kPanelRowBytes);
+                return shared_load<uint4>(x + panel_offset<T>(row, chunk) +
+                                          kStep * i * kPanelRowBytes);
               });
           open_panel = panel;
           sums_index = 1 - sums_index;

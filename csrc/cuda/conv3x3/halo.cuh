@@ -20,8 +20,8 @@ struct Images {
   int tile_height, tile_width, strips, margin, pitch, positions;
   int64_t tiles;
   int tile_pixels, last_pixels;  // of a tile as wide as the images, of the last such tile
-  int groups;
-  int pitch_share;  // 2^16 over pitch, rounded up: divides a tile's pixels exactly
+  int groups, share;             // groups of pixels, and the warps of each
+  int pitch_share;               // 2^16 over pitch, rounded up: divides a tile's pixels exactly
 
   Images(const tiling::Tile3x3& tile, const tiling::Images3x3& of)
       : image_rows(of.images * of.height),
@@ -37,6 +37,7 @@ struct Images {
         tile_pixels(tile_height * width),
         last_pixels(static_cast<int>((image_rows - (tiles - 1) * tile_height) * width)),
         groups(tile.groups),
+        share(tile.division.share),
         pitch_share((1 << 16) / pitch + 1) {}
 
   // Blocks walk over static ranges of tiles: the first of a block's.
@@ -118,11 +119,11 @@ __device__ __forceinline__ void clear_zeros(unsigned char* zeros, int bytes, int
     shared_store(zeros + at, uint4{0, 0, 0, 0});
 }
 
-// The pixels of a tile, in groups of 64, described in shared memory by the threads of the block.
+// `count` pixels of a tile, described in shared memory by the threads of the block.
 __device__ __forceinline__ void describe_tile(const Images& images, const TileOrigin& origin,
-                                              unsigned char* pixels, int threads) {
+                                              unsigned char* pixels, int count, int threads) {
   // Through a shuffle: what follows from the thread would be kept in registers, and spill.
-  for (int p = kept(thread_index()); p < tiling::Tile3x3::kGroup * images.groups; p += threads)
+  for (int p = kept(thread_index()); p < count; p += threads)
     shared_store(pixels + p * kPixelBytes, describe_pixel(images, origin, p));
 }
 __device__ __forceinline__ uint32_t neighbours_of(const unsigned char* pixels, int pixel) {
@@ -218,69 +219,72 @@ __device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& ima
   });
 }
 
-// One panel of a group of a tile's pixels, without halo, zero where there is no pixel: a warp's.
-template <typename T>
+// One panel of kPixels of a tile's pixels from `first` on, without halo, zero where there is no
+// pixel: a warp's.
+template <typename T, int kPixels>
 __device__ __forceinline__ void copy_group(unsigned char* panel, const Images& images,
-                                           const TileOrigin& origin, const RowTensor& x, int group,
+                                           const TileOrigin& origin, const RowTensor& x, int first,
                                            int channel, int channels) {
-  constexpr int kRows = 8;  // of a group, of a lane
+  constexpr int kStep = 8, kRows = kPixels / kStep;  // a lane's pixels: so far apart, so many
   const int lane = lane_index(), chunk = lane & 3;
-  const int pixel = tiling::Tile3x3::kGroup * group + (lane >> 2);
+  const int pixel = first + (lane >> 2);
   const int left = channels - channel - chunk * kChunk<T>;
   unsigned char* const to = panel + panel_offset<T>(pixel, chunk);
   if (images.strips == 1 && x.vector == kChunk<T> && (left >= kChunk<T> || left <= 0)) {
     const unsigned char* at =
         row_bytes<T>(x, origin.whole_pixel(images), pixel, channel + chunk * kChunk<T>);
     const int exist = left > 0 ? origin.whole_pixels(images) - pixel : 0;
-    const uint32_t step = kRows * row_pitch<T>(x);
+    const uint32_t step = kStep * row_pitch<T>(x);
 #pragma unroll
     for (int i = 0; i < kRows; ++i, at += step)
-      cp_async<16>(to + kRows * i * kPanelRowBytes, at, kRows * i < exist ? 16 : 0);
+      cp_async<16>(to + kStep * i * kPanelRowBytes, at, kStep * i < exist ? 16 : 0);
     return;
   }
 #pragma unroll 1
   for (int i = 0; i < kRows; ++i) {
-    const int offset = static_cast<int>(describe_pixel(images, origin, pixel + kRows * i).x);
-    copy_chunk(to + kRows * i * kPanelRowBytes,
+    const int offset = static_cast<int>(describe_pixel(images, origin, pixel + kStep * i).x);
+    copy_chunk(to + kStep * i * kPanelRowBytes,
                x.at<T>(origin.pixel(images) + offset, channel + chunk * kChunk<T>),
                offset < 0 ? 0 : left, x.vector);
   }
 }
 
-// A lane's operand rows of a warp's 64 pixels, 16 apart: where its byte of the first one lies,
-// before chunks change places, in a halo whose first byte is a multiple of kZeroBytes; and which
-// neighbours of each exist.
+// A lane's operand rows of a warp's 16 kRows pixels, 16 apart: where its byte of the first one
+// lies, before chunks change places, in a halo whose first byte is a multiple of kZeroBytes; and
+// which neighbours of each exist.
+template <int kRows>
 struct OperandRows {
   int offset;
-  uint32_t neighbours[4];
+  uint32_t neighbours[kRows];
 
-  // Moves on from the taps of one row to those of the next.
-  __device__ __forceinline__ void next_taps(int pitch) {
-    offset += pitch * kPanelRowBytes;
+  // Moves on by so many rows of taps.
+  __device__ __forceinline__ void skip_taps(int rows, int pitch) {
+    offset += rows * pitch * kPanelRowBytes;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) neighbours[m] >>= 3;
+    for (int m = 0; m < kRows; ++m) neighbours[m] >>= 3 * rows;
   }
 };
 
 // `pixel`: the first of the lane's; `pixels`: of the tile; `halo`: its offset, that of a panel.
-__device__ __forceinline__ OperandRows operand_rows(const unsigned char* pixels, int pixel,
-                                                    int byte, int halo, int pitch) {
-  OperandRows rows;
+template <int kRows>
+__device__ __forceinline__ OperandRows<kRows> operand_rows(const unsigned char* pixels, int pixel,
+                                                           int byte, int halo, int pitch) {
+  OperandRows<kRows> rows;
   rows.offset = halo + (pixel + pitch) * kPanelRowBytes + byte;
 #pragma unroll
-  for (int m = 0; m < 4; ++m) rows.neighbours[m] = neighbours_of(pixels, pixel + 16 * m);
+  for (int m = 0; m < kRows; ++m) rows.neighbours[m] = neighbours_of(pixels, pixel + 16 * m);
   return rows;
 }
 
 // Where the rows lie for the tap of that bit, `shift` positions on, each less its distance from the
 // first: in the halo, or among the kGroupZeroBytes of zeros at `zeros`, a multiple of kZeroBytes.
-template <typename T>
-__device__ __forceinline__ void tap_offsets(int (&offsets)[4], const OperandRows& rows,
+template <typename T, int kRows>
+__device__ __forceinline__ void tap_offsets(int (&offsets)[kRows], const OperandRows<kRows>& rows,
                                             uint32_t bit, int shift, int zeros) {
   const int row = swizzle_chunks<T>(rows.offset + shift * kPanelRowBytes);
   const int zero = zeros | (row & (kZeroBytes - 1));
 #pragma unroll
-  for (int m = 0; m < 4; ++m) offsets[m] = rows.neighbours[m] & bit ? row : zero;
+  for (int m = 0; m < kRows; ++m) offsets[m] = rows.neighbours[m] & bit ? row : zero;
 }
 
 }  // namespace device

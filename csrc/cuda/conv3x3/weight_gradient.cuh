@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
             shared + stage_index * args.shared.stage_bytes + panel * args.shared.panel_bytes;
         const int channel = channel0 + panel * kPanelChannels<T>;
         for (int group = own_warp(); group < images.groups; group += threads / 32)
-          copy_group<T>(to, images, origin, args.x, group, channel, args.channels);
+          copy_group<T, kGroup>(to, images, origin, args.x, group * kGroup, channel, args.channels);
         copy_scale_shift<T>(to + args.shared.norm, args.norm, channel, args.channels,
                             thread_index(), threads);
       }
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
     cp_async_wait<0>();
     sync_threads();
     load(tile + 1, 1 - stage_index);
-    describe_tile(images, origin, pixels, threads);
+    describe_tile(images, origin, pixels, images.groups * kGroup, threads);
     load_gradient<T, 2>(shared + args.shared.dy, args.shared.dy_pitch,
                         shared + args.shared.correction, images, origin, args.gradient, output0,
                         end, kOutputPanels, threads);

@@ -47,13 +47,15 @@ struct BlockMoments {
   }
 
   // Merges them in the warps' order, kSplit warps side by side, and writes those of the columns
-  // [column0, outputs) to the block's partial [3, outputs]: count, mean, M2.
+  // [column0, outputs) to the block's partial [3, outputs]: count, mean, M2. Of the block's
+  // `others` each has moments of no columns.
   template <int kSplit>
   __device__ __forceinline__ void finish(const WarpMoments& own, int warps, float* partial,
-                                         int column0, int outputs) const {
-    if (lane_index() == 0) shared_store(own.m2 + kColumns, own.count);
+                                         int column0, int outputs, int others = 0) const {
+    if (own.m2 && lane_index() == 0) shared_store(own.m2 + kColumns, own.count);
     sync_threads();
-    for (int c = thread_index(); c < kColumns * kSplit && column0 + c < outputs; c += 32 * warps) {
+    for (int c = thread_index(); c < kColumns * kSplit && column0 + c < outputs;
+         c += 32 * (warps + others)) {
       Moments<float> all{0, 0, 0};
       for (int warp = c / kColumns; warp < warps; warp += kSplit) {
         const float* of_warp = data + warp * kPitch;
