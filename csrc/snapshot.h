@@ -1,12 +1,12 @@
 // What modules hold, compared with what they held: the comparison of densenet_efficient/nn/
 // snapshot.py, which comes before every call of a block and must see every change.
 //
-//   entry     (module, its class, layout, values)
+//   entries   a tuple of module, its class, layout and values for each
 //   layout    of its __dict__: a tuple of key and rule for each item, in order
 //   values    those that the rules compare with, in order
 //   rule      0  anything
 //             1  equal to the value, and of its type
-//             2  empty
+//             2  an empty dictionary
 //             3  a dictionary whose values are those of the value, a tuple of keys and values
 //             4  a dictionary of tensors: the value is a tuple of keys, each followed by whether
 //                there is a tensor or None
@@ -30,8 +30,7 @@ class Snapshot {
     found_ = PyList_New(0);
     if (!found_) return nullptr;
     bool same = true;
-    for (Py_ssize_t i = 0; same && i < PyTuple_GET_SIZE(entries_); ++i)
-      same = is_as_before(PyTuple_GET_ITEM(entries_, i));
+    for (Py_ssize_t i = 0; same && i < PyTuple_GET_SIZE(entries_); i += 4) same = is_as_before(i);
     if (same) return found_;
     Py_DECREF(found_);
     if (PyErr_Occurred()) return nullptr;
@@ -42,12 +41,14 @@ class Snapshot {
   enum Rule { kAnything, kEqual, kEmpty, kValues, kTensors };
   PyObject *entries_, *kinds_, *found_ = nullptr;
 
-  bool is_as_before(PyObject* entry) {
-    PyObject* module = PyTuple_GET_ITEM(entry, 0);
-    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != PyTuple_GET_ITEM(entry, 1)) return false;
+  bool is_as_before(Py_ssize_t first) {
+    PyObject* module = PyTuple_GET_ITEM(entries_, first);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != PyTuple_GET_ITEM(entries_, first + 1))
+      return false;
     PyObject* own = PyObject_GenericGetDict(module, nullptr);
     if (!own) return false;
-    const bool same = matches(own, PyTuple_GET_ITEM(entry, 2), PyTuple_GET_ITEM(entry, 3));
+    const bool same =
+        matches(own, PyTuple_GET_ITEM(entries_, first + 2), PyTuple_GET_ITEM(entries_, first + 3));
     Py_DECREF(own);
     return same;
   }
@@ -62,7 +63,7 @@ class Snapshot {
       const long rule = PyLong_AsLong(PyTuple_GET_ITEM(layout, i + 1));
       if (rule == kAnything) continue;
       if (rule == kEmpty) {
-        if (PyObject_Not(value) != 1) return false;
+        if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != 0) return false;
         continue;
       }
       PyObject* expected = PyTuple_GET_ITEM(values, next++);

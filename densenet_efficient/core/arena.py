@@ -79,6 +79,8 @@ class lease:
         self._rows, self._device = list(table), device
 
     def __enter__(self) -> dict[str, Tensor]:
+        if not self._rows:
+            return {}
         self._key = _key(self._device)
         self._slab = _take(self._key, slab_bytes(self._rows), self._device)
         views: dict[str, Tensor] = {}
@@ -90,7 +92,7 @@ class lease:
         return views
 
     def __exit__(self, *error: object) -> None:
-        if self._key is not None and eager.is_ordinary(self._slab):
+        if self._rows and self._key is not None and eager.is_ordinary(self._slab):
             with _lock:
                 _free.setdefault(self._key, []).append(self._slab)
 

@@ -8,6 +8,7 @@ the memory plan.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,18 +186,21 @@ def scratch_table(
     image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
     """
     widths = [layer.bottleneck for layer in spec.layers]
-    lost_layers = max(len(widths) - spec.kept_layers, 0)
-    widest, lost = max(widths), max(widths[:lost_layers], default=0)
-    table = []
-    if lost:
-        table.append(Buffer("bottleneck", (*image, lost), dtype, "scratch"))
-    if widest and backward:
-        table.append(Buffer("bottleneck gradient", (*image, widest), dtype, "scratch"))
+    lost = max(widths[: max(len(widths) - spec.kept_layers, 0)], default=0)
     masked = [layer.growth for layer in spec.layers if layer.drop_rate > 0]
     masked += [layer.bottleneck for layer in spec.layers if layer.bottleneck_drop_rate > 0]
-    if masked:
-        table.append(Buffer("dropout mask", (*image, max(masked)), dtype, "scratch"))
-    return table
+    gradient = max(widths) if backward else 0
+    return list(_scratch_rows(lost, gradient, max(masked, default=0), tuple(image), dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def _scratch_rows(
+    lost: int, gradient: int, masked: int, image: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Buffer, ...]:
+    widths = {"bottleneck": lost, "bottleneck gradient": gradient, "dropout mask": masked}
+    return tuple(
+        Buffer(name, (*image, width), dtype, "scratch") for name, width in widths.items() if width
+    )
 
 
 def norm_length(channels: int) -> int:

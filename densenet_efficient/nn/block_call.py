@@ -68,7 +68,8 @@ class LastCall:
         self, block: nn.Module, dtype: torch.dtype, call: BlockCall, snapshot: Snapshot
     ) -> None:
         self._block, self._dtype = weakref.ref(block), dtype  # a replica shares this with its model
-        self.programs = Programs()
+        drops = any(spec.drops() for spec in call.specs)  # other values in every call
+        self.programs = None if drops else Programs()
         # Without its tensors: those that a model exchanges for others are freed.
         self._call = replace(call, parameters=(), running=_NOTHING, programs=self.programs)
         self._snapshot = snapshot

@@ -57,11 +57,12 @@ class FeaturesExecution(Efficient):
     def stem_path(self, x: Tensor) -> Dispatch:
         """How the norm, ReLU and pooling after the stem's convolution would run, and why; and, on a
         GPU, the convolution."""
-        return self._stem_paths(x)[0]
+        reason = self._input_problem(x) or self._patch()
+        return self._stem_paths(x)[0] if reason is None else Dispatch(ORIGINAL, reason)
 
     def _stem_paths(self, x: Tensor) -> tuple[Dispatch, Dispatch]:
-        """Of the stem, and of its convolution alone."""
-        reason = self._input_problem(x) or self._patch() or self._stem_problem()
+        """Of the stem, and of its convolution alone, for an input that has no problem."""
+        reason = self._stem_problem()
         if reason is not None:
             return Dispatch(ORIGINAL, reason), Dispatch(ORIGINAL, reason)
         conv: Any = next(iter(self._modules.values()))

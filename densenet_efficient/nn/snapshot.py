@@ -77,8 +77,9 @@ class Snapshot:
     ) -> None:
         self._shared, self._compare = shared, compare
         self._entries = tuple(
-            (module, type(module), *pattern)
+            part
             for module, pattern in zip(modules, patterns, strict=True)
+            for part in (module, type(module), *pattern)
         )
         places = (
             (module, name)
