@@ -97,7 +97,9 @@ inline const WorkspaceSizes<CudaCall>& cuda_workspaces() {
        }},
       {"norm_relu_conv1x1_forward",
        [](const CudaCall& c) {
-         return tiling::NormReluConv1x1Forward(c.rows(), c.K, c.optional_output, c.device).bytes;
+         return tiling::NormReluConv1x1Forward(c.rows(), c.C, c.K, c.size, c.optional_output,
+                                               c.device)
+             .bytes;
        }},
       {"norm_relu_conv1x1_backward",
        [](const CudaCall& c) {

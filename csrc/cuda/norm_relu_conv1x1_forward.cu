@@ -3,8 +3,9 @@
 //
 // Tile: 32 rows a warp, four warps, all K columns (in steps of 64, 128 or 192; more than 192 in
 // several columns of the grid), so that each element of x is normalised once, in the registers that
-// feed the tensor cores. For 192 columns, and where there are few rows, two or four warps share
-// their rows, and each normalises them (tiling/conv1x1.h).
+// feed the tensor cores. For 192 columns, and where there are fewer rows, two warps share their
+// rows, and each normalises them. Where there are few rows conv1x1/narrow_forward.cuh takes over,
+// with smaller tiles whose depth the warps divide (tiling/conv1x1.h).
 // Who owns what: a block walks over a static range of row tiles and, within a tile, over the
 // channels in panels of 32; (tile, panel) pairs form one sequence that cp.async runs ahead of, so
 // that the loads of the next tile are under way while this one is written. A warp rounds its rows
@@ -13,32 +14,17 @@
 // cache). Sums: fp32 accumulators over C; moments exact two-pass over 16 rows, then merged in a
 // fixed order: rows of a warp, warps of a block, blocks (second pass, from 12 K bytes a block).
 // C tail: x and weight arrive as zeros, and so do scale and shift: relu(0 * 0 + 0) = 0.
-#include "gemm/epilogue.cuh"
-#include "gemm/row_tensor.h"
+#include "conv1x1/narrow_forward.cuh"
 #include "reduce/finish.cuh"
-#include "tiling/conv1x1.h"
 #include "workspace.h"
 
 namespace densenet_efficient {
 namespace {
 
-using Tiling = tiling::NormReluConv1x1Forward;
+using namespace conv1x1_forward;
 
-constexpr int kStages = 3;
 constexpr int kWarps = Tiling::kWarps, kWarpRows = Tiling::kWarpRows, kThreads = 32 * kWarps;
 constexpr int kStep = kThreads / 4;  // rows that a block's threads copy at a time
-
-struct Forward {
-  device::RowTensor x;       // [M, C]
-  device::Table norm;        // [5, C]
-  device::RowTensor weight;  // [K, C]
-  device::RowTensor y;       // [M, K]
-  float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
-  int64_t rows;              // M
-  int channels;              // C
-  int outputs;               // K
-  int tiles;
-};
 
 // kColumns of y per warp, kSplit warps side by side.
 template <typename T, int kColumns, int kSplit>
@@ -61,9 +47,10 @@ struct Loader {
   using Layout = ForwardLayout<T, kColumns, kSplit>;
   static constexpr int kTileRows = Layout::kTileRows, kWeightRows = kColumns * kSplit;
   const Forward& args;
-  const int column0, panels, last_tile;
-  const bool aligned;
+  const int column0, panels, last_tile, whole_tiles;
+  const bool aligned, whole_weight;
   const int thread, to;  // to: the thread's chunk of a panel; in registers, see device::kept
+  const ScaleShiftCopy<T, kThreads> scale_shift;
   int tile, panel = 0;
   const unsigned char *x, *weight;
 
@@ -73,10 +60,14 @@ struct Loader {
         column0(column0),
         panels(panels),
         last_tile(last_tile),
-        aligned(min(args.x.vector, args.weight.vector) == device::kChunk<T> &&
-                column0 + kWeightRows <= args.outputs),
+        whole_tiles(static_cast<int>(args.rows / kTileRows)),
+        aligned(args.x.vector == device::kChunk<T> &&
+                args.weight.vector >= device::kOperandChannels<T>),
+        whole_weight(args.weight.vector == device::kChunk<T> &&
+                     column0 + kWeightRows <= args.outputs),
         thread(device::kept(device::thread_index())),
         to(device::kept(device::panel_offset<T>(thread >> 2, thread & 3))),
+        scale_shift(args.norm, thread),
         tile(first_tile) {
     using namespace device;
     const int row = thread >> 2, channel = (thread & 3) * kChunk<T>;
@@ -90,19 +81,23 @@ struct Loader {
     using namespace device;
     if (tile < last_tile) {
       const int channel = panel * kPanelChannels<T>;
-      const int pitch = static_cast<int>(args.x.stride) * static_cast<int>(sizeof(T));
-      const int weight_pitch = static_cast<int>(args.weight.stride) * static_cast<int>(sizeof(T));
-      const int64_t row0 = int64_t(tile) * kTileRows;
-      if (aligned && channel + kPanelChannels<T> <= args.channels &&
-          row0 + kTileRows <= args.rows) {
+      const int pitch = row_pitch<T>(args.x), weight_pitch = row_pitch<T>(args.weight);
+      if (aligned && channel + kPanelChannels<T> <= args.channels && tile < whole_tiles) {
 #pragma unroll
         for (int row = 0; row < kTileRows; row += kStep)
           cp_async<16>(stage + to + row * kPanelRowBytes, x + int64_t(row) * pitch);
-#pragma unroll
-        for (int row = 0; row < kWeightRows; row += kStep)
-          cp_async<16>(stage + to + Layout::kWeightOffset + row * kPanelRowBytes,
-                       weight + int64_t(row) * weight_pitch);
+        // Products with rows of the weight that do not exist are not stored.
+        if (whole_weight) {
+          copy_weight<16>(stage, kWeightRows, weight_pitch);
+        } else {
+          const int left = args.outputs - column0 - (thread >> 2);
+          with_alignment<T>(args.weight, [&]<int kBytes>(std::integral_constant<int, kBytes>) {
+            copy_weight<kBytes>(stage, left, weight_pitch);
+          });
+        }
+        scale_shift.copy(stage + Layout::kNormOffset, args.norm, channel, thread);
       } else {
+        const int64_t row0 = int64_t(tile) * kTileRows;
         const int rows = static_cast<int>(min(args.rows - row0, int64_t(kTileRows)));
         copy_rows<T>(stage, args.x, {0, row0, 0, rows, kTileRows, channel, args.channels},
                      kThreads);
@@ -110,9 +105,9 @@ struct Loader {
                      {0, column0, 0, min(args.outputs - column0, kWeightRows), kWeightRows, channel,
                       args.channels},
                      kThreads);
+        copy_scale_shift<T>(stage + Layout::kNormOffset, args.norm, channel, args.channels, thread,
+                            kThreads);
       }
-      copy_scale_shift<T>(stage + Layout::kNormOffset, args.norm, channel, args.channels, thread,
-                          kThreads);
       x += kPanelRowBytes;
       weight += kPanelRowBytes;
       if (++panel == panels) {
@@ -124,54 +119,17 @@ struct Loader {
     }
     cp_async_commit();
   }
-};
 
-// Where a lane finds its operands in a stage: those of the panel's first half of channels. The
-// second half's are the same, exclusive or 32 (for the norm: those of kDepth channels later).
-template <typename T>
-struct OperandPlaces {
-  int x, weight, channel;  // in registers, see device::kept
-
-  __device__ __forceinline__ OperandPlaces(int x_rows, int weight_rows) {
-    using namespace device;
-    const int lane = lane_index();
-    x = kept(x_rows + panel_offset<T>(a_row(lane), a_chunk(lane)));
-    weight = kept(weight_rows + panel_offset<T>(b_row(lane), b_chunk(lane)));
-    channel = kept(kOperandChannels<T> * (lane & 3));
+  // Of the thread's rows of the weight those before `left`.
+  template <int kBytes>
+  __device__ __forceinline__ void copy_weight(unsigned char* stage, int left, int pitch) const {
+#pragma unroll
+    for (int row = 0; row < kWeightRows; row += kStep)
+      if (row < left)
+        copy_aligned<kBytes>(stage + to + Layout::kWeightOffset + row * device::kPanelRowBytes,
+                             weight + int64_t(row) * pitch, to);
   }
 };
-
-// Two 8-column tiles at a time: one depth of a 32-row warp tile.
-template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_step(float (&acc)[2][kTiles][4],
-                                              const unsigned char* stage, int norm_offset,
-                                              const OperandPlaces<T>& places, int step) {
-  using namespace device;
-  const unsigned char* const norm = stage + norm_offset;
-  const int channel = kDepth<T> * step + places.channel;
-  const OperandNorm<T> norm_low = load_operand_norm<T>(norm, channel);
-  const OperandNorm<T> norm_high = load_operand_norm<T>(norm, channel + kDepth<T> / 2);
-  // Eight rows further on, the order of the chunks is the same.
-  const unsigned char* const x = stage + (places.x ^ (32 * step));
-  const unsigned char* const weight = stage + (places.weight ^ (32 * step));
-  uint32_t a[2][4];
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    ldmatrix_x4(a[m], x + 16 * m * kPanelRowBytes);
-    a[m][0] = norm_relu_operand<T>(a[m][0], norm_low);
-    a[m][1] = norm_relu_operand<T>(a[m][1], norm_low);
-    a[m][2] = norm_relu_operand<T>(a[m][2], norm_high);
-    a[m][3] = norm_relu_operand<T>(a[m][3], norm_high);
-  }
-#pragma unroll
-  for (int j = 0; j < kTiles; j += 2) {
-    uint32_t b[4];
-    ldmatrix_x4(b, weight + 8 * j * kPanelRowBytes);
-    round_operands<T>(b);
-#pragma unroll
-    for (int m = 0; m < 2; ++m) multiply_add_pair<T>(acc[m][j], acc[m][j + 1], a[m], b);
-  }
-}
 
 template <typename T, int kColumns, int kSplit>
 __global__ void __launch_bounds__(kThreads, Tiling::resident(kColumns))
@@ -207,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, Tiling::resident(kColumns))
       const unsigned char* from = shared + stage * Layout::kStageBytes;
 #pragma unroll
       for (int step = 0; step < 2; ++step)
-        multiply_step<T, kTiles>(acc, from, Layout::kNormOffset, places, step);
+        multiply_step<T, 2, kTiles>(acc, from, Layout::kNormOffset, places, step);
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     const int64_t row0 = int64_t(tile) * Layout::kTileRows + warp_row;
@@ -243,6 +201,18 @@ void launch_forward(const Launcher& launcher, const Forward& args, int64_t block
       args);
 }
 
+template <typename T, int kColumns, int kNarrowWarps, int kRowTiles>
+void launch_narrow(const Launcher& launcher, const Forward& args, int64_t blocks) {
+  launcher.launch<&norm_relu_conv1x1_forward_narrow_kernel<T, kColumns, kNarrowWarps, kRowTiles>>(
+      {.grid_x = blocks,
+       .grid_y = ceil_div(args.outputs, kColumns),
+       .block = 32 * kNarrowWarps,
+       .shared_bytes = NarrowLayout<T, kColumns, kNarrowWarps, kRowTiles>::kSharedBytes,
+       .tiles = args.tiles,
+       .ranges = blocks},
+      args);
+}
+
 void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, OptionalTensor stats,
                                OptionalTensor next_stats, OptionalTensor next_gamma,
                                OptionalTensor next_beta, double next_eps,
@@ -251,20 +221,22 @@ void norm_relu_conv1x1_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, O
       x, norm, weight, y, stats, {next_stats, next_gamma, next_beta, next_eps, next_norm});
   dispatch_operands(call.lead, [&]<typename T>(T) {
     const Launcher launcher(call.lead);
-    const Tiling tiling(call.M, call.K, stats.has_value(), launcher.device());
+    const Tiling tiling(call.M, call.C, call.K, sizeof(T), stats.has_value(), launcher.device());
     const Workspace partial(x, tiling.bytes);
     const Forward args{
         row_tensor(call.x),        float_table(call.norm),   weight_rows(call),
         output_row_tensor(call.y), partial.data<float>(),    call.M,
         static_cast<int>(call.C),  static_cast<int>(call.K), static_cast<int>(tiling.tiles)};
-    const auto launch = tiling.columns == 128  ? launch_forward<T, 128, 1>
-                        : tiling.columns == 96 ? launch_forward<T, 96, 2>
-                        : tiling.columns == 48 ? launch_forward<T, 48, 4>
-                        : tiling.columns == 16 ? launch_forward<T, 16, 4>
-                        : tiling.columns == 32 ? tiling.split == 4 ? launch_forward<T, 32, 4>
-                                                                   : launch_forward<T, 32, 2>
-                        : tiling.split == 2    ? launch_forward<T, 64, 2>
-                                               : launch_forward<T, 64, 1>;
+    const auto wide = tiling.columns == 128  ? launch_forward<T, 128, 1>
+                      : tiling.columns == 96 ? launch_forward<T, 96, 2>
+                      : tiling.split == 2    ? launch_forward<T, 64, 2>
+                                             : launch_forward<T, 64, 1>;
+    const auto narrow = tiling.tile_rows == 32 ? launch_narrow<T, 64, 4, 2>
+                        : tiling.columns == 64 ? launch_narrow<T, 64, 4, 1>
+                        : tiling.columns == 48 ? launch_narrow<T, 48, 4, 1>
+                        : tiling.warps == 4    ? launch_narrow<T, 32, 4, 1>
+                                               : launch_narrow<T, 32, 8, 1>;
+    const auto launch = tiling.narrow ? narrow : wide;
     if (call.M > 0 && call.K > 0) launch(launcher, args, tiling.blocks);
     launch_finish<&norm_relu_conv1x1_forward_finish_kernel>(
         launcher, partial.data<const float>(), tiling.blocks, call.K, call.stats, call.next);

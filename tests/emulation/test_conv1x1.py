@@ -4,13 +4,14 @@ against the byte models stated in norm_relu_conv1x1_forward.cu and _backward.cu.
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
 from tests.support.emulators import check, emulator, total
 from tests.support.identifiers import identifier
-from tools.emulation import Launch
+from tools.emulation import Device, Launch
 from tools.op_cases import make
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,54 @@ BACKWARD_SHAPES = [
     ((40, 7, 20), FP32, 1, "TF32: rows aligned to 4 bytes only"),
     ((20, 8, 129), FP32, 0, "TF32: a second call with one output"),
 ]
+
+
+# Each kernel of the forward pass: its template arguments, (rows, channels, outputs), and the
+# multiprocessors of a device that takes it.
+FORWARD_KERNELS = [
+    ("_kernel<T, 128, 1>", (150, 150, 125), 2),
+    ("_kernel<T, 64, 1>", (515, 20, 44), 1),
+    ("_kernel<T, 64, 2>", (270, 20, 125), 1),
+    ("_kernel<T, 96, 2>", (150, 20, 130), 1),
+    ("_narrow_kernel<T, 64, 4, 2>", (150, 20, 190), 8),
+    ("_narrow_kernel<T, 64, 4, 1>", (37, 20, 125), 4),
+    ("_narrow_kernel<T, 48, 4, 1>", (70, 72, 190), 4),
+    ("_narrow_kernel<T, 32, 4, 1>", (515, 20, 130), 32),
+    ("_narrow_kernel<T, 32, 8, 1>", (20, 1000, 44), 16),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=identifier)
+@pytest.mark.parametrize(("kernel", "sizes", "multiprocessors"), FORWARD_KERNELS, ids=identifier)
+def test_every_forward_kernel(
+    kernel: str, sizes: tuple[int, int, int], multiprocessors: int, dtype: torch.dtype
+) -> None:
+    """With tails of rows, channels and outputs; several tiles a block where a kernel has them."""
+    device = Device(multiprocessors)
+    case = make(FORWARD, sizes, dtype)
+    [launch, *_] = emulator().call(FORWARD, *case.arguments.values(), device=device)
+    arguments = launch.kernel.partition("<")[2].partition(",")[2]
+    assert kernel.partition("<")[0] in launch.kernel
+    assert re.findall(r"\d+", arguments) == re.findall(r"\d+", kernel.partition(",")[2])
+    check(emulator(), make(FORWARD, sizes, dtype), device)
+    if dtype == BF16:
+        check(emulator(), make(FORWARD, sizes, dtype, stats=None), device)
+
+
+@pytest.mark.parametrize("outputs", [60, 128], ids=["wide", "narrow"])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(36, BF16), (38, FP16), (37, BF16), (38, FP32), (37, FP32)],
+    ids=identifier,
+)
+def test_weights_aligned_less_than_the_rows(
+    channels: int, dtype: torch.dtype, outputs: int
+) -> None:
+    """As in every other layer of growth rate 12, whose features are padded to whole sectors: to
+    eight or four bytes, or to a value."""
+    rows, device = (257, Device(1)) if outputs == 60 else (40, Device())
+    case = make(FORWARD, (rows, channels, outputs), dtype, widths={"x": 48})
+    check(emulator(), case, device)
 
 
 @pytest.mark.parametrize(("sizes", "dtype", "before", "reason"), FORWARD_SHAPES, ids=identifier)
@@ -109,6 +158,29 @@ def test_forward_traffic(sizes: tuple[int, int, int], reason: str, dtype: torch.
     expect_traffic(launches, loads, stores)
     columns = 64 if K <= 64 else 128
     assert kernel.mma == tiles * kernel.block // 16 * math.ceil(C * size / 64) * 2 * columns // 8
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)
+@pytest.mark.parametrize(
+    ("sizes", "multiprocessors"),
+    [((48, 128, 192), 4), ((160, 64, 192), 8), ((64, 64, 48), 4)],
+    ids=identifier,
+)
+def test_narrow_forward_traffic(
+    sizes: tuple[int, int, int], multiprocessors: int, dtype: torch.dtype
+) -> None:
+    M, C, K = sizes
+    size = dtype.itemsize
+    case = make(FORWARD, sizes, dtype)
+    launches = emulator().call(FORWARD, *case.arguments.values(), device=Device(multiprocessors))
+    kernel = launches[0]
+    assert "narrow" in kernel.kernel
+    columns, _, row_tiles = map(int, re.findall(r" (\d+)", kernel.kernel))
+    assert kernel.tiles == M // (16 * row_tiles) and K % columns == 0
+    beside, ranges = K // columns, kernel.ranges
+    loads = beside * (size * M * C + kernel.tiles * (size * columns * C + 2 * 4 * C))
+    expect_traffic([kernel], loads, size * M * K + 3 * 4 * K * ranges)
+    assert kernel.mma == M // 16 * math.ceil(C * size / 64) * 2 * K // 8
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=identifier)

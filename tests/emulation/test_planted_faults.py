@@ -129,9 +129,31 @@ FAULTS = [
         "weight that is not rounded to TF32",
         "norm_relu_conv1x1_forward",
         (32, 16, 16),
-        Mutation("cuda/norm_relu_conv1x1_forward.cu", "    round_operands<T>(b);\n", ""),
+        Mutation("cuda/conv1x1/forward.cuh", "    round_operands<T>(b);\n", ""),
         "operand that is not rounded to TF32",
         dtype=torch.float32,
+    ),
+    Fault(
+        "sums overwritten while other warps still read them",
+        "norm_relu_conv1x1_forward",
+        (40, 16, 128),
+        Mutation(
+            "cuda/conv1x1/narrow_forward.cuh",
+            "      if (group > 0 || tile > first_tile) sync_threads();",
+            "",
+        ),
+        "race: shared byte",
+    ),
+    Fault(
+        "panel overwritten while other lanes still read it",
+        "norm_relu_conv1x1_forward",
+        (40, 520, 128),
+        Mutation(
+            "cuda/conv1x1/narrow_forward.cuh",
+            "      cp_async_wait<kStages - 2>();\n      sync_warp();\n",
+            "      cp_async_wait<kStages - 2>();\n",
+        ),
+        "race: shared byte",
     ),
 ]
 

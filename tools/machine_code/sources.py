@@ -9,14 +9,15 @@ from .compiler import ROOT, Place
 
 # The parts of a tile's work, and the functions that do them; of nested ones the innermost counts.
 PARTS = {
-    "copies": ("load", "copy_chunk", "copy_rows", "copy_gradient", "copy_scale_shift", "copy_norm",
-               "copy_tile_rows", "copy_halo", "copy_group", "stage_pixels", "cp_async", "for_runs"),
+    "copies": ("load", "copy_chunk", "copy_rows", "copy_aligned", "copy_gradient",
+               "copy_scale_shift", "copy_norm", "copy_tile_rows", "copy_halo", "copy_group",
+               "stage_pixels", "cp_async", "for_runs"),
     "gradient": ("form_dy", "load_gradient", "load_gradient_panel", "correct_operand"),
     "norm": ("normalise_panel", "norm_relu_operand", "load_operand_norm"),
     "products": ("multiply_panel", "multiply_step", "multiply_tile", "multiply_add",
                  "weight_gradient", "data_gradient"),
-    "epilogue": ("write_rows", "store_chunk", "finish_panel", "add_sums", "write", "give_sums",
-                 "take_sums"),
+    "epilogue": ("write_rows", "finish_rows", "store_rounded", "store_chunk", "finish_panel",
+                 "add_sums", "write", "give_sums", "take_sums"),
     "moments": ("measure_panel", "add", "add_square", "merge", "start",
                 "finish", "merge_shared", "RowCounts"),
 }  # fmt: skip

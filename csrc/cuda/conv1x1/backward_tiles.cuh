@@ -57,12 +57,12 @@ struct TileLoader {
   int own_from, own_offset;                // where its first chunk of x comes from and lies
   bool active;                             // whether it copies any of dz_y
   bool own_whole;                          // its channels of x all exist
-  int64_t row0;                            // of the next tile
+  int tile;                                // the next one
   const unsigned char *dz_y, *y, *x, *dx;  // the tile's first row
 
   __device__ __forceinline__ TileLoader(const Backward& args, const Layout& layout, int64_t row0,
                                         int block_channel0, unsigned char* shared)
-      : args(args), layout(layout), row0(row0) {
+      : args(args), layout(layout), tile(static_cast<int>(row0 / kTileRows)) {
     using namespace device;
     const int thread = thread_index(), team = thread / kTeam, eight = thread >> 3;
     int teams = 1;
@@ -169,7 +169,7 @@ struct TileLoader {
         copy(to + layout.y_offset(), args.y, row_after(r), rows, byte, args.outputs);
       }
     }
-    row0 += kTileRows;
+    ++tile;
   }
 
   // One chunk of the tile's row r, if it is one of its `rows`.
@@ -177,8 +177,8 @@ struct TileLoader {
                                        int rows, int first_byte, int channels) const {
     const int channel = first_byte / kSize;
     // Not below zero: without saying so, 128 outputs of 16 bits spill a register on sm_90a.
-    device::copy_chunk(to, from.at<T>(row0 + r, channel), r < rows ? max(channels - channel, 0) : 0,
-                       from.vector);
+    device::copy_chunk(to, from.at<T>(int64_t(tile) * kTileRows + r, channel),
+                       r < rows ? max(channels - channel, 0) : 0, from.vector);
   }
 
   // dy over dz_y, in place: each thread works on the chunks that it copied itself, all of them of
