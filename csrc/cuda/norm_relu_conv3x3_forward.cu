@@ -137,18 +137,39 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
 
   int load_tile = first_tile;
   int load_panel = 0;
+  const RowPart part = RowPart::of<T>(threads);
+  const unsigned char *weight_at = nullptr, *halo_at = nullptr;  // of the part, of the next panel
+  const bool whole_rows = args.weight.vector == kChunk<T> && args.x.vector == kChunk<T> &&
+                          args.outputs - column0 >= kColumns;
+  bool whole_tile = false;
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
       const int channel = load_panel * kPanelChannels<T>;
-      copy_tile_rows<T>(stage, args.weight,
-                        {0, kTaps * column0, 0, kTaps * (args.outputs - column0), kTaps * kColumns,
-                         channel, args.channels},
-                        threads);
-      copy_scale_shift<T>(shared + layout.norm_offset(stage_index), args.norm, channel,
-                          args.channels, thread_index(), threads);
-      copy_halo<T>(stage + layout.halo_offset(), images, TileOrigin(images, load_tile), args.x,
-                   channel, args.channels, threads);
+      unsigned char* halo = stage + layout.halo_offset();
+      unsigned char* norm = shared + layout.norm_offset(stage_index);
+      if (load_panel == 0) {
+        weight_at = row_at<T>(args.weight, kTaps * column0 + part.first, part.chunk * kChunk<T>);
+        halo_at = pixel_at<T>(args.x, images, load_tile, part.first - images.width,
+                              part.chunk * kChunk<T>);
+        whole_tile = whole_rows && images.has_whole_halo(load_tile);
+      }
+      if (whole_tile && channel + kPanelChannels<T> <= args.channels) {
+        copy_whole_scale_shift<T>(norm, args.norm, channel, threads);
+        copy_whole_rows(stage, weight_at, part, kTaps * kColumns, row_pitch<T>(args.weight));
+        copy_whole_rows(halo, halo_at, part, images.tile_pixels + 2 * images.width,
+                        row_pitch<T>(args.x));
+      } else {
+        copy_scale_shift<T>(norm, args.norm, channel, args.channels, thread_index(), threads);
+        copy_tile_rows<T>(stage, args.weight,
+                          {0, kTaps * column0, 0, kTaps * (args.outputs - column0),
+                           kTaps * kColumns, channel, args.channels},
+                          threads);
+        copy_halo<T>(halo, images, TileOrigin(images, load_tile), args.x, channel, args.channels,
+                     threads);
+      }
+      weight_at += kPanelRowBytes;
+      halo_at += kPanelRowBytes;
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;

@@ -189,25 +189,31 @@ __global__ void __launch_bounds__(32 * kDivision<T, kShared>.share * kDivision<T
 
   int load_tile = first_tile;
   int load_panel = first_panel, load_output = 0;
+  constexpr int kPixels = kGroup / kShare;  // of x, that a warp copies
+  const RowPart part = RowPart::of<T>(threads);
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
       const int channel = load_panel * kChannels, output = load_output * kChannels;
       // No further than the products go: half of the panel where it holds no more outputs.
       const int outputs = args.outputs - output;
-      copy_tile_rows<T>(
-          stage, args.weight,
-          {0, kTaps * output, 0, kTaps * outputs,
-           kTaps * (outputs > kDepth<T> ? kChannels : kDepth<T>), channel, args.channels},
-          threads);
+      const int rows = outputs > kDepth<T> ? kChannels : kDepth<T>;
+      if (args.weight.vector == kChunk<T> && channel + kChannels <= args.channels &&
+          outputs >= rows)
+        copy_whole_rows(
+            stage,
+            row_at<T>(args.weight, kTaps * output + part.first, channel + part.chunk * kChunk<T>),
+            part, kTaps * rows, row_pitch<T>(args.weight));
+      else
+        copy_tile_rows<T>(
+            stage, args.weight,
+            {0, kTaps * output, 0, kTaps * outputs, kTaps * rows, channel, args.channels}, threads);
       if (load_output + 1 == output_panels) {
-        const TileOrigin origin(images, load_tile);
         copy_norm<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, threads);
-        constexpr int kPixels = kGroup / kShare;
-        copy_group<T, kPixels>(stage + layout.x_offset(), images, origin, args.x, warp * kPixels,
+        copy_group<T, kPixels>(stage + layout.x_offset(), images, load_tile, args.x, warp * kPixels,
                                channel, args.channels);
         if constexpr (kAccumulate)
-          copy_group<T, kPixels>(stage + layout.dx_offset(), images, origin, args.dx,
+          copy_group<T, kPixels>(stage + layout.dx_offset(), images, load_tile, args.dx,
                                  warp * kPixels, channel, args.channels);
       }
       if (++load_output == output_panels) {

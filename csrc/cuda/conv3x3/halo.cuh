@@ -40,6 +40,14 @@ struct Images {
         share(tile.division.share),
         pitch_share((1 << 16) / pitch + 1) {}
 
+  // Of a tile that is as wide as the images: its pixels.
+  DE_HOST_DEVICE int pixels_of(int tile) const {
+    return tile + 1 == tiles ? last_pixels : tile_pixels;
+  }
+  // Whether a tile is as wide as the images, and all pixels of its halo are among theirs.
+  DE_HOST_DEVICE bool has_whole_halo(int tile) const {
+    return strips == 1 && tile > 0 && tile + 1 < tiles;
+  }
   // Blocks walk over static ranges of tiles: the first of a block's.
   DE_HOST_DEVICE int first_tile(int64_t block, int64_t blocks) const {
     return static_cast<int>(tiles * block / blocks);
@@ -86,12 +94,9 @@ struct TileOrigin {
   __device__ __forceinline__ int64_t pixel(const Images& images) const {
     return image_row * images.width + column;
   }
-  // The same of a tile that is as wide as the images, and its pixels.
+  // The same of a tile that is as wide as the images.
   __device__ __forceinline__ int64_t whole_pixel(const Images& images) const {
     return int64_t(tile) * images.tile_pixels;
-  }
-  __device__ __forceinline__ int whole_pixels(const Images& images) const {
-    return tile == images.tiles - 1 ? images.last_pixels : images.tile_pixels;
   }
 };
 
@@ -165,6 +170,65 @@ __device__ __forceinline__ void for_runs(const Images& images, const TileOrigin&
   }
 }
 
+// A thread's part of a panel's rows: chunk thread % 4 of every (threads / 4)-th row from `first`
+// on, which lies at `offset` of the panel.
+struct RowPart {
+  int chunk, first, step, offset;
+
+  template <typename T>
+  static __device__ __forceinline__ RowPart of(int threads) {
+    const int thread = kept(thread_index()), chunk = thread & 3, first = thread >> 2;
+    return {chunk, first, threads >> 2, panel_offset<T>(first, chunk)};
+  }
+};
+
+// Where row `row` begins from a channel on; and pixel `pixel` of a tile as wide as the images,
+// whose bytes 32 bits count.
+template <typename T>
+__device__ __forceinline__ const unsigned char* row_at(const RowTensor& rows, int row,
+                                                       int channel) {
+  return advance(
+      static_cast<const unsigned char*>(rows.data) + channel * static_cast<int>(sizeof(T)), row,
+      row_pitch<T>(rows));
+}
+template <typename T>
+__device__ __forceinline__ const unsigned char* pixel_at(const RowTensor& x, const Images& images,
+                                                         int tile, int pixel, int channel) {
+  return advance(row_at<T>(x, pixel, channel), tile, images.tile_pixels * row_pitch<T>(x));
+}
+
+// A part of the rows [0, end), all of which exist, in whole chunks: `at` is the chunk in its first.
+__device__ __forceinline__ void copy_whole_rows(unsigned char* panel, const unsigned char* at,
+                                                const RowPart& part, int end, int row_pitch) {
+  const int step = part.step, pitch = step * row_pitch;
+  unsigned char* to = panel + part.offset;
+  const auto copy = [&](int i) {
+    cp_async<16>(to + i * step * kPanelRowBytes, advance(at, i, pitch));
+  };
+  int row = part.first;
+#pragma unroll 1
+  for (; row + 3 * step < end; row += 4 * step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) copy(i);
+    at = advance(at, 4, pitch);
+    to += 4 * step * kPanelRowBytes;
+  }
+  if (row < end) copy(0);
+  if (row + step < end) copy(1);
+  if (row + 2 * step < end) copy(2);
+}
+
+// Scale and shift of a panel all of whose channels exist.
+template <typename T>
+__device__ __forceinline__ void copy_whole_scale_shift(unsigned char* shared, const Table& norm,
+                                                       int channel, int threads) {
+  const int pitch = 4 * static_cast<int>(norm.stride);
+#pragma unroll 1
+  for (int i = thread_index(); i < 2 * kPanelChannels<T>; i += threads)
+    cp_async<4>(shared + scale_shift_offset(i >> 1) + 4 * (i & 1),
+                advance(norm.data + channel + (i >> 1), kScale + (i & 1), pitch));
+}
+
 // copy_rows where both addresses only move on from row to row and rows that do not exist are copies
 // of nothing, which leave zeros: the least instructions where a tile's rows are few for a thread.
 template <typename T>
@@ -222,24 +286,24 @@ __device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& ima
 // One panel of kPixels of a tile's pixels from `first` on, without halo, zero where there is no
 // pixel: a warp's.
 template <typename T, int kPixels>
-__device__ __forceinline__ void copy_group(unsigned char* panel, const Images& images,
-                                           const TileOrigin& origin, const RowTensor& x, int first,
-                                           int channel, int channels) {
+__device__ __forceinline__ void copy_group(unsigned char* panel, const Images& images, int tile,
+                                           const RowTensor& x, int first, int channel,
+                                           int channels) {
   constexpr int kStep = 8, kRows = kPixels / kStep;  // a lane's pixels: so far apart, so many
   const int lane = lane_index(), chunk = lane & 3;
   const int pixel = first + (lane >> 2);
   const int left = channels - channel - chunk * kChunk<T>;
   unsigned char* const to = panel + panel_offset<T>(pixel, chunk);
   if (images.strips == 1 && x.vector == kChunk<T> && (left >= kChunk<T> || left <= 0)) {
-    const unsigned char* at =
-        row_bytes<T>(x, origin.whole_pixel(images), pixel, channel + chunk * kChunk<T>);
-    const int exist = left > 0 ? origin.whole_pixels(images) - pixel : 0;
+    const unsigned char* at = pixel_at<T>(x, images, tile, pixel, channel + chunk * kChunk<T>);
+    const int exist = left > 0 ? images.pixels_of(tile) - pixel : 0;
     const uint32_t step = kStep * row_pitch<T>(x);
 #pragma unroll
     for (int i = 0; i < kRows; ++i, at += step)
       cp_async<16>(to + kStep * i * kPanelRowBytes, at, kStep * i < exist ? 16 : 0);
     return;
   }
+  const TileOrigin origin(images, tile);
 #pragma unroll 1
   for (int i = 0; i < kRows; ++i) {
     const int offset = static_cast<int>(describe_pixel(images, origin, pixel + kStep * i).x);

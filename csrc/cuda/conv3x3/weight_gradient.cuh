@@ -114,13 +114,12 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
 
   const auto load = [&](int tile, int stage_index) {
     if (tile < last_tile) {
-      const TileOrigin origin(images, tile);
       for (int panel = 0; panel < panels; ++panel) {
         unsigned char* to =
             shared + stage_index * args.shared.stage_bytes + panel * args.shared.panel_bytes;
         const int channel = channel0 + panel * kPanelChannels<T>;
         for (int group = own_warp(); group < images.groups; group += threads / 32)
-          copy_group<T, kGroup>(to, images, origin, args.x, group * kGroup, channel, args.channels);
+          copy_group<T, kGroup>(to, images, tile, args.x, group * kGroup, channel, args.channels);
         copy_scale_shift<T>(to + args.shared.norm, args.norm, channel, args.channels,
                             thread_index(), threads);
       }

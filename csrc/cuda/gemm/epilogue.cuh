@@ -110,7 +110,7 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, int 
   constexpr int kWidth = kOperandChannels<T>;
   const int word = lane & 15, parity = lane >> 4;
   const int own = parity * kPanelRowBytes + 4 * word;
-  const auto load = [&](int i) {
+  const auto word_of = [&](int i) {
     return shared_load<uint32_t>(staging + 2 * i * kPanelRowBytes + (own ^ row_swizzle<T>(2 * i)));
   };
   float means[kWidth] = {}, m2s[kWidth] = {}, values[kWidth];
@@ -134,7 +134,7 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, int 
   if (rows.valid == 0xffffffffu) {
     uint32_t words[16];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) words[i] = load(i);
+    for (int i = 0; i < 16; ++i) words[i] = word_of(i);
 #pragma unroll
     for (int i = 0; i < 16; ++i) add(words[i]);
     divide();
@@ -144,11 +144,11 @@ __device__ __forceinline__ void measure_panel(const unsigned char* staging, int 
     const uint32_t valid = rows.valid >> parity;
 #pragma unroll 1
     for (int i = 0; i < 16; ++i)
-      if (valid >> (2 * i) & 1) add(load(i));
+      if (valid >> (2 * i) & 1) add(word_of(i));
     divide();
 #pragma unroll 1
     for (int i = 0; i < 16; ++i)
-      if (valid >> (2 * i) & 1) add_square(load(i));
+      if (valid >> (2 * i) & 1) add_square(word_of(i));
   }
   // Of two columns lanes of even rows finish the first one, lanes of odd rows the second.
   const int kept = kWidth > 1 ? parity : 0, given = kWidth > 1 ? 1 - parity : 0;

@@ -129,7 +129,7 @@ struct NormReluConv3x3Forward {
     Tile3x3 best = tile(kAlone, columns);
     if (!few_pixels(of, device)) return best;
     for (int of_block = columns; of_block > 0; of_block -= 16) {
-      for (const Groups3x3& division : {kAlone, kForwardShared[0], kForwardShared[1]}) {
+      for (const Groups3x3& division : kForwardShared) {
         const Tile3x3 other = tile(division, of_block);
         if (!faster(other, best)) continue;
         best = other;
@@ -271,13 +271,12 @@ struct DataGradient3x3 {
     };
     Tile3x3 best(of, kernel(kAlone, 1), device, {});
     if (!few_pixels(of, device)) return best;
-    for (const Groups3x3& division : {kAlone, data_gradient_shared(size)}) {
-      for (int64_t beside = 1; beside <= of_channels; beside *= 2) {
-        const Tile3x3 tile(of, kernel(division, beside), device, {.beside = beside});
-        if (!faster(tile, best)) continue;
-        best = tile;
-        channel_blocks = beside;
-      }
+    for (int64_t beside = 1; beside <= of_channels; beside *= 2) {
+      const Tile3x3 tile(of, kernel(data_gradient_shared(size), beside), device,
+                         {.beside = beside});
+      if (!faster(tile, best)) continue;
+      best = tile;
+      channel_blocks = beside;
     }
     return best;
   }
