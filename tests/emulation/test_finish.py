@@ -98,5 +98,5 @@ def test_sums_of_a_weight_gradient_over_many_blocks() -> None:
     inputs = case.inputs()
     device = Device(multiprocessors=30)
     first, _ = emulator().call(case.op, *case.arguments.values(), device=device)
-    assert first.grid == (30, 1)
+    assert first.grid == (120, 1)
     compare(case.op, inputs, case.outputs)
