@@ -60,7 +60,7 @@ def update(norms: Running, table: Tensor, first: Sequence[int], count: int) -> N
 
 
 def _update_together(norms: Running, table: Tensor, first: Sequence[int], count: int) -> bool:
-    """By one operator, which writes when it has checked all. False, and nothing has happened, where
+    """By one operator, which writes when it has checked all. False, and no value has changed, where
     it does not take these norms: without one momentum, with something left out, of several dtypes
     or devices, negative views, or memory in two places (``csrc/running.cpp``)."""
     means, variances, batches, momenta = norms

@@ -71,25 +71,15 @@ def check_launch(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "device", "arguments", "warps", "grid", "tiles", "reason"),
-    FORWARDS, ids=identifier,
-)  # fmt: skip
-def test_forward(
-    sizes: tuple[int, ...], dtype: torch.dtype, device: Device, arguments: str, warps: int,
-    grid: tuple[int, int], tiles: int, reason: str,
+    ("op", "sizes", "dtype", "device", "arguments", "warps", "grid", "tiles", "reason"),
+    [(FORWARD, *case) for case in FORWARDS] + [(BACKWARD, *case) for case in BACKWARDS],
+    ids=identifier,
+)
+def test_shared_pixels(
+    op: str, sizes: tuple[int, ...], dtype: torch.dtype, device: Device, arguments: str,
+    warps: int, grid: tuple[int, int], tiles: int, reason: str,
 ) -> None:  # fmt: skip
-    check_launch(FORWARD, sizes, dtype, device, (arguments, warps, grid, tiles))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "dtype", "device", "arguments", "warps", "grid", "tiles", "reason"),
-    BACKWARDS, ids=identifier,
-)  # fmt: skip
-def test_backward(
-    sizes: tuple[int, ...], dtype: torch.dtype, device: Device, arguments: str, warps: int,
-    grid: tuple[int, int], tiles: int, reason: str,
-) -> None:  # fmt: skip
-    check_launch(BACKWARD, sizes, dtype, device, (arguments, warps, grid, tiles))
+    check_launch(op, sizes, dtype, device, (arguments, warps, grid, tiles))
 
 
 @pytest.mark.parametrize(
