@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from densenet_efficient.nn.execution import ORIGINAL, recording
 from densenet_efficient.ops.dispatch import Dispatch
-from tests.support.fuzzing.judgement import assert_equal_in_float64, largest_gradient
+from tests.support.fuzzing.judgement import Inside, assert_equal_in_float64, look_inside
 from tests.support.fuzzing.layouts import LAYOUTS, laid_out
 from tests.support.fuzzing.profile import fuzz
 from tests.support.fuzzing.structures import (
@@ -101,9 +101,9 @@ def check(
         once = ordinary(copy.deepcopy(plain), leaf(subject, seed, layout, wanted))
         expected = expected_buffers(once, expected, ours, entries)
 
-    def inside() -> float:
+    def inside() -> Inside:
         x = leaf(subject, seed, layout, True)
-        return largest_gradient(copy.deepcopy(plain), lambda model: ordinary(model, x))
+        return look_inside(copy.deepcopy(plain), lambda model: ordinary(model, x))
 
     assert_equal_in_float64(expected, got, inside)
 
@@ -137,9 +137,9 @@ def test_only_the_rounding_of_gradients_inside_is_allowed() -> None:
     """And these are looked for only where something differs."""
     right, asked = torch.ones(3, dtype=torch.float64), []
 
-    def inside() -> float:
+    def inside() -> Inside:
         asked.append(True)
-        return 1e8
+        return Inside(1e8, at_kink=False)
 
     assert_equal_in_float64({"y": right}, {"y": right + 1e-10}, inside)
     assert not asked
@@ -148,11 +148,39 @@ def test_only_the_rounding_of_gradients_inside_is_allowed() -> None:
         assert_equal_in_float64({"y": right}, {"y": right + 1e-6}, inside)
 
 
+@pytest.mark.parametrize("name", ["y", "x", "norm.weight.grad"])
+@pytest.mark.parametrize("at_kink", [True, False])
+def test_only_gradients_at_a_kink_are_not_compared(name: str, at_kink: bool) -> None:
+    right = torch.ones(3, dtype=torch.float64)
+
+    def agrees(value: float) -> bool:
+        try:
+            assert_equal_in_float64(
+                {name: right}, {name: right * value}, lambda: Inside(1.0, at_kink)
+            )
+        except AssertionError:
+            return False
+        return True
+
+    assert agrees(1.0) and agrees(2.0) == (at_kink and name != "y")
+    assert not agrees(float("inf")) and not agrees(float("nan"))
+
+
+@pytest.mark.parametrize(("affine", "values"), [(True, 1), (False, 1), (False, 2)])
+def test_constant_channels_without_beta_stand_at_a_kink(affine: bool, values: int) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1, affine=affine), nn.ReLU()).double()
+    if affine:
+        nn.init.constant_(model[0].bias, 0.1)
+    x = 1.541 + torch.arange(4.0, dtype=torch.float64).view(4, 1, 1, 1) % values
+    found = look_inside(model, lambda model: model(x.requires_grad_()).sum().backward())
+    assert found.at_kink == (not affine and values == 1)
+
+
 def test_the_largest_gradient_inside_is_found() -> None:
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
     with torch.no_grad():
         model[0].weight.fill_(1e-6)
         model[1].weight.fill_(1e6)
     x = torch.ones(1, 1, dtype=torch.float64)
-    found = largest_gradient(model, lambda model: model(x).sum().backward())
-    assert found == pytest.approx(1e6)
+    found = look_inside(model, lambda model: model(x).sum().backward())
+    assert found == Inside(pytest.approx(1e6), at_kink=False)
