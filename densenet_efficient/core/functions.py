@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from . import differentiable, eager, layout, max_pool, pooling, specs
 from .dense_block import Kept, block_backward, block_forward
@@ -70,6 +71,17 @@ class DenseBlockFunction(torch.autograd.Function):
     Saved for backward: F, its statistics and those of every b, on a GPU the folded norms, and every
     b that the specification keeps.
     """
+
+    @classmethod
+    def apply(cls, spec: BlockSpec, x: Tensor, known_stats, result: Result, *parameters):
+        """As of any Function, which asks of every argument whether it is a tensor: there are
+        hundreds."""
+        if eager.is_transformed():
+            return super().apply(spec, x, known_stats, result, *parameters)
+        # A tensor that a transform of torch.func made and left behind stands for the one inside.
+        given = [None if p is None else unwrap_if_dead(p) for p in (x, known_stats, *parameters)]
+        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        return apply(spec, given[0], given[1], result, *given[2:])
 
     @staticmethod
     def forward(ctx, spec: BlockSpec, x: Tensor, known_stats, result: Result, *parameters):

@@ -219,3 +219,21 @@ def test_what_is_known_is_not_stored() -> None:
     block = block_of()
     step(block)
     assert pickle.loads(pickle.dumps(block))._efficient.last_call is None
+
+
+def test_a_tensor_that_a_transform_left_behind_stands_for_the_one_inside() -> None:
+    block, left = block_of(), list[torch.Tensor]()
+    weight = block.denselayer1.norm1.weight
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        left.append(tensor * 1)
+        return tensor.sum()
+
+    (expected,) = torch.autograd.grad(block(torch.eye(5).expand(2, 8, 5, 5))[:, 8:].sum(), weight)
+    torch.func.grad(keep)(weight)
+    del block.denselayer1.norm1.weight
+    block.denselayer1.norm1.weight = left[0]
+    for _ in range(3):
+        y = block(torch.eye(5).expand(2, 8, 5, 5))
+        (found,) = torch.autograd.grad(y[:, 8:].sum(), weight, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
