@@ -2,7 +2,7 @@
 // snapshot.py, which comes before every call of a block and must see every change.
 //
 //   entries   a tuple of module, its class, layout and values for each
-//   layout    of its __dict__: a tuple of key and rule for each item, in order
+//   layout    of its __dict__: a tuple of the keys, in order, and behind them bytes, a rule for each
 //   values    those that the rules compare with, in order
 //   rule      0  anything
 //             1  equal to the value, and of its type
@@ -54,13 +54,14 @@ class Snapshot {
   }
 
   bool matches(PyObject* own, PyObject* layout, PyObject* values) {
-    const Py_ssize_t size = PyTuple_GET_SIZE(layout);
-    if (!PyDict_CheckExact(own) || 2 * PyDict_GET_SIZE(own) != size) return false;
+    const Py_ssize_t size = PyTuple_GET_SIZE(layout) - 1;
+    if (!PyDict_CheckExact(own) || PyDict_GET_SIZE(own) != size) return false;
+    const char* rules = PyBytes_AS_STRING(PyTuple_GET_ITEM(layout, size));
     PyObject *key, *value;
     Py_ssize_t at = 0, next = 0;
-    for (Py_ssize_t i = 0; i < size; i += 2) {
+    for (Py_ssize_t i = 0; i < size; ++i) {
       if (!PyDict_Next(own, &at, &key, &value) || key != PyTuple_GET_ITEM(layout, i)) return false;
-      const long rule = PyLong_AsLong(PyTuple_GET_ITEM(layout, i + 1));
+      const char rule = rules[i];
       if (rule == kAnything) continue;
       if (rule == kEmpty) {
         if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != 0) return false;

@@ -49,6 +49,8 @@ _RULES = {
 }
 
 
+_one_of_bytes = functools.cache(bytes)
+
 _Pattern = tuple[tuple[Any, ...], tuple[Any, ...]]
 """What is compared of a module's attributes, and with what; see ``csrc/snapshot.h``."""
 
@@ -158,13 +160,13 @@ def _pattern(
 ) -> _Pattern | None:
     """What a module holds, as the comparison takes it; None where that cannot be compared. one:
     what makes the tuples."""
-    layout: list[Any] = []
+    rules: list[_Rule] = []
     values: list[Any] = []
     for name, value in module.__dict__.items():
         rule = _RULES.get(name, _Rule.EQUAL)
         if is_root and (name == OWN or rule is _Rule.EMPTY):
             rule = _Rule.ANYTHING
-        layout += name, int(rule)
+        rules.append(rule)
         if rule is _Rule.EQUAL:
             if not _is_plain(value):
                 return None
@@ -174,7 +176,7 @@ def _pattern(
         elif rule is _Rule.TENSORS:
             held = ((key, tensor is not None) for key, tensor in value.items())
             values.append(one(part for item in held for part in item))
-    return one(layout), one(values)
+    return one((*module.__dict__, _one_of_bytes(tuple(rules)))), one(values)
 
 
 def _is_plain(value: Any) -> bool:
