@@ -11,10 +11,11 @@ the graph; so it does outside ordinary eager execution, since only ordinary tens
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +42,15 @@ class Buffer:
     dtype: torch.dtype
     lifetime: str
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Size in bytes, without alignment."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of a contiguous tensor."""
+        return tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
 
 
 def slab_bytes(table: Iterable[Buffer]) -> int:
@@ -75,8 +81,8 @@ if hasattr(os, "register_at_fork"):
 class lease:
     """A context: uninitialised tensors for the rows of ``table``, by name, until it ends."""
 
-    def __init__(self, table: Iterable[Buffer], device: torch.device) -> None:
-        self._rows, self._device = list(table), device
+    def __init__(self, table: Sequence[Buffer], device: torch.device) -> None:
+        self._rows, self._device = table, device
 
     def __enter__(self) -> dict[str, Tensor]:
         if not self._rows:
@@ -84,10 +90,12 @@ class lease:
         self._key = _key(self._device)
         self._slab = _take(self._key, slab_bytes(self._rows), self._device)
         views: dict[str, Tensor] = {}
-        offset = 0
+        offset, whole = 0, self._slab
         for row in self._rows:
-            part = self._slab[offset : offset + row.bytes]
-            views[row.name] = part.view(row.dtype).view(row.shape)
+            if row.dtype != whole.dtype:
+                whole = whole.view(row.dtype)
+            place = offset // row.dtype.itemsize
+            views[row.name] = whole.as_strided(row.shape, row.strides, place)
             offset += _aligned(row.bytes)
         return views
 

@@ -144,7 +144,7 @@ class BlockSpec:
         """Channels of the block's input."""
         return self.layers[0].in_channels
 
-    @property
+    @functools.cached_property
     def out_channels(self) -> int:
         """Channels of the feature buffer."""
         return self.layers[-1].in_channels + self.layers[-1].growth
@@ -155,10 +155,20 @@ class BlockSpec:
         added = self.out_channels - self.in_channels
         return slice(0, added) if self.newest_first else slice(self.in_channels, self.out_channels)
 
-    @property
+    @functools.cached_property
     def batch_stats(self) -> bool:
         """Whether any norm1 of the block uses the batch's statistics of F's channels."""
         return any(layer.norm1.running is None for layer in self.layers)
+
+    @functools.cached_property
+    def scratch_widths(self) -> tuple[int, int, int]:
+        """Channels of the widest bottleneck that is not kept, of the widest one, and of the most
+        values that are dropped together."""
+        widths = [layer.bottleneck for layer in self.layers]
+        lost = widths[: max(len(widths) - self.kept_layers, 0)]
+        masked = [layer.growth for layer in self.layers if layer.drop_rate > 0]
+        masked += [layer.bottleneck for layer in self.layers if layer.bottleneck_drop_rate > 0]
+        return max(lost, default=0), max(widths), max(masked, default=0)
 
 
 @dataclass(frozen=True)
@@ -180,17 +190,13 @@ class PoolSpec:
 
 def scratch_table(
     spec: BlockSpec, image: Sequence[int], dtype: torch.dtype, backward: bool
-) -> list[Buffer]:
+) -> tuple[Buffer, ...]:
     """Shared scratch of one forward or backward call.
 
     image: (N, *spatial). Bottleneck values and their gradients exist for one layer at a time.
     """
-    widths = [layer.bottleneck for layer in spec.layers]
-    lost = max(widths[: max(len(widths) - spec.kept_layers, 0)], default=0)
-    masked = [layer.growth for layer in spec.layers if layer.drop_rate > 0]
-    masked += [layer.bottleneck for layer in spec.layers if layer.bottleneck_drop_rate > 0]
-    gradient = max(widths) if backward else 0
-    return list(_scratch_rows(lost, gradient, max(masked, default=0), tuple(image), dtype))
+    lost, widest, masked = spec.scratch_widths
+    return _scratch_rows(lost, widest if backward else 0, masked, tuple(image), dtype)
 
 
 @functools.lru_cache(maxsize=256)

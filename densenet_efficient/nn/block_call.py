@@ -4,40 +4,87 @@ nothing has changed since, as it was found before."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..core import dropout
+from ..core.exchange import Exchange
 from ..core.replay import Programs
 from ..core.running import Running
-from ..core.specs import LayerSpec
+from ..core.specs import BlockSpec, LayerSpec, NormSpec
+from ..ops.interface import Operators
 from .layers import LayerParts, parameter_places, tail_parameters
 from .norms import BatchNorm, running_of, tracks
 from .snapshot import Snapshot
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _NOTHING = Running((), (), (), ())
+_shape_of = attrgetter("shape")
 
 
-@dataclass(frozen=True)
-class BlockCall:
+class Repeated:
+    """What calls that are like each other have in common: the programs, see `core.replay`, and the
+    last specification. Not for layers that drop, whose calls differ."""
+
+    def __init__(self) -> None:
+        self.programs, self.spec = Programs(), None  # type: Programs, BlockSpec | None
+
+
+class BlockCall(NamedTuple):
     """The layers of a call.
 
-    parts, specs: of each. parameters: in the order of `core.dense_block`. norms: those whose
-    running statistics the call updates. running: what these keep. first: where the batch's begin
-    in `core.dense_block.Kept.table`. programs: of all calls like this one, see `core.replay`.
+    parts, specs: of each. batch: the first norm that uses the batch's statistics. parameters: in
+    the order of `core.dense_block`. norms: those whose running statistics the call updates.
+    running: what these keep. first: where the batch's begin in `core.dense_block.Kept.table`.
     """
 
     parts: Sequence[LayerParts]
     specs: tuple[LayerSpec, ...]
+    batch: NormSpec | None
     parameters: Sequence[Tensor | None]
     norms: Sequence[BatchNorm]
     running: Running
     first: Sequence[int]
-    programs: Programs | None = None
+    repeated: Repeated | None = None
+
+    def spec(
+        self,
+        operators: Operators,
+        kept_layers: int,
+        newest_first: bool,
+        exchange: Exchange | None,
+        known_shared: bool,
+        device: torch.device,
+    ) -> BlockSpec:
+        """What the call is; of calls that are like each other the same object, which has found out
+        more about itself."""
+        repeated = self.repeated
+        last = None if repeated is None else repeated.spec
+        if (
+            last is not None
+            and exchange is None
+            and not known_shared
+            and last.operators is operators
+            and last.kept_layers == kept_layers
+        ):
+            return last
+        spec = BlockSpec(
+            self.specs,
+            operators,
+            kept_layers,
+            newest_first=newest_first,
+            exchange=exchange,
+            known_shared=known_shared,
+            programs=None if repeated is None else repeated.programs,
+            **dropout.origin(self.specs, device),
+        )
+        if repeated is not None and exchange is None and not known_shared:
+            repeated.spec = spec
+        return spec
 
 
 def look(
@@ -53,6 +100,7 @@ def look(
     return BlockCall(
         parts,
         specs,
+        next((norm for layer in specs for norm in layer.batch_norms()), None),
         parameters,
         [norm for norm, _ in tracked],
         running_of([norm for norm, _ in tracked]),
@@ -69,15 +117,21 @@ class LastCall:
     ) -> None:
         self._block, self._dtype = weakref.ref(block), dtype  # a replica shares this with its model
         drops = any(spec.drops() for spec in call.specs)  # other values in every call
-        self.programs = None if drops else Programs()
+        self.repeated = None if drops else Repeated()
         # Without its tensors: those that a model exchanges for others are freed.
-        self._call = replace(call, parameters=(), running=_NOTHING, programs=self.programs)
+        self._call = call._replace(parameters=(), running=_NOTHING, repeated=self.repeated)
         self._snapshot = snapshot
         places = [place for part in call.parts for place in parameter_places(part)]
-        self._parameters = itemgetter(*(snapshot.place(*place) for place in places))
-        self._running = [[snapshot.place(norm, name) for norm in call.norms] for name in _BUFFERS]
+        of_parameters = [snapshot.place(*place) for place in places]
+        self._parameters = _taker(of_parameters)
+        # The convolutions' weights say how many channels there are.
+        weights = [place for place in of_parameters[2::4] if place >= 0]
+        self._weights = _taker(weights)
+        self._shapes = [weight.shape for weight in call.parameters[2::4] if weight is not None]
+        self._running = [
+            _taker([snapshot.place(norm, name) for norm in call.norms]) for name in _BUFFERS
+        ]
         self._momenta = call.running.momenta
-        self._shapes = _shapes(call.parameters)
 
     @classmethod
     def of(
@@ -107,14 +161,17 @@ class LastCall:
         tensors = self._snapshot.tensors()
         if tensors is None:
             return None
-        parameters = self._parameters(tensors)
-        if _shapes(parameters) != self._shapes:
+        if [*map(_shape_of, self._weights(tensors))] != self._shapes:
             return None
-        means, variances, batches = ([tensors[at] for at in places] for places in self._running)
+        means, variances, batches = (take(tensors) for take in self._running)
         running = Running(means, variances, batches, self._momenta)
-        return replace(self._call, parameters=parameters, running=running)
+        parts, specs, batch, _, norms, _, first, repeated = self._call
+        parameters = self._parameters(tensors)
+        return BlockCall(parts, specs, batch, parameters, norms, running, first, repeated)
 
 
-def _shapes(parameters: Sequence[Tensor | None]) -> list[torch.Size | None]:
-    """Of the convolutions' weights, which say how many channels there are."""
-    return [None if weight is None else weight.shape for weight in parameters[2::4]]
+def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the elements at some places of a sequence."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda found: [found[place] for place in places]

@@ -9,13 +9,12 @@ on working; only the execution is ours. Where a call needs something that the op
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core import dropout, gradients, running
+from ..core import gradients, running
 from ..core import graph as core_graph
 from ..core.functions import DenseBlockFunction, Result
 from ..core.specs import BlockSpec, LayerSpec, NormSpec
@@ -96,7 +95,7 @@ class DenseBlockExecution(KeepsBottlenecks):
             call = look(parts, specs, batch)
             last = state.last_call = LastCall.of(self, dtype, call, self._watched().values())
             if last is not None:
-                call = replace(call, programs=last.programs)
+                call = call._replace(repeated=last.repeated)
         if execution.has_few_values(x, dtype) and _defers(call):
             return Dispatch(ORIGINAL, FEW), call
         return execution.choose(x, image_dims(call.parts[0].conv1)), call
@@ -213,24 +212,21 @@ class DenseBlockExecution(KeepsBottlenecks):
         if chosen.kind == ORIGINAL:
             return self._run_original(chosen, handover.own(init_features, asked))
         execution.record(self, "", chosen, (norm for part in call.parts for norm in part.norms()))
-        norm = next((norm for layer in specs for norm in layer.batch_norms()), None)
-        group = None if norm is None else norm.group
+        group = None if call.batch is None else call.batch.group
         stats, known = handover.known_stats(x, group)
-        exchange = None if norm is None else begin_exchange(group, x, known)
+        exchange = None if call.batch is None else begin_exchange(group, x, known)
         count = x.numel() // x.shape[1] if exchange is None else exchange.total
         x, contiguous = handover.enter(x, asked)
         x, stats = handover.as_dtype(x, stats, execution.working_dtype(x))
         if torch.is_grad_enabled():
             gradients.sole_counts()
-        spec = BlockSpec(
-            specs,
+        spec = call.spec(
             chosen.operators,
             self.kept_layers,
-            newest_first=self._efficient.newest_first,
-            exchange=exchange,
-            known_shared=known is not None,
-            programs=call.programs,
-            **dropout.origin(specs, x.device),
+            self._efficient.newest_first,
+            exchange,
+            known is not None,
+            x.device,
         )
         result = Result()
         y = DenseBlockFunction.apply(spec, x, stats, result, *parameters)
