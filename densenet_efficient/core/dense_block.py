@@ -218,6 +218,9 @@ def _backward(
     correction[3].copy_(stats[0])
     if stats_gradient is not None:
         correction[1:3].copy_(correction_of(stats_gradient, count))
+    # Of one layer at a time.
+    corrections2 = stats.new_empty((4, max(layer.bottleneck for layer in spec.layers)))
+    dnorms = folds.norms_in(spec, stats.new_empty(norm_elements(spec, rows=2)), rows=2)
     gradients: list[Tensor | None] = [None] * len(parameters)
     left = list(bottlenecks)
 
@@ -239,7 +242,7 @@ def _backward(
             drop(spec, index, outer.dy, scratch)
 
         inputs, d_inputs = features[..., before], gradient[..., before]
-        norm1, norm2 = of_layers[index]
+        (norm1, norm2), (dnorm1, dnorm2) = of_layers[index], dnorms[index]
         if layer_spec.bottleneck:
             width = layer_spec.bottleneck
             if spec.keeps(index):
@@ -250,11 +253,11 @@ def _backward(
                 if layer_spec.bottleneck_drop_rate > 0:
                     drop(spec, index, b, scratch, bottleneck=True)
             dz2 = _front(scratch["bottleneck gradient"], width)
-            correction2 = norm2.new_empty((4, width))
+            correction2 = corrections2[:, :width]
             assert layer_spec.norm2 is not None
             constant = layer_spec.norm2.running is not None
             then = Correction(0 if constant else count, correction2)
-            layer.conv2_backward(outer, b, norm2, dz2, then)
+            layer.conv2_backward(outer, b, norm2, dz2, dnorm2, then)
             if exchange is not None and not constant:
                 exchange.sums(correction2[1:3])
             # Constant statistics bring nothing of b, where float16 may hold infinities, and 0 times
@@ -267,7 +270,7 @@ def _backward(
                 correction2.zero_()[0].fill_(1)
         own_batch = layer_spec.norm1.running is None
         shared = Correction(count, correction[:, before]) if own_batch else None
-        layer.conv1_backward(outer, inputs, norm1, d_inputs, shared)
+        layer.conv1_backward(outer, inputs, norm1, d_inputs, dnorm1, shared)
         gradients[start : start + PARAMETERS_PER_LAYER] = layer.parameter_gradients()
         gradients[spec.tail_parameters(index)] = layer.tail_gradients
 

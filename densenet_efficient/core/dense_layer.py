@@ -138,20 +138,26 @@ class DenseLayerCall:
             then.run(self.operators)
 
     def conv1_backward(
-        self, outer: Incoming, x: Tensor, norm: Tensor, dx: Tensor, then: Correction | None
+        self,
+        outer: Incoming,
+        x: Tensor,
+        norm: Tensor,
+        dx: Tensor,
+        dnorm: Tensor,
+        then: Correction | None,
     ) -> None:
-        """dx += a dz; the gradients of norm1 and conv1. then: what is corrected by norm1's
-        gradient."""
+        """dx += a dz; dnorm ``[2, C]``, the gradients of gamma1 and beta1, and that of conv1. then:
+        what is corrected by norm1's gradient."""
         if self.spec.conv1 is not None or not self.spec.bottleneck:
             assert self.weight1 is not None
             weight, bias = self.weight1, self.bias1
             self._conv_backward(
-                0, outer, x, norm, weight, bias, self.spec.conv1, accumulate=True, dx=dx, then=then
-            )
+                0, outer, x, norm, weight, bias, self.spec.conv1, accumulate=True, dx=dx,
+                dnorm=dnorm, then=then,
+            )  # fmt: skip
             return
         assert self.weight1 is not None and outer.y is not None and outer.correction is not None
         shape = self.weight1.shape[:2]
-        dnorm = norm.new_empty((2, norm.shape[1]))
         dweight = self._empty(2)
         self.operators.norm_relu_conv1x1_backward(
             flat(outer.dy), flat(outer.y), outer.correction, flat(x), norm,
@@ -164,14 +170,16 @@ class DenseLayerCall:
         self._keep(0, dnorm, dweight, dbias)
 
     def conv2_backward(
-        self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor, then: Correction
+        self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor, dnorm: Tensor, then: Correction
     ) -> None:
-        """dz2; the gradients of norm2 and conv2, and the correction of norm2."""
+        """dz2; dnorm ``[2, K]``, the gradients of gamma2 and beta2, that of conv2, and the
+        correction of norm2."""
         assert self.weight2 is not None
         weight, bias = self.weight2, self.bias2
         self._conv_backward(
-            4, outer, b, norm, weight, bias, self.spec.conv2, accumulate=False, dx=dz, then=then
-        )
+            4, outer, b, norm, weight, bias, self.spec.conv2, accumulate=False, dx=dz, dnorm=dnorm,
+            then=then,
+        )  # fmt: skip
 
     def _conv_backward(
         self,
@@ -185,9 +193,9 @@ class DenseLayerCall:
         *,
         accumulate: bool,
         dx: Tensor,
+        dnorm: Tensor,
         then: Correction | None,
     ) -> None:
-        dnorm = norm.new_empty((2, norm.shape[1]))
         dweight = self._empty(first + 2)
         dbias = None if bias is None else self._empty(first + 3)
         if options is None:

@@ -34,14 +34,15 @@ class Fold(NamedTuple):
         return self.norm
 
 
-def norms_in(spec: BlockSpec, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """norm1 and norm2 ``[NORM_ROWS, C]`` of every layer, in a buffer of `norm_elements`."""
+def norms_in(spec: BlockSpec, buffer: Tensor, rows: int = NORM_ROWS) -> list[tuple[Tensor, Tensor]]:
+    """A table ``[rows, C]`` of norm1 and of norm2 of every layer, by default the folded norm, in a
+    buffer of `norm_elements`."""
     found, place = [], 0
     for layer in spec.layers:
         pair = []
         for width in layer.norm_widths():
-            pair.append(buffer[place : place + NORM_ROWS * width].view(NORM_ROWS, width))
-            place += norm_length(width)
+            pair.append(buffer[place : place + rows * width].view(rows, width))
+            place += norm_length(width, rows)
         found.append((pair[0], pair[1]))
     return found
 

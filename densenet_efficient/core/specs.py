@@ -209,14 +209,15 @@ def _scratch_rows(
     )
 
 
-def norm_length(channels: int) -> int:
-    """Elements that a folded norm takes in the buffer of a block's: each begins at 16 bytes."""
-    return -(-NORM_ROWS * channels // 4) * 4
+def norm_length(channels: int, rows: int = NORM_ROWS) -> int:
+    """Elements that a table of a norm's takes in the buffer of a block's, by default the folded
+    norm: each begins at 16 bytes."""
+    return -(-rows * channels // 4) * 4
 
 
-def norm_elements(spec: BlockSpec) -> int:
-    """Of the buffer of a block's folded norms."""
-    return sum(norm_length(width) for layer in spec.layers for width in layer.norm_widths())
+def norm_elements(spec: BlockSpec, rows: int = NORM_ROWS) -> int:
+    """Of the buffer of such tables of all norms of a block."""
+    return sum(norm_length(width, rows) for layer in spec.layers for width in layer.norm_widths())
 
 
 def keeps_norms(device: torch.device) -> bool:

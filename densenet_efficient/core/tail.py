@@ -52,9 +52,9 @@ class TailLayerCall(DenseLayerCall):
         self._take_stats(y, stats, then)
 
     def conv2_backward(
-        self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor, then: Correction
+        self, outer: Incoming, b: Tensor, norm: Tensor, dz: Tensor, dnorm: Tensor, then: Correction
     ) -> None:
-        """dz2; the gradients of norm2 and of the tail's parameters, and norm2's correction."""
+        """dz2; dnorm, the gradients of the tail's parameters, and norm2's correction."""
         dy = outer.apply_correction(self.operators).dy
         before_relu = fallback.normalise(b, norm)
         with torch.enable_grad():
@@ -67,7 +67,7 @@ class TailLayerCall(DenseLayerCall):
             sought = [t for t in tensors if t is not None and t.requires_grad]
             dh, *found = torch.autograd.grad(y, [z, *sought], dy.movedim(-1, 1), allow_unused=True)
         masked = fallback.masked(dh.movedim(1, -1), before_relu)
-        dnorm = fallback.norm_sums(masked, b, norm)
+        dnorm.copy_(fallback.norm_sums(masked, b, norm))
         dz.copy_(masked)
         self.operators.norm_correction(dnorm, norm, then.rows, False, then.table)
         self._keep(4, dnorm, None, None)
