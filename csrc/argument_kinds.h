@@ -181,6 +181,13 @@ struct TableArguments : Arguments {
   explicit TableArguments(const Arg& lead) : Arguments(lead, 2), C(channels(2)) {
     check_dtype(lead, arithmetic);
   }
+
+ protected:
+  // Fails unless `own` columns from `first` on are the table's.
+  void check_columns(int64_t first, int64_t own) const {
+    if (first < 0 || first > C - own)
+      fail(lead, "must have the columns ", first, " to ", first + own, ", has ", C);
+  }
 };
 
 // Led by x [M, C].

@@ -34,6 +34,39 @@ struct NormFold : TableArguments {
   }
 };
 
+struct NormFoldAll : TableArguments {
+  struct Norm {
+    Strided gamma, beta;
+    int64_t first, place;
+  };
+  std::vector<Norm> each;
+  Strided table, norms;
+
+  NormFoldAll(const Tensor& table, const std::vector<Tensor>& gammas,
+              const std::vector<Tensor>& betas, const std::vector<int64_t>& first,
+              const Tensor& norms)
+      : TableArguments({"norm_fold_all", "table", table}),
+        table(Arguments::table("table", table, {kStatsRows, C})) {
+    const size_t count = gammas.size();
+    if (betas.size() != count || first.size() != count)
+      fail(lead, "and the lists must be of equally many norms, got ", count, " gammas, ",
+           betas.size(), " betas, ", first.size(), " first");
+    int64_t place = 0;
+    each.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      check_dim({lead.op, "gammas", gammas[i]}, 1);
+      const int64_t own = gammas[i].size(0);
+      check_columns(first[i], own);
+      each.push_back({contiguous("gammas", gammas[i], {own}), contiguous("betas", betas[i], {own}),
+                      first[i], place});
+      place += (kNormRows * own + 3) / 4 * 4;
+    }
+    this->norms = contiguous("norms", norms, {place});
+    apart({this->norms}, {this->table});
+    for (const Norm& norm : each) apart({this->norms}, {norm.gamma, norm.beta});
+  }
+};
+
 struct RunningUpdate : TableArguments {
   struct Norm {
     Strided mean, variance;
@@ -56,8 +89,7 @@ struct RunningUpdate : TableArguments {
     for (size_t i = 0; i < count; ++i) {
       check_dim({lead.op, "means", means[i]}, 1);
       const int64_t own = means[i].size(0);
-      if (first[i] < 0 || first[i] > C - own)
-        fail(lead, "must have the columns ", first[i], " to ", first[i] + own, ", has ", C);
+      check_columns(first[i], own);
       norms.push_back({contiguous("means", means[i], {own}),
                        contiguous("variances", variances[i], {own}),
                        &counter("batches", batches[i]), first[i]});

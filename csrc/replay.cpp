@@ -12,7 +12,8 @@
 //                1, reference, reference               the second is copied into the first
 //                2, reference, bits of a double        all elements become a value
 //                3, operator, number of arguments,     a call; an argument is 0 (none), 1 or 2
-//                   arguments                          (reference; of an optional one), or 3, value
+//                   arguments                          (reference; of an optional one), 3, value,
+//                                                      or a list: 4, n, n references, 5, n, n values
 //                4, tensor                             it is not used any more
 //                5, n, n references, n references      n copies into the first from the second
 //                6, tensor, reference                  a view that is used more than once, under a
@@ -35,7 +36,7 @@ namespace {
 
 enum class Status : int64_t { kDone, kOtherLayout, kNoMemory };
 
-// In the order of densenet_efficient/ops/interface.py.
+// In the order of densenet_efficient/ops/interface.py, and then what the CPU alone has.
 constexpr const char* kOperators[] = {
     "densenet_efficient::channel_stats",
     "densenet_efficient::norm_fold",
@@ -49,6 +50,7 @@ constexpr const char* kOperators[] = {
     "densenet_efficient::transition_backward",
     "densenet_efficient::stem_forward",
     "densenet_efficient::stem_backward",
+    "densenet_efficient::norm_fold_all",
 };
 constexpr int64_t kMostArguments = 16;
 
@@ -158,6 +160,11 @@ class Run {
     return list_of(std::move(tensors));
   }
 
+  StableIValue numbers(int64_t count) {
+    const int64_t* first = next(count);
+    return torch::stable::detail::from(std::vector<int64_t>(first, first + count));
+  }
+
   void view() {
     const int64_t index = next() - static_cast<int64_t>(given_.size());
     made_[index] = reference();
@@ -185,6 +192,8 @@ class Run {
       if (kind == 1) stack[i] = torch::stable::detail::from(reference().release());
       if (kind == 2) stack[i] = torch::stable::detail::from(std::optional(reference().release()));
       if (kind == 3) stack[i] = static_cast<StableIValue>(next());
+      if (kind == 4) stack[i] = references(next());
+      if (kind == 5) stack[i] = numbers(next());
     }
     call_operator(name, stack);
   }

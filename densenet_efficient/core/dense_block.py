@@ -183,11 +183,12 @@ def block_backward(
     and the parameters' gradients in their own dtypes.
     """
     rows = scratch_table(spec, kept.features.shape[:-1], gradient.dtype, backward=True)
-    with arena.lease(rows, gradient.device) as scratch:
+    device = gradient.device
+    options = tuple(wanted), weights.are_shared(device), folds.are_together(device)
+    with arena.lease(rows, device) as scratch:
         gradients = replay.run(
-            spec, _backward, (tuple(wanted), weights.are_shared(gradient.device)), gradient,
-            kept.features, kept.table, kept.norms, kept.bottlenecks, stats_gradient, scratch,
-            parameters,
+            spec, _backward, options, gradient, kept.features, kept.table, kept.norms,
+            kept.bottlenecks, stats_gradient, scratch, parameters,
         )  # fmt: skip
     return gradient[..., spec.inputs(0)], gradients
 
@@ -196,6 +197,7 @@ def _backward(
     spec: BlockSpec,
     wanted: Sequence[bool],
     shares_weights: bool,
+    folds_together: bool,
     gradient: Tensor,
     features: Tensor,
     table: Tensor,
@@ -209,7 +211,9 @@ def _backward(
     kept = Kept(spec, features, table, bottlenecks)
     operators, stats = spec.operators, kept.stats
     if norms is None:
-        norms = _fold_again(kept, parameters)
+        norms = stats.new_empty(norm_elements(spec))
+        fold = folds.Folds(spec, stats, kept.bottleneck_stats(), parameters, norms)
+        fold.run_all(table, folds_together)
     of_layers = folds.norms_in(spec, norms)
     image, exchange = features.shape[:-1], spec.exchange
     count = image.numel() if exchange is None else exchange.total
@@ -283,18 +287,6 @@ def _backward(
             flat(d_first), flat(features[..., first]), correction[:, first]
         )
     return gradients
-
-
-def _fold_again(kept: Kept, parameters: Sequence[Tensor | None]) -> Tensor:
-    """All norms, where forward has not kept them."""
-    spec, stats = kept.spec, kept.stats
-    norms = torch.empty(norm_elements(spec), dtype=stats.dtype, device=stats.device)
-    fold = folds.Folds(spec, stats, kept.bottleneck_stats(), parameters, norms)
-    for index, layer in enumerate(spec.layers):
-        fold.first(index).run(spec.operators)
-        if layer.bottleneck:
-            fold.second(index).run(spec.operators)
-    return norms
 
 
 def _front(buffer: Tensor, channels: int) -> Tensor:

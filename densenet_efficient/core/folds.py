@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import compiled
 from ..ops.interface import NORM_ROWS, Operators
 from .specs import PARAMETERS_PER_LAYER, BlockSpec, NormSpec, norm_length
 
@@ -47,6 +48,11 @@ def norms_in(spec: BlockSpec, buffer: Tensor, rows: int = NORM_ROWS) -> list[tup
     return found
 
 
+def are_together(device: torch.device) -> bool:
+    """Whether one operator folds all norms of a block there."""
+    return device.type == "cpu"
+
+
 class Folds:
     """All of a call: from the statistics ``[2, C_total]`` of F and ``[2, K]`` of every b, or the
     norms' constant ones, into a buffer of `norm_elements`."""
@@ -61,7 +67,7 @@ class Folds:
     ) -> None:
         self._spec, self._stats, self._bottleneck_stats = spec, stats, bottleneck_stats
         self._parameters = _cast(parameters, stats.dtype, len(spec.layers))
-        self._norms = norms_in(spec, buffer)
+        self._norms, self._buffer = norms_in(spec, buffer), buffer
 
     def first(self, index: int) -> Fold:
         """Of a layer's norm1."""
@@ -73,6 +79,28 @@ class Folds:
         norm = self._spec.layers[index].norm2
         assert norm is not None
         return self._fold(norm, self._bottleneck_stats[index], index, 1)
+
+    def run_all(self, table: Tensor, together: bool) -> None:
+        """Folds every norm. table: holds all statistics, those of F first. together: see
+        `are_together`; by one operator where that takes the norms, which is compiled, of the
+        batch's statistics, and of one eps."""
+        each, first, column = [], [], self._spec.out_channels
+        for index, layer in enumerate(self._spec.layers):
+            each.append(self.first(index))
+            first.append(self._spec.inputs(index).start or 0)
+            if layer.bottleneck:
+                each.append(self.second(index))
+                first.append(column)
+            column += layer.bottleneck
+        affine = [(f.gamma, f.beta) for f in each if f.gamma is not None and f.beta is not None]
+        batch = sum(len(layer.batch_norms()) for layer in self._spec.layers)
+        same = len(affine) == batch == len(each) and len({fold.eps for fold in each}) == 1
+        if together and same and self._spec.operators is compiled:
+            gammas, betas = map(list, zip(*affine, strict=True))
+            compiled.norm_fold_all(table, gammas, betas, first, each[0].eps, self._buffer)
+            return
+        for fold in each:
+            fold.run(self._spec.operators)
 
     def _fold(self, norm: NormSpec, stats: Tensor, index: int, which: int) -> Fold:
         gamma, beta = self._parameters[index][2 * which : 2 * which + 2]

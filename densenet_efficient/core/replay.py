@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops import compiled
 from ..ops.dtypes import FLOATING
-from ..ops.interface import NAMES
+from ..ops.interface import CPU_NAMES, NAMES
 from .specs import BlockSpec
 
 aten = torch.ops.aten
@@ -35,6 +35,7 @@ Results = list[Tensor | None]
 MOST_PROGRAMS = 16
 """Kept for one block: shapes that alternate, training and evaluation."""
 
+_OPERATORS = (*NAMES, *CPU_NAMES)
 _DTYPES = {dtype: code for code, dtype in enumerate(FLOATING)}
 _NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default}
 _NEW |= {aten.new_empty.default, aten.new_empty_strided.default}
@@ -248,7 +249,7 @@ class _Recorder(TorchDispatchMode):
 
     def _call(self, operator: Any, arguments: tuple[Any, ...]) -> None:
         name = operator._schema.name.partition("::")[2]
-        step: _Step = [_CALL, NAMES.index(name), len(operator._schema.arguments)]
+        step: _Step = [_CALL, _OPERATORS.index(name), len(operator._schema.arguments)]
         left_out = operator._schema.arguments[len(arguments) :]  # those that have their defaults
         values = (*arguments, *(argument.default_value for argument in left_out))
         for argument, value in zip(operator._schema.arguments, values, strict=True):
@@ -257,6 +258,10 @@ class _Recorder(TorchDispatchMode):
             elif isinstance(value, Tensor):
                 optional = isinstance(argument.type, torch.OptionalType)
                 step += [1 + optional, self._reference(value)]
+            elif isinstance(value, (list, tuple)):
+                tensors = argument.type.getElementType().kind() == "TensorType"
+                step += [4 if tensors else 5, len(value)]
+                step += map(self._reference if tensors else _bits, value)
             else:
                 number = float(value) if argument.type.kind() == "FloatType" else value
                 step += [3, _bits(number)]

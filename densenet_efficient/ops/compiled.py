@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import flops, library
-from .interface import CUDA_NAMES, NAMES
+from .interface import CPU_NAMES, CUDA_NAMES, NAMES
 
 RUNNING_UPDATE = "running_update"
 """Of lists of tensors, which ``csrc/running.cpp`` calls: no other implementation offers it."""
@@ -22,7 +22,7 @@ _negative_views = torch.library.Library(library.NAMESPACE, "IMPL")
 
 
 def __getattr__(name: str) -> Callable[..., None]:
-    if name not in (*NAMES, *CUDA_NAMES, RUNNING_UPDATE):
+    if name not in (*NAMES, *CPU_NAMES, *CUDA_NAMES, RUNNING_UPDATE):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     library.load()
     _register()
@@ -37,9 +37,10 @@ def _register() -> None:
         torch.library.register_fake(f"{library.NAMESPACE}::{name}", _fake(operator))
         _negative_views.impl(name, _for_negative_views(operator), "Negative")
         globals()[name] = operator
-    update = torch.ops.densenet_efficient.running_update.default
-    torch.library.register_fake(f"{library.NAMESPACE}::{RUNNING_UPDATE}", _fake(update))
-    globals()[RUNNING_UPDATE] = update
+    for name in (RUNNING_UPDATE, *CPU_NAMES):
+        operator = getattr(torch.ops.densenet_efficient, name).default
+        torch.library.register_fake(f"{library.NAMESPACE}::{name}", _fake(operator))
+        globals()[name] = operator
     flops.register()
 
 

@@ -33,6 +33,9 @@ NAMES = (
 CUDA_NAMES = ("stem_conv_forward", "stem_conv_backward_weight")
 """Those that CUDA kernels and the fallback alone offer: on the CPU PyTorch's own are as good."""
 
+CPU_NAMES = ("norm_fold_all",)
+"""What CPU kernels alone offer: a GPU's forward folds the norms as it goes."""
+
 
 class Operators(Protocol):
     """One implementation of all operators: a module, or an object.

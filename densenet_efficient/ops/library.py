@@ -29,7 +29,7 @@ from .build_info import (
     how_to_build,
     is_covered,
 )
-from .interface import CUDA_NAMES
+from .interface import CPU_NAMES, CUDA_NAMES
 
 NAMESPACE = "densenet_efficient"
 MINIMUM_TORCH = (2, 10)
@@ -133,9 +133,9 @@ def _driver_version() -> int | None:
 
 def without_kernels(key: str) -> str | None:
     """The operators that no kernel is registered for under a dispatch key, in words; the CPU needs
-    none for those of CUDA alone."""
+    none for those of CUDA alone, nor the other way round."""
     prefix = f"{NAMESPACE}::"
-    elsewhere = CUDA_NAMES if key == "CPU" else ()
+    elsewhere = {"CPU": CUDA_NAMES, "CUDA": CPU_NAMES}.get(key, ())
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     missing = sorted(
         name.removeprefix(prefix)

@@ -17,7 +17,7 @@ from densenet_efficient.ops import compiled, library
 def test_operators_pass_opcheck(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operator, with the arguments of a real step: slices of larger buffers among them."""
     calls: dict[str, tuple[Any, ...]] = {}
-    names = (*compiled.NAMES, compiled.RUNNING_UPDATE)
+    names = (*compiled.NAMES, *compiled.CPU_NAMES, compiled.RUNNING_UPDATE)
     for name in names:
         real = getattr(compiled, name)
 
