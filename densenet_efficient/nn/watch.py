@@ -8,7 +8,7 @@ on its class or in `torch.nn.functional`), must be seen before a call, and the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from operator import attrgetter, is_not, itemgetter
+from operator import attrgetter, itemgetter
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -65,6 +65,10 @@ _functions = (
     ),
 )
 _methods: dict[type, _Methods] = {}
+_compared: list[tuple[Callable[[Any], Any], Any, Any]] = [
+    (functions.look_up, vars(functions.home), functions.found) for functions in _functions
+]
+"""All of it: how to look it up, where, and what was found."""
 
 
 def own_members(cls: type) -> Iterator[tuple[str, Any]]:
@@ -81,18 +85,20 @@ def _methods_of(cls: type) -> _Methods:
     return _Methods(look_up, look_up(cls), frozenset(names) - {"__call__"})
 
 
-_methods |= {
-    getattr(nn, name): _methods_of(getattr(nn, name))
-    for kind in ("Conv{}d", "BatchNorm{}d", "AvgPool{}d", "MaxPool{}d", "ReLU")
-    for name in {kind.format(dims) for dims in (1, 2, 3)}
-}
 _synchronised = _methods_of(nn.SyncBatchNorm)  # looked at where there is one
 
 
 def know(cls: type) -> None:
     """Takes the methods of a class as they are now for its own."""
     if cls not in _methods:
-        _methods[cls] = _synchronised if cls is nn.SyncBatchNorm else _methods_of(cls)
+        found = _synchronised if cls is nn.SyncBatchNorm else _methods_of(cls)
+        _compared.append((found.look_up, cls, found.found))  # another thread's patch() goes over it
+        _methods[cls] = found
+
+
+for _kind in ("Conv{}d", "BatchNorm{}d", "AvgPool{}d", "MaxPool{}d", "ReLU"):
+    for _name in {_kind.format(dims) for dims in (1, 2, 3)}:
+        know(getattr(nn, _name))
 
 
 def know_all(structure: Structure) -> None:
@@ -114,10 +120,22 @@ def structure_of(children: Iterable[tuple[str, nn.Module]]) -> Structure:
 def patch() -> str | None:
     """What somebody replaced in PyTorch, or in a class that a watched module has, and the kernels
     would not call; None where there is nothing."""
-    for home, names, look_up, found in _functions:
-        replaced = [*map(is_not, look_up(vars(home)), found)]
-        if True in replaced:
-            return f"{home.__name__}.{names[replaced.index(True)]} was replaced"
+    try:
+        for look_up, home, found in _compared:
+            if look_up(home) != found:
+                break
+        else:
+            return None
+    except (AttributeError, KeyError):
+        pass
+    return _patch_in_words()
+
+
+def _patch_in_words() -> str | None:
+    for home, names, _, found in _functions:
+        for name, function in zip(names, found, strict=True):
+            if vars(home).get(name) is not function:
+                return f"{home.__name__}.{name} was replaced"
     for cls, methods in list(_methods.items()):  # to which another thread may add
         try:
             if methods.look_up(cls) == methods.found:
