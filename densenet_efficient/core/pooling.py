@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops import fallback
 from ..ops.dtypes import accumulation_dtype
 from ..ops.interface import NORM_ROWS
-from . import layout
+from . import layout, replay
 from .exchange import statistics_gradient
 from .specs import PoolSpec
 
@@ -96,10 +96,27 @@ def transition_forward(
     unchanged, so it is added to what the operator gives. Without pooling y is [N, K, *spatial]."""
     image = (x.shape[0], *(size // 2 if spec.pools else size for size in x.shape[1:-1]))
     y = layout.empty(image, weight.shape[0], x.dtype, x.device)
+    rows = y.movedim(1, -1)
+    (y_stats,) = replay.run(
+        spec, _transition_forward, (), x, stats, rows, gamma, beta, weight, bias
+    )
+    return y, y_stats
+
+
+def _transition_forward(
+    spec: PoolSpec,
+    x: Tensor,
+    stats: Tensor,
+    rows: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> list[Tensor | None]:
+    """Fills the rows of y and returns its statistics."""
     y_stats = stats.new_zeros((2, weight.shape[0])) if spec.want_stats else None
     norm = _fold(spec, stats, gamma, beta)
     matrix = _matrix(weight, x.dtype)
-    rows = y.movedim(1, -1)
     own_stats = None if bias is not None else y_stats
     if spec.pools:
         spec.operators.transition_forward(x, norm, matrix, rows, own_stats)
@@ -108,39 +125,10 @@ def transition_forward(
             layout.flat(x), norm, matrix, layout.flat(rows), own_stats
         )
     if bias is not None:
-        rows.add_(bias.detach().to(y.dtype))
+        rows.add_(bias.detach().to(rows.dtype))
         if y_stats is not None:
             spec.operators.channel_stats(layout.flat(rows), y_stats)
-    return y, y_stats
-
-
-def transition_backward(
-    spec: PoolSpec,
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    weight: Tensor,
-    want_dweight: bool,
-    defer: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dx [N, C, *spatial] in the layout of a new buffer, dnorm [2, C], dweight as weight, and where
-    asked to defer the correction the gradient of the statistics [2, C]."""
-    norm = _fold(spec, stats, gamma, beta)
-    dx = layout.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device)
-    dnorm = norm.new_empty((2, x.shape[-1]))
-    matrix = _matrix(weight, x.dtype)
-    dweight = norm.new_empty(matrix.shape) if want_dweight else None
-    rows, dx_rows = layout.channels_last(dy), dx.movedim(1, -1)
-    if spec.pools:
-        spec.operators.transition_backward(
-            rows, x, norm, matrix, _count(spec, x), dx_rows, dweight, dnorm
-        )
-    else:
-        _pointwise_backward(spec, rows, x, norm, matrix, dx_rows, dweight, dnorm)
-    dstats = _through_statistics(spec, dx.movedim(1, -1), x, norm, dnorm, defer)
-    return dx, dnorm, None if dweight is None else dweight.view(weight.shape), dstats
+    return [y_stats]
 
 
 def transition_gradients(
@@ -152,17 +140,44 @@ def transition_gradients(
     wanted: Sequence[bool],
     defer: bool = False,
 ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-    """`transition_backward`, with the gradients of gamma, beta, weight and bias in their own dtypes
-    where they are wanted: dx, these, and the gradient of the statistics."""
-    gamma, beta, weight, _ = parameters
-    assert weight is not None
-    dx, dnorm, dweight, dstats = transition_backward(
-        spec, dy, x, stats, gamma, beta, weight, wanted[2], defer
-    )
-    dbias = None
-    if wanted[3]:
-        dbias = dy.sum([d for d in range(dy.dim()) if d != 1], dtype=stats.dtype)
-    return dx, like((*dnorm, dweight, dbias), parameters, wanted), dstats
+    """dx [N, C, *spatial] in the layout of a new buffer; the gradients of gamma, beta, weight and
+    bias in their own dtypes, where they are wanted; and where asked to defer the correction the
+    gradient of the statistics [2, C]."""
+    dx = layout.empty(x.shape[:-1], x.shape[-1], x.dtype, x.device)
+    *gradients, dstats = replay.run(
+        spec, _transition_backward, (tuple(wanted), defer), x, stats, layout.channels_last(dy),
+        dx.movedim(1, -1), *parameters,
+    )  # fmt: skip
+    return dx, gradients, dstats
+
+
+def _transition_backward(
+    spec: PoolSpec,
+    wanted: Sequence[bool],
+    defer: bool,
+    x: Tensor,
+    stats: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> list[Tensor | None]:
+    """Fills the rows of dx and returns all other gradients."""
+    norm = _fold(spec, stats, gamma, beta)
+    dnorm = norm.new_empty((2, x.shape[-1]))
+    matrix = _matrix(weight, x.dtype)
+    dweight = norm.new_empty(matrix.shape) if wanted[2] else None
+    if spec.pools:
+        spec.operators.transition_backward(dy, x, norm, matrix, _count(spec, x), dx, dweight, dnorm)
+    else:
+        _pointwise_backward(spec, dy, x, norm, matrix, dx, dweight, dnorm)
+    dstats = _through_statistics(spec, dx, x, norm, dnorm, defer)
+    own = None if dweight is None else dweight.view(weight.shape)
+    dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=stats.dtype) if wanted[3] else None
+    found = like((dnorm[0], dnorm[1], own, dbias), (gamma, beta, weight, bias), wanted)
+    return [*found, dstats]
 
 
 def like(
@@ -189,10 +204,10 @@ def _pointwise_backward(
     dweight: Tensor | None,
     dnorm: Tensor,
 ) -> None:
-    """`transition_backward` without pooling, through the operator of a block's 1x1 convolution:
+    """`_transition_backward` without pooling, through the operator of a block's 1x1 convolution:
     nothing is corrected in dy, and dx begins at 0."""
     nothing = norm.new_zeros((4, matrix.shape[0]))
-    nothing[0] = 1
+    nothing[0].fill_(1)
     flat_dy, flat_x, flat_dx = layout.flat(dy), layout.flat(x), layout.flat(dx)
     flat_dx.zero_()
     spec.operators.norm_relu_conv1x1_backward(

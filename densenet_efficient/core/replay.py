@@ -1,10 +1,10 @@
-"""A block's operators, called without Python: recorded when a call comes for the second time, and
-made again in one go by ``csrc/replay.cpp`` whenever one like it comes.
+"""The operators of a block or a transition, called without Python: recorded when a call comes for
+the second time, and made again in one go by ``csrc/replay.cpp`` whenever one like it comes.
 
-What a block does depends on its specification and on the layouts of the tensors it is given, and
-never on their values. So its algorithm runs once on tensors without memory; what it calls, on which
-part of which tensor, becomes a program. Anything that no program can hold (an operator of PyTorch's
-other than a copy, a filling or a new tensor) leaves the algorithm to run as it is written.
+What such a module does depends on its specification and on the layouts of the tensors it is given,
+and never on their values. So its algorithm runs once on tensors without memory; what it calls, on
+which part of which tensor, becomes a program. Anything that no program can hold (an operator of
+PyTorch's other than a copy, a filling or a new tensor) leaves the algorithm to run as it is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ops import compiled
 from ..ops.dtypes import FLOATING
 from ..ops.interface import CPU_NAMES, NAMES
-from .specs import BlockSpec
+from .specs import BlockSpec, PoolSpec
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ Given = Sequence[Tensors]
 Results = list[Tensor | None]
 
 MOST_PROGRAMS = 16
-"""Kept for one block: shapes that alternate, training and evaluation."""
+"""Kept for one module: shapes that alternate, training and evaluation."""
 
 _OPERATORS = (*NAMES, *CPU_NAMES)
 _DTYPES = {dtype: code for code, dtype in enumerate(FLOATING)}
@@ -64,7 +64,7 @@ class _Without(enum.Enum):
 
 
 class Programs:
-    """The programs of one block, by what they depend on besides its layers and the layouts of the
+    """The programs of one module, by what they depend on besides its layers and the layouts of the
     other tensors. To record one takes longer than to run without it, so that shapes which never
     come again have none."""
 
@@ -88,7 +88,10 @@ class Programs:
 
 
 def run(
-    spec: BlockSpec, function: Callable[..., Results], options: tuple[Any, ...], *given: Tensors
+    spec: BlockSpec | PoolSpec,
+    function: Callable[..., Results],
+    options: tuple[Any, ...],
+    *given: Tensors,
 ) -> Results:
     """``function(spec, *options, *given)``: tensors that are new, or views of new ones.
 
@@ -105,7 +108,7 @@ def run(
     assert isinstance(first, Tensor)
     absent = tuple(value is None for value in given)
     layout = first.dtype, first.shape, first.stride()
-    key = (function.__name__, spec.kept_layers, options, absent, layout)
+    key = (function.__name__, spec.variant, options, absent, layout)
     return spec.programs.run(call, key, given)
 
 
@@ -144,7 +147,7 @@ class Program:
         if status == _OTHER_LAYOUT:
             return None
         if status == _NO_MEMORY:
-            raise torch.OutOfMemoryError(f"no memory on {given[0].device} for a dense block")
+            raise torch.OutOfMemoryError(f"no memory on {given[0].device}")
         return [None if place is None else found[place] for place in self._results]
 
 

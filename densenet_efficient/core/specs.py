@@ -9,7 +9,7 @@ the memory plan.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,11 @@ class BlockSpec:
     masks: dict[tuple[int, bool], Tensor] | None = field(default=None, compare=False)
     programs: Any = field(default=None, compare=False)
 
+    @property
+    def variant(self) -> Hashable:
+        """In what calls of these layers differ besides their tensors."""
+        return self.kept_layers
+
     def keeps(self, index: int) -> bool:
         """Whether a layer's bottleneck is kept for backward."""
         first = len(self.layers) - self.kept_layers
@@ -177,7 +182,7 @@ class PoolSpec:
 
     norm: as in a block. operators: what runs it. want_stats: whether to take the statistics of the
     result, which are this process' own. exchange, known_shared: as in `BlockSpec`. pools: False for
-    a transition that keeps the resolution.
+    a transition that keeps the resolution. programs: as in `BlockSpec`, of all calls of a module.
     """
 
     norm: NormSpec
@@ -186,6 +191,12 @@ class PoolSpec:
     exchange: Exchange | None = None
     known_shared: bool = False
     pools: bool = True
+    programs: Any = field(default=None, compare=False)
+
+    @property
+    def variant(self) -> Hashable:
+        """As in `BlockSpec`."""
+        return self.want_stats, self.pools, self.norm.eps, self.norm.running is None
 
 
 def scratch_table(

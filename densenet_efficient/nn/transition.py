@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core import graph_pooling
 from ..core.functions import MaxPoolFunction, Result, TransitionFunction
+from ..core.replay import Programs
 from ..core.specs import PoolSpec
 from ..ops.dispatch import Dispatch
 from ..ops.pools import AVG_POOL, MAX_POOL
@@ -93,7 +94,8 @@ def _pools(parts: TransitionParts) -> bool:
 class _LastCall:
     """What the next call of a transition need not find again where no module has changed.
 
-    snapshot: None where modules cannot be compared.
+    snapshot: None where modules cannot be compared. programs: of all calls like this one, see
+    `core.replay`.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class _LastCall:
     ) -> None:
         self._transition = weakref.ref(transition)  # a replica shares this with its model
         self.parts, self.snapshot = parts, Snapshot.take(transition, watched)
+        self.programs = None if self.snapshot is None else Programs()
         self._shape = parts.conv.weight.shape
 
     def is_as_before(self, transition: nn.Module) -> bool:
@@ -146,7 +149,7 @@ class TransitionExecution(Efficient):
         """How this transition would run on x, and why."""
         return self._decision(x)[0]
 
-    def _decision(self, x: Any) -> tuple[Dispatch, TransitionParts | None]:
+    def _decision(self, x: Any) -> tuple[Dispatch, _LastCall | None]:
         reason = self._input_problem(x) or self._patch()
         if reason is not None:
             return Dispatch(ORIGINAL, reason), None
@@ -159,7 +162,7 @@ class TransitionExecution(Efficient):
             last = _LastCall(self, self.parts(), self._watched().values())
             state.last_call = last if last.snapshot is not None else None
         parts = last.parts
-        return execution.choose(x, image_dims(parts.conv), _dtypes(x, _pools(parts))[0]), parts
+        return execution.choose(x, image_dims(parts.conv), _dtypes(x, _pools(parts))[0]), last
 
     def _problem(self) -> str | None:
         """Why the operators cannot replace the modules, in words."""
@@ -248,13 +251,14 @@ class TransitionExecution(Efficient):
     @torch.compiler.disable(reason=graph.OUTSIDE)
     def _efficient_forward(self, x: Tensor) -> Tensor:
         asked = handover.asked_for()
-        chosen, parts = self._decision(x)
-        if parts is None:
+        chosen, call = self._decision(x)
+        if call is None:
             # The original's norm would count an empty batch that its pooling then refuses.
             empty = chosen.reason == execution.EMPTY and x.dim() > 2
             if empty and self._problem() is None and _pools(self.parts()):
                 check_size(x)
             return self._run_original(chosen, handover.own(x, asked))
+        parts = call.parts
         norm, conv = parts.norm, parts.conv
         execution.record(self, "", chosen, [norm])
         original = x
@@ -274,7 +278,7 @@ class TransitionExecution(Efficient):
         last = not drops and not takes_largest  # whether the operator's result is the transition's
         takes_stats, fused = want and last, pools and last
         spec = PoolSpec(
-            own, chosen.operators, takes_stats, exchange, known is not None, pools=fused
+            own, chosen.operators, takes_stats, exchange, known is not None, fused, call.programs
         )
         result = Result()
         y = TransitionFunction.apply(spec, x, stats, result, gamma, beta, weight, bias)
