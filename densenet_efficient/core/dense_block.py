@@ -174,7 +174,7 @@ def block_backward(
     parameters: Sequence[Tensor | None],
     wanted: Sequence[bool],
     stats_gradient: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The block's backward pass.
 
     gradient E ``[N, *spatial, C_total]`` is consumed: it holds the outside gradient of F and is

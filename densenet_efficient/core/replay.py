@@ -4,7 +4,8 @@ the second time, and made again in one go by ``csrc/replay.cpp`` whenever one li
 What such a module does depends on its specification and on the layouts of the tensors it is given,
 and never on their values. So its algorithm runs once on tensors without memory; what it calls, on
 which part of which tensor, becomes a program. Anything that no program can hold (an operator of
-PyTorch's other than a copy, a filling or a new tensor) leaves the algorithm to run as it is written.
+PyTorch's other than a copy, a filling or a new tensor) leaves the algorithm to run as it is
+written.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import operator
 import struct
 from array import array
 from collections.abc import Callable, Hashable, Sequence
@@ -30,7 +32,7 @@ aten = torch.ops.aten
 
 Tensors = Tensor | Sequence[Tensor | None] | dict[str, Tensor] | None
 Given = Sequence[Tensors]
-Results = list[Tensor | None]
+Results = Sequence[Tensor | None]
 
 MOST_PROGRAMS = 16
 """Kept for one module: shapes that alternate, training and evaluation."""
@@ -135,20 +137,28 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Tensors) -> Tensors:
 
 class Program:
     """A recorded run: whole numbers in the format of ``csrc/replay.cpp``, and for each result its
-    position among the tensors that come out, None for None."""
+    position among the tensors that come out, -1 for None."""
 
-    def __init__(self, numbers: Sequence[int], results: Sequence[int | None]) -> None:
+    def __init__(self, numbers: Sequence[int], results: Sequence[int]) -> None:
         self._numbers = torch.frombuffer(array("q", numbers), dtype=torch.int64)
-        self._results = results
+        self._results = taker(results)
 
-    def run(self, given: list[Tensor]) -> list[Tensor | None] | None:
+    def run(self, given: list[Tensor]) -> Sequence[Tensor | None] | None:
         """The results; None where a tensor has another layout than when this was recorded."""
         status, found = torch.ops.densenet_efficient_calls.replay.default(self._numbers, given)
         if status == _OTHER_LAYOUT:
             return None
         if status == _NO_MEMORY:
             raise torch.OutOfMemoryError(f"no memory on {given[0].device}")
-        return [None if place is None else found[place] for place in self._results]
+        found.append(None)
+        return self._results(found)
+
+
+def taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the elements at some places of a sequence."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda found: [found[place] for place in places]
 
 
 def record(function: Callable[..., Results], given: Given) -> Program | None:
@@ -201,7 +211,7 @@ class _Recorder(TorchDispatchMode):
             program += _numbers(step)
         program += [len(returned), *_numbers(returned)]
         places = iter(range(len(found)))
-        return Program(program, [None if result is None else next(places) for result in results])
+        return Program(program, [-1 if result is None else next(places) for result in results])
 
     def __torch_dispatch__(
         self,
@@ -250,12 +260,13 @@ class _Recorder(TorchDispatchMode):
             [self._reference(p) if isinstance(p, Tensor) else _bits(p) for p in parts]
         )
 
-    def _call(self, operator: Any, arguments: tuple[Any, ...]) -> None:
-        name = operator._schema.name.partition("::")[2]
-        step: _Step = [_CALL, _OPERATORS.index(name), len(operator._schema.arguments)]
-        left_out = operator._schema.arguments[len(arguments) :]  # those that have their defaults
+    def _call(self, called: Any, arguments: tuple[Any, ...]) -> None:
+        expected = called._schema.arguments
+        name = called._schema.name.partition("::")[2]
+        step: _Step = [_CALL, _OPERATORS.index(name), len(expected)]
+        left_out = expected[len(arguments) :]  # those that have their defaults
         values = (*arguments, *(argument.default_value for argument in left_out))
-        for argument, value in zip(operator._schema.arguments, values, strict=True):
+        for argument, value in zip(expected, values, strict=True):
             if value is None:
                 step.append(0)
             elif isinstance(value, Tensor):
@@ -315,9 +326,9 @@ def _bits(value: float) -> int:
     return int(value)
 
 
-def _is_view(operator: Any) -> bool:
-    """Whether the operator's result is its first argument's memory, and nothing is written."""
-    returned = operator._schema.returns
+def _is_view(called: Any) -> bool:
+    """Whether an operator's result is its first argument's memory, and nothing is written."""
+    returned = called._schema.returns
     return bool(returned) and all(
         r.alias_info is not None and not r.alias_info.is_write for r in returned
     )

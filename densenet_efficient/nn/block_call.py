@@ -4,16 +4,16 @@ nothing has changed since, as it was found before."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core import dropout
 from ..core.exchange import Exchange
-from ..core.replay import Programs
+from ..core.replay import Programs, taker
 from ..core.running import Running
 from ..core.specs import BlockSpec, LayerSpec, NormSpec
 from ..ops.interface import Operators
@@ -123,13 +123,13 @@ class LastCall:
         self._snapshot = snapshot
         places = [place for part in call.parts for place in parameter_places(part)]
         of_parameters = [snapshot.place(*place) for place in places]
-        self._parameters = _taker(of_parameters)
+        self._parameters = taker(of_parameters)
         # The convolutions' weights say how many channels there are.
         weights = [place for place in of_parameters[2::4] if place >= 0]
-        self._weights = _taker(weights)
+        self._weights = taker(weights)
         self._shapes = [weight.shape for weight in call.parameters[2::4] if weight is not None]
         self._running = [
-            _taker([snapshot.place(norm, name) for norm in call.norms]) for name in _BUFFERS
+            taker([snapshot.place(norm, name) for norm in call.norms]) for name in _BUFFERS
         ]
         self._momenta = call.running.momenta
 
@@ -168,10 +168,3 @@ class LastCall:
         parts, specs, batch, _, norms, _, first, repeated = self._call
         parameters = self._parameters(tensors)
         return BlockCall(parts, specs, batch, parameters, norms, running, first, repeated)
-
-
-def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """What takes the elements at some places of a sequence."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda found: [found[place] for place in places]

@@ -98,7 +98,7 @@ class DenseBlockExecution(KeepsBottlenecks):
                 call = call._replace(repeated=last.repeated)
         if execution.has_few_values(x, dtype) and _defers(call):
             return Dispatch(ORIGINAL, FEW), call
-        return execution.choose(x, image_dims(call.parts[0].conv1)), call
+        return execution.choose(x, image_dims(call.parts[0].conv1), dtype), call
 
     def _norms(
         self, parts: list[LayerParts], specs: tuple[LayerSpec, ...]
