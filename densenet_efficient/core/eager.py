@@ -66,8 +66,11 @@ def is_exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of `torch.func` is active, or forward-mode differentiation: gradients
+    may carry tangents, which operators would leave behind."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
 
 
 def is_ordinary(x: object) -> bool:

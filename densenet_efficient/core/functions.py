@@ -120,6 +120,7 @@ class DenseBlockFunction(torch.autograd.Function):
         # Hooks on saved tensors may have brought them back in another layout.
         bottlenecks = [b.contiguous() for b in bottlenecks]
         norms = None if norms is None else norms.contiguous()
+        table = layout.neighbouring(table)
         kept = Kept(spec, layout.channels_last(y), table, bottlenecks, norms)
         e = gradient_buffer(held)
         held.clear()

@@ -78,6 +78,12 @@ def row_stride(rows: Tensor) -> int | None:
     return channels if stride is None else stride
 
 
+def neighbouring(table: Tensor) -> Tensor:
+    """A table [rows, C] whose channels are neighbours: itself, or a copy, as hooks on saved tensors
+    may make necessary."""
+    return table if table.stride(-1) == 1 else table.contiguous()
+
+
 def flat(x: Tensor) -> Tensor:
     """[N, *spatial, C], possibly a channel slice -> [M, C], the same memory."""
     return x.view(-1, x.shape[-1]) if x.dim() != 2 else x

@@ -40,8 +40,10 @@ def norm_statistics(spec: PoolSpec, x: Tensor, known: Tensor | None) -> Tensor:
 
 def _fold(spec: PoolSpec, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     norm = stats.new_empty((NORM_ROWS, stats.shape[1]))
-    gamma, beta = (None if t is None else t.detach().to(stats.dtype) for t in (gamma, beta))
-    spec.operators.norm_fold(stats, gamma, beta, spec.norm.eps, norm)
+    gamma, beta = (
+        None if t is None else t.detach().to(stats.dtype).contiguous() for t in (gamma, beta)
+    )
+    spec.operators.norm_fold(layout.neighbouring(stats), gamma, beta, spec.norm.eps, norm)
     return norm
 
 
@@ -79,7 +81,7 @@ def _correct(
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.detach().to(dtype).reshape(weight.shape[:2])
+    return weight.detach().to(dtype).reshape(weight.shape[:2]).contiguous()
 
 
 def transition_forward(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 
 import densenet_efficient as de
@@ -211,6 +212,26 @@ def test_momentum_none_without_a_counter() -> None:
     assert_same_step(plain, ours, images())
 
 
+def test_parameters_lie_in_any_memory() -> None:
+    """Expanded, spread out, or turned around. Not the last norm's and the first convolution's, for
+    which PyTorch's operators run: its batch norm takes a weight for dense in backward where images
+    are channels last."""
+    plain, ours = converted_pair()
+    for model in (plain, ours):
+        features = dict(model.features.named_modules())
+        for name in features.keys() - {"conv0", "norm5"}:
+            module = features[name]
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight = nn.Parameter(module.weight.detach()[:1].expand_as(module.weight))
+                module.bias = nn.Parameter(torch.stack([module.bias.detach()] * 2, 1)[:, 0])
+            if isinstance(module, nn.Conv2d):
+                turned = module.weight.detach().transpose(0, 1).contiguous()
+                module.weight = nn.Parameter(turned.transpose(0, 1))
+    x = images()
+    for _ in range(3):
+        assert_same_step(plain, ours, x)
+
+
 # Higher derivatives
 
 
@@ -230,6 +251,23 @@ def test_a_double_backward_of_the_whole_network(training: bool) -> None:
     assert_close(found[0], found[1])
     buffers = [dict(model.named_buffers()) for model in (plain, ours)]
     assert_close(buffers[0], buffers[1])
+
+
+def test_tangents_pass_through_a_backward_pass() -> None:
+    """Forward-mode differentiation that begins after the forward pass, and no graph of it."""
+    plain, ours = converted_pair()
+    x = images()
+    for _ in range(3):
+        found = []
+        for model in (plain, ours):
+            z = x.clone().requires_grad_()
+            y = model(z)
+            dy, tangent = torch.ones_like(y), torch.linspace(-1, 1, y.numel()).double().view_as(y)
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(dy, tangent)
+                grads = torch.autograd.grad(y, [z, *model.parameters()], dual)
+                found.append([list(forward_ad.unpack_dual(grad)) for grad in grads])
+        assert_close(*found)
 
 
 def test_two_backwards_over_one_graph() -> None:

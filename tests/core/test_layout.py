@@ -4,6 +4,7 @@ saved tensors that come back in another layout than they left in."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -116,18 +117,31 @@ def test_the_plan_counts_the_padding() -> None:
     assert shapes["conv0 output"] == (2, 8, 8, 15)
 
 
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """As torch.autograd.graph.save_on_cpu stores it: channels first."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """In memory that has the axes the other way round, or, of a vector, other values between."""
+    if x.dim() == 1:
+        return torch.stack([x, x], 1)[:, 0]
+    axes = tuple(reversed(range(x.dim())))
+    return x.permute(axes).clone(memory_format=torch.contiguous_format).permute(axes)
+
+
 @pytest.mark.parametrize("memory", MEMORY)
-def test_saved_tensors_may_come_back_in_another_layout(memory: str) -> None:
-    """As from torch.autograd.graph.save_on_cpu, which stores them densely, channels first."""
+@pytest.mark.parametrize("pack", [dense, turned])
+def test_saved_tensors_may_come_back_in_another_layout(
+    memory: str, pack: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     model = EfficientDenseNet(8, (2, 2), 16, num_classes=5, memory=memory).double()
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
 
     def offloaded(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        pack = torch.contiguous_format
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: t.clone(memory_format=pack), lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             return module(x)
 
-    expected = step(copy.deepcopy(model), x)
-    assert_same(expected, step(model, x, call=offloaded))
+    plain = copy.deepcopy(model)
+    for _ in range(3):
+        assert_same(step(plain, x), step(model, x, call=offloaded))
