@@ -185,7 +185,7 @@ def gradients_as_values(model: nn.Module, x: Tensor) -> Results:
     if not y.requires_grad:
         return collected(model, y=y)
     found = torch.autograd.grad(y, list(leaves.values()), weights(y), allow_unused=True)
-    named = {f"d{n}": g for n, g in zip(leaves, found, strict=True) if g is not None}
+    named = {f"{n}.grad": g for n, g in zip(leaves, found, strict=True) if g is not None}
     return collected(model, y=y, **named)
 
 
@@ -195,7 +195,7 @@ def twice_differentiated(model: nn.Module, x: Tensor) -> Results:
     y = model(x)
     (dx,) = torch.autograd.grad(y, x, weights(y), create_graph=True)
     backward(dx, 1)
-    return collected(model, y=y, dx=dx, x=x.grad)
+    return collected(model, y=y, x=x.grad, **{"first.grad": dx})
 
 
 def hooked(index: int) -> Procedure:
