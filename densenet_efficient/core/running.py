@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import compiled, dispatch
+from . import eager
 
 
 class Running(NamedTuple):
@@ -55,7 +56,8 @@ def update(norms: Running, table: Tensor, first: Sequence[int], count: int) -> N
     for norm, start in zip(every, first, strict=True):
         width = None if norm.mean is None else len(norm.mean)
         columns.append(table[:, start : None if width is None else start + width])
-    with torch.no_grad():
+    # Autocast knows no concatenation of float16 on the CPU.
+    with torch.no_grad(), eager.without_autocast(table.device):
         _update_one_by_one(every, columns, count)
 
 

@@ -117,8 +117,9 @@ def norm_spec(norm: BatchNorm, dtype: torch.dtype) -> NormSpec:
         return NormSpec(norm.eps, group=group)
     # A copy: later updates of the module must not reach a backward that is still to come.
     assert norm.running_mean is not None and norm.running_var is not None
-    moments = torch.stack((norm.running_mean.detach(), norm.running_var.detach()))
-    return NormSpec(norm.eps, moments.to(accumulation_dtype(dtype)))
+    acc = accumulation_dtype(dtype)
+    moments = [norm.running_mean.detach().to(acc), norm.running_var.detach().to(acc)]
+    return NormSpec(norm.eps, torch.stack(moments))  # which autocast does not know of float16
 
 
 def running_of(norms: Sequence[BatchNorm]) -> Running:

@@ -71,6 +71,19 @@ def test_a_float32_input_is_not_rounded(
         assert de.explain(ours, x).kinds == {"kernels"}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_of_float16_under_autocast(training: bool) -> None:
+    """Autocast concatenates no float16 on the CPU; nor does a plain transition."""
+    plain, ours = (module.half().train(training) for module in transition(2))
+    for module in (plain, ours):
+        module.norm.momentum = None  # which no operator updates
+    x = torch.randn(2, 8, 6, 7).half()
+    for _ in range(3):
+        expected, found = step(plain, x, torch.bfloat16), step(ours, x, torch.bfloat16)
+        torch.testing.assert_close(found["y"], expected["y"], rtol=0.02, atol=0.02)
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(plain.named_buffers()))
+
+
 def stage_dtypes(features: nn.Module, x: Tensor) -> dict[str, torch.dtype]:
     """Of what blocks, transitions and the last norm answer in one call under autocast."""
     seen = {}
