@@ -49,7 +49,12 @@ def _fake(operator: Any) -> Callable[..., None]:
     when there is one meta tensor among real ones, where nothing would be written."""
 
     def check(*values: object) -> None:
-        tensors = [(n, v) for n, v in _named(operator, values) if isinstance(v, Tensor)]
+        tensors = [
+            (name, tensor)
+            for name, value in _named(operator, values)
+            for tensor in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(tensor, Tensor)
+        ]
         first, leading = next((t for t in tensors if not t[1].is_meta), tensors[0])
         for name, value in tensors:
             if value.device != leading.device:

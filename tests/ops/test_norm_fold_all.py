@@ -58,6 +58,10 @@ def test_each_is_folded_as_by_itself(dtype: torch.dtype) -> None:
         ({"betas": [torch.zeros(5).double()] * 3}, "betas must be float32, got float64"),
         ({"betas": [torch.zeros(10)[::2]] * 3}, "betas must be contiguous"),
         ({"table": torch.zeros(3, 15)}, r"table must have shape \[2, 15\], got \[3, 15\]"),
+        (
+            {"betas": [*map(torch.zeros, WIDTHS[:-1]), torch.zeros(12, device="meta")]},
+            "betas must be on cpu as table, got meta",
+        ),
         ({"norms": torch.zeros(95)}, r"norms must have shape \[96\], got \[95\]"),
         ({"norms": torch.zeros(96).double()}, "norms must be float32, got float64"),
     ],
