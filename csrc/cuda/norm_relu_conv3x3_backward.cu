@@ -102,19 +102,29 @@ void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor corr
     const int channels = static_cast<int>(call.C), outputs = static_cast<int>(call.K);
     const OutputGradient gradient{row_tensor(call.dy), row_tensor(call.y),
                                   float_table(call.correction)};
+    const device::RowTensor x_rows = row_tensor(call.x),
+                            weight_rows =
+                                packed_rows<&norm_relu_conv3x3_backward_pack_kernel<T>, T>(
+                                    launcher, weight, packed);
+    const int copied = outputs > device::kDepth<T> ? device::kPanelChannels<T> : device::kDepth<T>;
+    const auto usual = [&](const tiling::Tile3x3& tile, int of_block) {
+      return tile.strips == 1 && usual_rows<T>(x_rows) && channels % of_block == 0;
+    };
     launch_data_gradient<T>(
         launcher, tiling.data, of,
-        {gradient, row_tensor(call.x), float_table(call.norm),
-         packed_rows<&norm_relu_conv3x3_backward_pack_kernel<T>, T>(launcher, weight, packed),
-         output_row_tensor(call.dx), sums.data<float>(), tiling.data.pitch, channels, outputs},
+        {gradient, x_rows, float_table(call.norm), weight_rows, output_row_tensor(call.dx),
+         sums.data<float>(), tiling.data.pitch, channels, outputs, copied,
+         Eights(device::kTaps * copied, tiling.data.tile.warps()),
+         usual(tiling.data.tile, device::kPanelChannels<T>) && usual_rows<T>(weight_rows) &&
+             outputs % copied == 0},
         accumulate);
     SumPartials<float> of_weight;
     if (dweight) {
       launch_weight_gradient<T>(
           launcher, tiling.weight, of,
-          {gradient, row_tensor(call.x), float_table(call.norm), weights.data<float>(),
-           tiling.weight.pitch, channels, outputs, tiling.weight.units,
-           static_cast<int>(tiling.weight.channel_blocks),
+          {gradient, x_rows, float_table(call.norm), weights.data<float>(), tiling.weight.pitch,
+           channels, outputs, usual(tiling.weight.tile, 32 * tiling.weight.units),
+           tiling.weight.units, static_cast<int>(tiling.weight.channel_blocks),
            tiling.weight.layout(sizeof(T)).offsets()});
       of_weight =
           weight_sums(weights.data<const float>(), tiling.weight.tile.blocks, call.K, call.C,

@@ -12,7 +12,7 @@
 // the weight once per tile (2 * 9 K C, from the L2 cache).
 // Sums: fp32 accumulators over taps and channels; moments exact per 16 pixels, merged in a fixed
 // order. C tail: x and weight arrive as zeros, and so do scale and shift.
-#include "conv3x3/halo.cuh"
+#include "conv3x3/copies.cuh"
 #include "conv3x3/pack_weight.cuh"
 #include "gemm/epilogue.cuh"
 #include "reduce/finish.cuh"
@@ -29,13 +29,15 @@ using tiling::kTapRows;
 constexpr int kSharedThreads = 384;
 
 struct Forward {
-  device::RowTensor x;       // [N * H * W, C]
-  device::Table norm;        // [5, C]
-  device::RowTensor weight;  // [9 K, C]
-  device::RowTensor y;       // [N * H * W, K]
-  float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
-  int channels;              // C
-  int outputs;               // K
+  device::RowTensor x;                // [N * H * W, C]
+  device::Table norm;                 // [5, C]
+  device::RowTensor weight;           // [9 K, C]
+  device::RowTensor y;                // [N * H * W, K]
+  float* partial;                     // [blocks, 3, K]: count, mean, M2; null without stats
+  int channels;                       // C
+  int outputs;                        // K
+  Eights weight_eights, halo_eights;  // of a panel's rows
+  bool usual;                         // x and weight have usual rows
 };
 
 // The shifted products of 16 kRows pixels with one panel of channels, of kTapRows rows of taps from
@@ -137,8 +139,8 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
 
   int load_tile = first_tile;
   int load_panel = 0;
-  const RowPart part = RowPart::of<T>(threads);
-  const unsigned char *weight_at = nullptr, *halo_at = nullptr;  // of the part, of the next panel
+  const int kept_thread = kept(thread_index());
+  const unsigned char* halo_from = nullptr;  // of the tile
   const bool whole_rows = args.weight.vector == kChunk<T> && args.x.vector == kChunk<T> &&
                           args.outputs - column0 >= kColumns;
   bool whole_tile = false;
@@ -148,19 +150,30 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
       const int channel = load_panel * kPanelChannels<T>;
       unsigned char* halo = stage + layout.halo_offset();
       unsigned char* norm = shared + layout.norm_offset(stage_index);
-      if (load_panel == 0) {
-        weight_at = row_at<T>(args.weight, kTaps * column0 + part.first, part.chunk * kChunk<T>);
-        halo_at = pixel_at<T>(args.x, images, load_tile, part.first - images.width,
-                              part.chunk * kChunk<T>);
+      // Where warps share pixels, nothing of a thread's part is kept over panels, where it spills.
+      const int thread = kShared ? kept(thread_index()) : kept_thread;
+      const RowPart weight_part = RowPart::of<T>(args.weight_eights, thread);
+      const RowPart halo_part = RowPart::of<T>(args.halo_eights, thread);
+      if (kShared || load_panel == 0) {
+        halo_from = pixel_at<T>(args.x, images, load_tile, halo_part.first - images.width, 0,
+                                halo_part.chunk);
         whole_tile = whole_rows && images.has_whole_halo(load_tile);
       }
+      copy_scale_shift<T>(norm, args.norm, channel, args.channels, thread_index());
       if (whole_tile && channel + kPanelChannels<T> <= args.channels) {
-        copy_whole_scale_shift<T>(norm, args.norm, channel, threads);
-        copy_whole_rows(stage, weight_at, part, kTaps * kColumns, row_pitch<T>(args.weight));
-        copy_whole_rows(halo, halo_at, part, images.tile_pixels + 2 * images.width,
-                        row_pitch<T>(args.x));
+        const unsigned char* const weight_from =
+            chunk_at<T>(args.weight, kTaps * column0 + weight_part.first, 0, weight_part.chunk);
+        const auto copy = [&](auto pitch) {
+          copy_whole_rows<pitch>(stage, weight_from + load_panel * kPanelRowBytes, weight_part,
+                                 row_pitch<T>(args.weight));
+          copy_whole_rows<pitch>(halo, halo_from + load_panel * kPanelRowBytes, halo_part,
+                                 row_pitch<T>(args.x));
+        };
+        if (!kShared && args.usual)
+          copy(std::integral_constant<int, kShared ? 0 : kUsualPitch<T>>{});
+        else
+          copy(std::integral_constant<int, 0>{});
       } else {
-        copy_scale_shift<T>(norm, args.norm, channel, args.channels, thread_index(), threads);
         copy_tile_rows<T>(stage, args.weight,
                           {0, kTaps * column0, 0, kTaps * (args.outputs - column0),
                            kTaps * kColumns, channel, args.channels},
@@ -168,8 +181,6 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
         copy_halo<T>(halo, images, TileOrigin(images, load_tile), args.x, channel, args.channels,
                      threads);
       }
-      weight_at += kPanelRowBytes;
-      halo_at += kPanelRowBytes;
       if (++load_panel == panels) {
         load_panel = 0;
         ++load_tile;
@@ -264,14 +275,19 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, O
     check_fits(call.lead, tiling.tile);
     check_near(call.lead.op, {call.x});
     const Workspace packed(x, tiling.weight_bytes), partial(x, tiling.moment_bytes);
-    const Forward args{
-        row_tensor(call.x),
-        float_table(call.norm),
-        packed_rows<&norm_relu_conv3x3_forward_pack_kernel<T>, T>(launcher, weight, packed),
-        output_row_tensor(call.y),
-        partial.data<float>(),
-        static_cast<int>(call.C),
-        static_cast<int>(call.K)};
+    const device::RowTensor x_rows = row_tensor(call.x),
+                            weight_rows = packed_rows<&norm_relu_conv3x3_forward_pack_kernel<T>, T>(
+                                launcher, weight, packed);
+    const Forward args{x_rows,
+                       float_table(call.norm),
+                       weight_rows,
+                       output_row_tensor(call.y),
+                       partial.data<float>(),
+                       static_cast<int>(call.C),
+                       static_cast<int>(call.K),
+                       Eights(tiling::kTaps * tiling.columns, tiling.tile.warps()),
+                       Eights(tiling.tile.positions, tiling.tile.warps()),
+                       usual_rows<T>(x_rows) && usual_rows<T>(weight_rows)};
     const auto launch = tiling.columns == 16   ? launch_forward<T, 16>
                         : tiling.columns == 32 ? launch_forward<T, 32>
                                                : launch_forward<T, 48>;

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.support.emulators import emulator
+from tests.support.emulators import HOPPER, emulator
 from tests.support.kernel_check import compare
-from tools.emulation import EmulationError, Emulator, Mutation
-from tools.op_cases import make
+from tools.emulation import Device, EmulationError, Emulator, Mutation
+from tools.op_cases import Case, make
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +30,12 @@ class Fault:
     message: str  # of the error
     before: int = 0  # channels in front of the slice
     dtype: torch.dtype = torch.bfloat16
+    width: int | None = None  # channels from row to row of x, where not to the next sector
+    device: Device = HOPPER
+
+    def case(self) -> Case:
+        widths = {} if self.width is None else {"x": self.width}
+        return make(self.operator, self.sizes, self.dtype, before=self.before, widths=widths)
 
 
 FAULTS = [
@@ -155,6 +161,15 @@ FAULTS = [
         ),
         "race: shared byte",
     ),
+    Fault(
+        "row of pixels before the first",
+        "norm_relu_conv3x3_forward",
+        (3, 14, 14, 128, 32),
+        Mutation("cuda/conv3x3/halo.cuh", "return tile > 0 && tile <", "return tile <"),
+        "heap-buffer-overflow",
+        width=128,
+        device=Device(multiprocessors=1),
+    ),
 ]
 
 
@@ -165,13 +180,13 @@ def identifier(value: object) -> str:
 @pytest.mark.parametrize("fault", FAULTS, ids=identifier)
 def test_fault_is_named(fault: Fault) -> None:
     torch.manual_seed(0)
-    case = make(fault.operator, fault.sizes, fault.dtype, before=fault.before)
+    case = fault.case()
     with (
         Emulator([fault.operator], mutations=[fault.mutation]) as mutated,
         pytest.raises(EmulationError, match=fault.message),
     ):
         for seed in SEEDS:
-            mutated.call(case.op, *case.arguments.values(), seed=seed)
+            mutated.call(case.op, *case.arguments.values(), seed=seed, device=fault.device)
 
 
 def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
@@ -185,6 +200,18 @@ def test_read_of_an_unwritten_channel_shows_in_the_values() -> None:
     with Emulator(["transition_forward"], mutations=[fault]) as mutated:
         mutated.call(case.op, *case.arguments.values())
     assert case.outputs["y"].isnan().any()
+
+
+def test_rows_that_no_warp_copies_show_in_the_values() -> None:
+    fault = Mutation(
+        "cuda/conv3x3/copies.cuh", "  if (part.one_more) cp_async", "  if (0) cp_async"
+    )
+    case = make("norm_relu_conv3x3_forward", (1, 40, 40, 128, 32), torch.bfloat16)
+    inputs = case.inputs()
+    with Emulator(["norm_relu_conv3x3_forward"], mutations=[fault]) as mutated:
+        mutated.call(case.op, *case.arguments.values(), device=Device(1, 99 << 10))
+    with pytest.raises(AssertionError):
+        compare(case.op, inputs, case.outputs)
 
 
 def test_result_that_depends_on_the_order_of_blocks_shows_in_the_bits() -> None:
@@ -207,11 +234,12 @@ def test_result_that_depends_on_the_order_of_blocks_shows_in_the_bits() -> None:
 
 def test_sources_without_a_fault_pass() -> None:
     """The same calls, with nothing planted, are right: the messages above are the faults' own."""
-    for operator, sizes, dtype in {(fault.operator, fault.sizes, fault.dtype) for fault in FAULTS}:
-        case = make(operator, sizes, dtype)
+    calls = {(f.operator, f.sizes, f.dtype, f.before, f.width, f.device): f for f in FAULTS}
+    for fault in calls.values():
+        case = fault.case()
         inputs = case.inputs()
         for seed in SEEDS:
-            emulator().call(case.op, *case.arguments.values(), seed=seed)
+            emulator().call(case.op, *case.arguments.values(), seed=seed, device=fault.device)
         compare(case.op, inputs, case.outputs)
 
 

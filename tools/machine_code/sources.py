@@ -11,7 +11,7 @@ from .compiler import ROOT, Place
 PARTS = {
     "copies": ("load", "copy_chunk", "copy_rows", "copy_aligned", "copy_gradient",
                "copy_scale_shift", "copy_norm", "copy_tile_rows", "copy_halo", "copy_group",
-               "stage_pixels", "cp_async", "for_runs"),
+               "stage_pixels", "cp_async"),
     "gradient": ("form_dy", "load_gradient", "load_gradient_panel", "correct_operand"),
     "norm": ("normalise_panel", "norm_relu_operand", "load_operand_norm"),
     "products": ("multiply_panel", "multiply_step", "multiply_tile", "multiply_add",
@@ -37,17 +37,21 @@ def functions(file: str) -> dict[int, str]:
     result: dict[int, str] = {}
     if found is None:
         return result
-    current, outer, indent = "", "", None
+    current = ""
+    around: list[tuple[str, str]] = []  # of each lambda that is open: what it is in, its indent
     for number, line in enumerate(found.read_text().splitlines(), 1):
-        if (match := _FUNCTION.match(line)) or (
-            match := re.match(r"^\s+(norm_relu_\w+_kernel)\(", line)
-        ):
-            current, indent = match[1], None
+        if (match := _FUNCTION.match(line)) or (match := _KERNEL.match(line)):
+            current = match[1]
+            around.clear()
         elif match := _LAMBDA.match(line):
-            outer, current, indent = current, match[2], match[1]
+            if line.endswith("};"):
+                result[number] = match[2]
+                continue
+            around.append((current, match[1]))
+            current = match[2]
         result[number] = current
-        if indent is not None and line.startswith(indent + "};"):
-            current, indent = outer, None
+        if around and line.startswith(around[-1][1] + "};"):
+            current, _ = around.pop()
     return result
 
 

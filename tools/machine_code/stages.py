@@ -30,7 +30,7 @@ def calls(block: str) -> list[Shape]:
         return [Shape(op, (IMAGES, 224, 224, 3, 64)) for op in CUDA_NAMES]
     side, channels = BLOCKS[block]
     flat, images = (IMAGES * side * side, channels, 128), (IMAGES, side, side, 128, 32)
-    return [Shape(op, flat if "1x1" in op else images) for op in OPERATORS]
+    return [Shape(op, flat) if "1x1" in op else Shape(op, images, 128) for op in OPERATORS]
 
 
 def stages(

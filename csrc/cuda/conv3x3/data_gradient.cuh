@@ -15,6 +15,7 @@
 #pragma once
 
 #include "../gemm/epilogue.cuh"
+#include "copies.cuh"
 #include "output_gradient.cuh"
 
 namespace densenet_efficient {
@@ -28,6 +29,9 @@ struct DataGradient {
   float* partial;            // [blocks, 2, pitch]: dgamma, dbeta
   int64_t pitch;             // C, padded to panels
   int channels, outputs;     // C, K
+  int copied_outputs;        // of a panel of the weight, but those that hold fewer
+  Eights copied_rows;        // their rows
+  bool usual;                // x and weight have usual rows, and all their panels are whole
 };
 
 namespace data_gradient {
@@ -190,32 +194,49 @@ __global__ void __launch_bounds__(32 * kDivision<T, kShared>.share * kDivision<T
   int load_tile = first_tile;
   int load_panel = first_panel, load_output = 0;
   constexpr int kPixels = kGroup / kShare;  // of x, that a warp copies
-  const RowPart part = RowPart::of<T>(threads);
   const auto load = [&](int stage_index) {
     if (load_tile < last_tile) {
+      const int thread = kept(thread_index());
       unsigned char* stage = shared + stage_index * layout.stage_bytes();
       const int channel = load_panel * kChannels, output = load_output * kChannels;
       // No further than the products go: half of the panel where it holds no more outputs.
       const int outputs = args.outputs - output;
-      const int rows = outputs > kDepth<T> ? kChannels : kDepth<T>;
-      if (args.weight.vector == kChunk<T> && channel + kChannels <= args.channels &&
-          outputs >= rows)
-        copy_whole_rows(
-            stage,
-            row_at<T>(args.weight, kTaps * output + part.first, channel + part.chunk * kChunk<T>),
-            part, kTaps * rows, row_pitch<T>(args.weight));
-      else
-        copy_tile_rows<T>(
-            stage, args.weight,
-            {0, kTaps * output, 0, kTaps * outputs, kTaps * rows, channel, args.channels}, threads);
-      if (load_output + 1 == output_panels) {
-        copy_norm<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, threads);
-        copy_group<T, kPixels>(stage + layout.x_offset(), images, load_tile, args.x, warp * kPixels,
-                               channel, args.channels);
-        if constexpr (kAccumulate)
-          copy_group<T, kPixels>(stage + layout.dx_offset(), images, load_tile, args.dx,
-                                 warp * kPixels, channel, args.channels);
+      const bool last_output = load_output + 1 == output_panels;
+      if (!kShared && !kAccumulate && args.usual) {
+        const RowPart part = RowPart::of<T>(args.copied_rows, thread);
+        copy_whole_rows<kUsualPitch<T>>(stage,
+                                        static_cast<const unsigned char*>(args.weight.data) +
+                                            ((kTaps * output + part.first) * kUsualPitch<T> +
+                                             load_panel * kPanelRowBytes + 16 * part.chunk),
+                                        part, 0);
+        if (last_output)
+          copy_usual_group<T, kPixels, 1>(stage + layout.x_offset(), 0, images, load_tile, args.x,
+                                          (thread >> 5) * kPixels, load_panel, thread);
+      } else {
+        if (args.weight.vector == kChunk<T> && outputs >= args.copied_outputs &&
+            channel + kChannels <= args.channels) {
+          const RowPart part = RowPart::of<T>(args.copied_rows, thread);
+          copy_whole_rows<0>(
+              stage, chunk_at<T>(args.weight, kTaps * output + part.first, load_panel, part.chunk),
+              part, row_pitch<T>(args.weight));
+        } else {
+          const int rows = outputs > kDepth<T> ? kChannels : kDepth<T>;
+          copy_tile_rows<T>(
+              stage, args.weight,
+              {0, kTaps * output, 0, kTaps * outputs, kTaps * rows, channel, args.channels},
+              threads);
+        }
+        if (last_output) {
+          const auto copy_pixels = [&](unsigned char* to, const RowTensor& from) {
+            copy_group<T, kPixels, 1>(to, 0, images, load_tile, from, (thread >> 5) * kPixels,
+                                      channel, args.channels, thread);
+          };
+          copy_pixels(stage + layout.x_offset(), args.x);
+          if constexpr (kAccumulate) copy_pixels(stage + layout.dx_offset(), args.dx);
+        }
       }
+      if (last_output)
+        copy_norm<T>(stage + layout.norm_offset(), args.norm, channel, args.channels, thread);
       if (++load_output == output_panels) {
         load_output = 0;
         if (++load_panel == last_panel) {

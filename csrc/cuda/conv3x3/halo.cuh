@@ -1,5 +1,5 @@
 // Tiles of an image with their halo in shared memory, for the 3x3 convolution: where each pixel
-// lies, which of its nine neighbours exist, and how the threads of a block share the loading.
+// lies, which of its nine neighbours exist, and what a warp reads of it.
 //
 // A shifted product reads the pixel's operand row from its position plus the shift. Where the
 // neighbour lies outside of the image it reads a row of zeros instead: the padding is zero after
@@ -22,6 +22,8 @@ struct Images {
   int tile_pixels, last_pixels;  // of a tile as wide as the images, of the last such tile
   int groups, share;             // groups of pixels, and the warps of each
   int pitch_share;               // 2^16 over pitch, rounded up: divides a tile's pixels exactly
+  int last_tile;
+  int whole_halos;  // tiles but the first before this one have their halo's positions in the images
 
   Images(const tiling::Tile3x3& tile, const tiling::Images3x3& of)
       : image_rows(of.images * of.height),
@@ -38,16 +40,18 @@ struct Images {
         last_pixels(static_cast<int>((image_rows - (tiles - 1) * tile_height) * width)),
         groups(tile.groups),
         share(tile.division.share),
-        pitch_share((1 << 16) / pitch + 1) {}
+        pitch_share((1 << 16) / pitch + 1),
+        last_tile(static_cast<int>(tiles) - 1),
+        whole_halos(strips == 1 ? static_cast<int>(
+                                      (image_rows * width + width - positions) / tile_pixels + 1)
+                                : 0) {}
 
   // Of a tile that is as wide as the images: its pixels.
   DE_HOST_DEVICE int pixels_of(int tile) const {
-    return tile + 1 == tiles ? last_pixels : tile_pixels;
+    return tile == last_tile ? last_pixels : tile_pixels;
   }
-  // Whether a tile is as wide as the images, and all pixels of its halo are among theirs.
-  DE_HOST_DEVICE bool has_whole_halo(int tile) const {
-    return strips == 1 && tile > 0 && tile + 1 < tiles;
-  }
+  // Whether a tile is as wide as the images, and all positions of its halo are among their pixels.
+  DE_HOST_DEVICE bool has_whole_halo(int tile) const { return tile > 0 && tile < whole_halos; }
   // Blocks walk over static ranges of tiles: the first of a block's.
   DE_HOST_DEVICE int first_tile(int64_t block, int64_t blocks) const {
     return static_cast<int>(tiles * block / blocks);
@@ -156,7 +160,7 @@ __device__ __forceinline__ void for_runs(const Images& images, const TileOrigin&
       // Of a tile's pixels only the images' first and last row have none above or below.
       const int width = images.width, pixels = images.tile_pixels + 2 * width;
       run = {0, pixels, origin.whole_pixel(images) - width, origin.tile == 0 ? width : 0,
-             origin.tile == images.tiles - 1 ? width + images.last_pixels : pixels};
+             origin.tile == images.last_tile ? width + images.last_pixels : pixels};
     } else {
       // Divided anew, so that nothing of it is kept in registers, where it spills.
       const TileOrigin strip(images, kept(origin.tile));
@@ -167,149 +171,6 @@ __device__ __forceinline__ void for_runs(const Images& images, const TileOrigin&
              exists ? images.width - strip.column + 1 : 0};
     }
     f(run);
-  }
-}
-
-// A thread's part of a panel's rows: chunk thread % 4 of every (threads / 4)-th row from `first`
-// on, which lies at `offset` of the panel.
-struct RowPart {
-  int chunk, first, step, offset;
-
-  template <typename T>
-  static __device__ __forceinline__ RowPart of(int threads) {
-    const int thread = kept(thread_index()), chunk = thread & 3, first = thread >> 2;
-    return {chunk, first, threads >> 2, panel_offset<T>(first, chunk)};
-  }
-};
-
-// Where row `row` begins from a channel on; and pixel `pixel` of a tile as wide as the images,
-// whose bytes 32 bits count.
-template <typename T>
-__device__ __forceinline__ const unsigned char* row_at(const RowTensor& rows, int row,
-                                                       int channel) {
-  return advance(
-      static_cast<const unsigned char*>(rows.data) + channel * static_cast<int>(sizeof(T)), row,
-      row_pitch<T>(rows));
-}
-template <typename T>
-__device__ __forceinline__ const unsigned char* pixel_at(const RowTensor& x, const Images& images,
-                                                         int tile, int pixel, int channel) {
-  return advance(row_at<T>(x, pixel, channel), tile, images.tile_pixels * row_pitch<T>(x));
-}
-
-// A part of the rows [0, end), all of which exist, in whole chunks: `at` is the chunk in its first.
-__device__ __forceinline__ void copy_whole_rows(unsigned char* panel, const unsigned char* at,
-                                                const RowPart& part, int end, int row_pitch) {
-  const int step = part.step, pitch = step * row_pitch;
-  unsigned char* to = panel + part.offset;
-  const auto copy = [&](int i) {
-    cp_async<16>(to + i * step * kPanelRowBytes, advance(at, i, pitch));
-  };
-  int row = part.first;
-#pragma unroll 1
-  for (; row + 3 * step < end; row += 4 * step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) copy(i);
-    at = advance(at, 4, pitch);
-    to += 4 * step * kPanelRowBytes;
-  }
-  if (row < end) copy(0);
-  if (row + step < end) copy(1);
-  if (row + 2 * step < end) copy(2);
-}
-
-// Scale and shift of a panel all of whose channels exist.
-template <typename T>
-__device__ __forceinline__ void copy_whole_scale_shift(unsigned char* shared, const Table& norm,
-                                                       int channel, int threads) {
-  const int pitch = 4 * static_cast<int>(norm.stride);
-#pragma unroll 1
-  for (int i = thread_index(); i < 2 * kPanelChannels<T>; i += threads)
-    cp_async<4>(shared + scale_shift_offset(i >> 1) + 4 * (i & 1),
-                advance(norm.data + channel + (i >> 1), kScale + (i & 1), pitch));
-}
-
-// copy_rows where both addresses only move on from row to row and rows that do not exist are copies
-// of nothing, which leave zeros: the least instructions where a tile's rows are few for a thread.
-template <typename T>
-__device__ __forceinline__ void copy_tile_rows(unsigned char* panel, const RowTensor& from,
-                                               const RowCopy& copy, int threads) {
-  const int chunk = thread_index() & 3, first = thread_index() >> 2, step = threads >> 2;
-  const int left = copy.channels - copy.channel - chunk * kChunk<T>;
-  unsigned char* to = panel + panel_offset<T>(copy.position + first, chunk);
-  const unsigned char* at = row_bytes<T>(from, copy.row0, first, copy.channel + chunk * kChunk<T>);
-  const uint32_t stride = step * row_pitch<T>(from);
-  // Rows are counted from the first that exists.
-  const int end = copy.rows - copy.begin;
-  int row = first - copy.begin;
-  const auto next = [&] {
-    row += step;
-    to += step * kPanelRowBytes;
-    at += stride;
-  };
-  if (from.vector == kChunk<T> && (left >= kChunk<T> || left <= 0)) {
-    const auto exist = static_cast<uint32_t>(left > 0 ? max(copy.end - copy.begin, 0) : 0);
-    const auto copy_next = [&] {
-      cp_async<16>(to, at, static_cast<uint32_t>(row) < exist ? 16 : 0);
-      next();
-    };
-#pragma unroll 1
-    while (row + 3 * step < end) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) copy_next();
-    }
-    if (row + step < end) {
-      copy_next();
-      copy_next();
-    }
-    if (row < end) copy_next();
-    return;
-  }
-#pragma unroll 1
-  for (; row < end; next())
-    copy_chunk(to, reinterpret_cast<const T*>(at),
-               row >= 0 && row < copy.end - copy.begin ? left : 0, from.vector);
-}
-
-// One panel of a tile's halo, raw, to shared memory by cp.async.
-template <typename T>
-__device__ __forceinline__ void copy_halo(unsigned char* halo, const Images& images,
-                                          const TileOrigin& origin, const RowTensor& x, int channel,
-                                          int channels, int threads) {
-  for_runs(images, origin, [&](const HaloRun& run) {
-    copy_tile_rows<T>(halo, x,
-                      {run.position, run.first, run.begin, run.end, run.pixels, channel, channels},
-                      threads);
-  });
-}
-
-// One panel of kPixels of a tile's pixels from `first` on, without halo, zero where there is no
-// pixel: a warp's.
-template <typename T, int kPixels>
-__device__ __forceinline__ void copy_group(unsigned char* panel, const Images& images, int tile,
-                                           const RowTensor& x, int first, int channel,
-                                           int channels) {
-  constexpr int kStep = 8, kRows = kPixels / kStep;  // a lane's pixels: so far apart, so many
-  const int lane = lane_index(), chunk = lane & 3;
-  const int pixel = first + (lane >> 2);
-  const int left = channels - channel - chunk * kChunk<T>;
-  unsigned char* const to = panel + panel_offset<T>(pixel, chunk);
-  if (images.strips == 1 && x.vector == kChunk<T> && (left >= kChunk<T> || left <= 0)) {
-    const unsigned char* at = pixel_at<T>(x, images, tile, pixel, channel + chunk * kChunk<T>);
-    const int exist = left > 0 ? images.pixels_of(tile) - pixel : 0;
-    const uint32_t step = kStep * row_pitch<T>(x);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i, at += step)
-      cp_async<16>(to + kStep * i * kPanelRowBytes, at, kStep * i < exist ? 16 : 0);
-    return;
-  }
-  const TileOrigin origin(images, tile);
-#pragma unroll 1
-  for (int i = 0; i < kRows; ++i) {
-    const int offset = static_cast<int>(describe_pixel(images, origin, pixel + kStep * i).x);
-    copy_chunk(to + kStep * i * kPanelRowBytes,
-               x.at<T>(origin.pixel(images) + offset, channel + chunk * kChunk<T>),
-               offset < 0 ? 0 : left, x.vector);
   }
 }
 

@@ -11,6 +11,7 @@
 // block, twice. Sums: fp32 in registers over the block's pixels in order; blocks in a second pass.
 #pragma once
 
+#include "copies.cuh"
 #include "output_gradient.cuh"
 
 namespace densenet_efficient {
@@ -22,6 +23,7 @@ struct WeightGradient {
   float* partial;           // [row blocks, 9 K, pitch]
   int64_t pitch;            // C, padded to panels
   int channels, outputs;    // C, K
+  bool usual;               // x has usual rows, and all its panels are whole
   int units;                // of 32 channels, of a block
   int channel_blocks;       // blocks that share a range of tiles, block_y() divides the outputs
   tiling::WeightGradientLayout3x3::Offsets shared;
@@ -114,15 +116,28 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
 
   const auto load = [&](int tile, int stage_index) {
     if (tile < last_tile) {
-      for (int panel = 0; panel < panels; ++panel) {
-        unsigned char* to =
-            shared + stage_index * args.shared.stage_bytes + panel * args.shared.panel_bytes;
-        const int channel = channel0 + panel * kPanelChannels<T>;
-        for (int group = own_warp(); group < images.groups; group += threads / 32)
-          copy_group<T, kGroup>(to, images, tile, args.x, group * kGroup, channel, args.channels);
-        copy_scale_shift<T>(to + args.shared.norm, args.norm, channel, args.channels,
-                            thread_index(), threads);
+      unsigned char* const stage = shared + stage_index * args.shared.stage_bytes;
+      const int thread = kept(thread_index()), pitch = args.shared.panel_bytes;
+      for (int group = thread >> 5; group < images.groups; group += threads / 32) {
+        const auto copy = [&](auto count, int panel) {
+          unsigned char* const to = stage + panel * pitch;
+          if (count > 1 && args.usual)
+            copy_usual_group<T, kGroup, count>(to, pitch, images, tile, args.x, group * kGroup,
+                                               channel0 / kPanelChannels<T> + panel, thread);
+          else
+            copy_group<T, kGroup, count>(to, pitch, images, tile, args.x, group * kGroup,
+                                         channel0 + panel * kPanelChannels<T>, args.channels,
+                                         thread);
+        };
+        for (int panel = 0; panel + 1 < panels; panel += 2)
+          copy(std::integral_constant<int, 2>{}, panel);
+        if (panels % 2) copy(std::integral_constant<int, 1>{}, panels - 1);
       }
+      const int of_panel = thread / kPanelChannels<T>;
+      if (of_panel < panels)
+        copy_scale_shift<T>(stage + of_panel * pitch + args.shared.norm, args.norm,
+                            channel0 + of_panel * kPanelChannels<T>, args.channels,
+                            thread % kPanelChannels<T>);
     }
     cp_async_commit();
   };

@@ -139,15 +139,32 @@ __device__ __forceinline__ void copy_scale_shift(unsigned char* shared, Table no
   }
 }
 
+// The same, where thread `thread` takes that channel of the panel, if there is one.
+template <typename T>
+__device__ __forceinline__ void copy_scale_shift(unsigned char* shared, Table norm, int channel,
+                                                 int channels, int thread) {
+  if (thread >= kPanelChannels<T>) return;
+  const float* const from = norm.data + channel + thread;
+  unsigned char* const to = shared + scale_shift_offset(thread);
+  const int bytes = channel + thread < channels ? 4 : 0;
+  const int pitch = 4 * static_cast<int>(norm.stride);
+  const int first = lane_index() >> 4;  // half a warp takes the shift first, by the banks
+  cp_async<4>(to + 4 * first, advance(from, kScale + first, pitch), bytes);
+  cp_async<4>(to + 4 * (1 - first), advance(from, kShift - first, pitch), bytes);
+}
+
 // The rows of a norm down to rstd for a panel's channels, as [channels][4].
 template <typename T>
 __device__ __forceinline__ void copy_norm(unsigned char* shared, Table norm, int channel,
-                                          int channels, int threads) {
-  const int row = thread_index() % kBeta, pitch = 4 * static_cast<int>(norm.stride);
-  const float* const from = advance(norm.data + channel, row, pitch);
-  for (int i = thread_index(); i < kBeta * kPanelChannels<T>; i += threads) {
-    const int c = i / kBeta;
-    cp_async<4>(shared + 4 * i, from + c, channel + c < channels ? 4 : 0);
+                                          int channels, int thread) {
+  if (thread >= kPanelChannels<T>) return;
+  const float* const from = norm.data + (channel + thread);
+  const int bytes = channel + thread < channels ? 4 : 0;
+  const int pitch = 4 * static_cast<int>(norm.stride);
+#pragma unroll
+  for (int i = 0; i < kBeta; ++i) {
+    const int row = (i + (thread >> 3)) % kBeta;  // every eight threads another one, by the banks
+    cp_async<4>(shared + 4 * (kBeta * thread + row), advance(from, row, pitch), bytes);
   }
 }
 
