@@ -24,7 +24,7 @@ CASES = [
     ((3, 14, 14, 128, 32), BF16, ONE, "the network's own: nine eights of weight for each warp"),
     ((12, 7, 7, 128, 32), FP16, LITTLE, "tiles whose halo does not end with an eight of rows"),
     ((1, 56, 56, 128, 32), BF16, ONE, "a tile begins in the middle of the images' rows"),
-    ((1, 40, 40, 128, 32), BF16, LITTLE, "more eights for the first warps"),
+    ((1, 40, 40, 128, 32), BF16, ONE, "one eight more for the first of five warps"),
     ((2, 28, 28, 128, 16), BF16, TWO, "half a panel of outputs"),
     ((2, 28, 28, 128, 48), FP16, TWO, "a whole panel of outputs and half of one"),
     ((2, 28, 28, 128, 20), BF16, TWO, "outputs that are no whole rows of the weight"),

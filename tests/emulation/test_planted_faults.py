@@ -209,7 +209,7 @@ def test_rows_that_no_warp_copies_show_in_the_values() -> None:
     case = make("norm_relu_conv3x3_forward", (1, 40, 40, 128, 32), torch.bfloat16)
     inputs = case.inputs()
     with Emulator(["norm_relu_conv3x3_forward"], mutations=[fault]) as mutated:
-        mutated.call(case.op, *case.arguments.values(), device=Device(1, 99 << 10))
+        mutated.call(case.op, *case.arguments.values(), device=Device(multiprocessors=1))
     with pytest.raises(AssertionError):
         compare(case.op, inputs, case.outputs)
 
