@@ -125,11 +125,11 @@ class Step:
         flat = (self.batch * side * side, inputs, width)
         image = (self.batch, side, side, width, growth)
         first = Call(stage, "norm_relu_conv1x1_forward", flat, total)
-        forward = [first, Call(stage, "norm_relu_conv3x3_forward", image)]
+        forward = [first, Call(stage, "norm_relu_conv3x3_forward", image, width)]
         second = [dataclasses.replace(first, stats=False)] if again else []
         backward = [
             *second,
-            Call(stage, "norm_relu_conv3x3_backward", image),
+            Call(stage, "norm_relu_conv3x3_backward", image, width),
             Call(stage, "norm_relu_conv1x1_backward", flat, total),
         ]
         return forward, backward
