@@ -35,7 +35,7 @@ template <typename T>
 void launch_data_gradient(const Launcher& launcher, const tiling::DataGradient3x3& tiling,
                           const tiling::Images3x3& of, const DataGradient& args, bool accumulate) {
   if (tiling.tile.blocks == 0 || args.channels == 0) return;
-  const Images images(tiling.tile, of);
+  const Images images(tiling.tile, of, tiling.tile.warps());
   const LaunchShape shape{.grid_x = tiling.tile.blocks,
                           .grid_y = tiling.channel_blocks,
                           .block = tiling.tile.threads(),
@@ -79,7 +79,7 @@ void launch_weight_gradient(const Launcher& launcher, const tiling::WeightGradie
           .shared_bytes = tiling.tile.shared_bytes,
           .tiles = tiling.tile.tiles,
           .ranges = tiling.tile.blocks},
-         args, Images(tiling.tile, of));
+         args, Images(tiling.tile, of, 3 * tiling.units));
 }
 
 void norm_relu_conv3x3_backward(Tensor dy, OptionalTensor y, OptionalTensor correction, Tensor x,

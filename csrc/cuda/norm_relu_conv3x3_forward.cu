@@ -29,15 +29,15 @@ using tiling::kTapRows;
 constexpr int kSharedThreads = 384;
 
 struct Forward {
-  device::RowTensor x;                // [N * H * W, C]
-  device::Table norm;                 // [5, C]
-  device::RowTensor weight;           // [9 K, C]
-  device::RowTensor y;                // [N * H * W, K]
-  float* partial;                     // [blocks, 3, K]: count, mean, M2; null without stats
-  int channels;                       // C
-  int outputs;                        // K
-  Eights weight_eights, halo_eights;  // of a panel's rows
-  bool usual;                         // x and weight have usual rows
+  device::RowTensor x;       // [N * H * W, C]
+  device::Table norm;        // [5, C]
+  device::RowTensor weight;  // [9 K, C]
+  device::RowTensor y;       // [N * H * W, K]
+  float* partial;            // [blocks, 3, K]: count, mean, M2; null without stats
+  int channels;              // C
+  int outputs;               // K
+  Eights weight_eights;      // of a panel's rows
+  bool usual;                // x and weight have usual rows
 };
 
 // The shifted products of 16 kRows pixels with one panel of channels, of kTapRows rows of taps from
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
       // Where warps share pixels, nothing of a thread's part is kept over panels, where it spills.
       const int thread = kShared ? kept(thread_index()) : kept_thread;
       const RowPart weight_part = RowPart::of<T>(args.weight_eights, thread);
-      const RowPart halo_part = RowPart::of<T>(args.halo_eights, thread);
+      const RowPart halo_part = RowPart::of<T>(images.halo_eights, thread);
       if (kShared || load_panel == 0) {
         halo_from = pixel_at<T>(args.x, images, load_tile, halo_part.first - images.width, 0,
                                 halo_part.chunk);
@@ -286,7 +286,6 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, O
                        static_cast<int>(call.C),
                        static_cast<int>(call.K),
                        Eights(tiling::kTaps * tiling.columns, tiling.tile.warps()),
-                       Eights(tiling.tile.positions, tiling.tile.warps()),
                        usual_rows<T>(x_rows) && usual_rows<T>(weight_rows)};
     const auto launch = tiling.columns == 16   ? launch_forward<T, 16>
                         : tiling.columns == 32 ? launch_forward<T, 32>
@@ -299,7 +298,7 @@ void norm_relu_conv3x3_forward(Tensor x, Tensor norm, Tensor weight, Tensor y, O
               .shared_bytes = tiling.tile.shared_bytes,
               .tiles = tiling.tile.tiles,
               .ranges = tiling.tile.blocks},
-             args, Images(tiling.tile, of), tiling.tile.division.share > 1);
+             args, Images(tiling.tile, of, tiling.tile.warps()), tiling.tile.division.share > 1);
     launch_finish<&norm_relu_conv3x3_forward_finish_kernel>(
         launcher, partial.data<const float>(), tiling.tile.blocks, call.K, call.stats, call.next);
   });

@@ -10,18 +10,6 @@
 
 namespace densenet_efficient {
 
-// How the warps of a block divide the rows of a panel, by eights: so many for each, and one more for
-// the first ones.
-struct Eights {
-  int each, rest;
-
-  Eights(int64_t rows, int warps) {
-    const int64_t eights = rows / 8, among = std::max(warps, 1);
-    each = static_cast<int>(eights / among);
-    rest = static_cast<int>(eights % among);
-  }
-};
-
 // Bottlenecks have 128 channels wherever growth rates are 32. Rows of as many are copied with
 // constants for their distances.
 constexpr int kUsualChannels = 128;
@@ -32,21 +20,6 @@ bool usual_rows(const device::RowTensor& rows) {
 }
 
 namespace device {
-
-// A thread's part of a panel's rows: chunk lane % 4 of row lane / 4 of each of its warp's eights,
-// which are neighbours. `first` of these rows, whose chunk lies at `offset` of the panel.
-struct RowPart {
-  int chunk, first, offset;
-  int eights;
-  bool one_more;
-
-  template <typename T>
-  static __device__ __forceinline__ RowPart of(const Eights& all, int thread) {
-    const int lane = thread & 31, warp = thread >> 5, chunk = lane & 3;
-    const int first = 8 * (warp * all.each + min(warp, all.rest)) + (lane >> 2);
-    return {chunk, first, panel_offset<T>(first, chunk), all.each, all.rest && warp < all.rest};
-  }
-};
 
 // A chunk of a panel of rows: of row `row`; and of pixel `pixel` of a tile as wide as the images.
 template <typename T>

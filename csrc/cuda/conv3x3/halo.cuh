@@ -13,6 +13,18 @@
 
 namespace densenet_efficient {
 
+// How the warps of a block divide the rows of a panel, by eights: so many for each, and one more for
+// the first ones.
+struct Eights {
+  int each, rest;
+
+  Eights(int64_t rows, int warps) {
+    const int64_t eights = rows / 8, among = std::max(warps, 1);
+    each = static_cast<int>(eights / among);
+    rest = static_cast<int>(eights % among);
+  }
+};
+
 // A Tile3x3 and the images that it cuts.
 struct Images {
   int64_t image_rows;  // N * H
@@ -23,9 +35,10 @@ struct Images {
   int groups, share;             // groups of pixels, and the warps of each
   int pitch_share;               // 2^16 over pitch, rounded up: divides a tile's pixels exactly
   int last_tile;
+  Eights halo_eights;  // of a halo's positions, among the warps of a block
   int whole_halos;  // tiles but the first before this one have their halo's positions in the images
 
-  Images(const tiling::Tile3x3& tile, const tiling::Images3x3& of)
+  Images(const tiling::Tile3x3& tile, const tiling::Images3x3& of, int warps)
       : image_rows(of.images * of.height),
         height(static_cast<int>(of.height)),
         width(static_cast<int>(of.width)),
@@ -42,6 +55,7 @@ struct Images {
         share(tile.division.share),
         pitch_share((1 << 16) / pitch + 1),
         last_tile(static_cast<int>(tiles) - 1),
+        halo_eights(positions, warps),
         whole_halos(strips == 1 ? static_cast<int>(
                                       (image_rows * width + width - positions) / tile_pixels + 1)
                                 : 0) {}
@@ -138,6 +152,21 @@ __device__ __forceinline__ void describe_tile(const Images& images, const TileOr
 __device__ __forceinline__ uint32_t neighbours_of(const unsigned char* pixels, int pixel) {
   return shared_load<uint32_t>(pixels + pixel * kPixelBytes + 4);
 }
+
+// A thread's part of a panel's rows: chunk lane % 4 of row lane / 4 of each of its warp's eights,
+// which are neighbours. `first` of these rows, whose chunk lies at `offset` of the panel.
+struct RowPart {
+  int chunk, first, offset;
+  int eights;
+  bool one_more;
+
+  template <typename T>
+  static __device__ __forceinline__ RowPart of(const Eights& all, int thread) {
+    const int lane = thread & 31, warp = thread >> 5, chunk = lane & 3;
+    const int first = 8 * (warp * all.each + min(warp, all.rest)) + (lane >> 2);
+    return {chunk, first, panel_offset<T>(first, chunk), all.each, all.rest && warp < all.rest};
+  }
+};
 
 // Neighbouring pixels of a tile's halo: `pixels` of them from `position` on, the first of which is
 // the images' pixel `first`; those from begin to end exist.

@@ -101,6 +101,53 @@ __device__ __forceinline__ void load_gradient_panel(unsigned char* to,
   });
 }
 
+// The same of a tile all positions of whose halo are pixels of the images, of rows of whole chunks,
+// with a correction. Its warps share the positions as they share those that they copy.
+template <typename T, int kBatch>
+__device__ __forceinline__ void load_whole_gradient_panel(unsigned char* to,
+                                                          const unsigned char* correction,
+                                                          const Images& images, int tile,
+                                                          const OutputGradient& from, int channel,
+                                                          int thread) {
+  const RowPart part = RowPart::of<T>(images.halo_eights, thread);
+  const int first = part.first - images.width, of_dy = row_pitch<T>(from.dy),
+            of_y = row_pitch<T>(from.y);
+  const auto* dy =
+      advance(row_bytes<T>(from.dy, 0, first, channel), tile, images.tile_pixels * of_dy);
+  const auto* y = advance(row_bytes<T>(from.y, 0, first, channel), tile, images.tile_pixels * of_y);
+  to += part.offset;
+  const auto form = [&](auto count) {
+    uint32_t dz[count][4], values[count][4];
+#pragma unroll
+    for (int b = 0; b < count; ++b) {
+      to_array(global_load<uint4>(advance(dy, b, 8 * of_dy)), dz[b]);
+      to_array(global_load<uint4>(advance(y, b, 8 * of_y)), values[b]);
+    }
+    dy = advance(dy, count, 8 * of_dy);
+    y = advance(y, count, 8 * of_y);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float4 entries[kOperandChannels<T>];
+#pragma unroll
+      for (int k = 0; k < kOperandChannels<T>; ++k)
+        entries[k] =
+            shared_load<float4>(correction + (i * kOperandChannels<T> + k) * kCorrectionPitch<T>);
+#pragma unroll
+      for (int b = 0; b < count; ++b)
+        dz[b][i] = correct_operand<T>(dz[b][i], values[b][i], entries);
+    }
+#pragma unroll
+    for (int b = 0; b < count; ++b)
+      shared_store(to + b * 8 * kPanelRowBytes, uint4{dz[b][0], dz[b][1], dz[b][2], dz[b][3]});
+    to += count * 8 * kPanelRowBytes;
+  };
+  int left = part.eights + (part.one_more ? 1 : 0);
+#pragma unroll 1
+  for (; left >= kBatch; left -= kBatch) form(std::integral_constant<int, kBatch>{});
+#pragma unroll 1
+  for (; left > 0; --left) form(std::integral_constant<int, 1>{});
+}
+
 // All panels of it, `pitch` bytes apart, from channel `output0` on, up to `end`.
 template <typename T, int kBatch>
 __device__ __forceinline__ void load_gradient(unsigned char* halo, int pitch,
@@ -114,6 +161,12 @@ __device__ __forceinline__ void load_gradient(unsigned char* halo, int pitch,
     unsigned char* to = halo + panel * pitch;
     const unsigned char* entries =
         correction + panel * kCorrectionBytes<T> + 16 * (thread_index() & 3);
+    if (images.has_whole_halo(origin.tile) && from.y.data && vector == kChunk<T> &&
+        channel + kPanelChannels<T> <= end) {
+      load_whole_gradient_panel<T, kBatch>(to, entries, images, origin.tile, from,
+                                           channel + of_chunk, kept(thread_index()));
+      continue;
+    }
     const auto load = [&](auto piece) {
       load_gradient_panel<T,
                           piece == 16  ? kBatch
