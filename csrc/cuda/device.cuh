@@ -108,16 +108,9 @@ __device__ __forceinline__ P* advance(P* pointer, int count, int pitch) {
   return result;
 }
 
-// What `advance` gave could lie anywhere for all that the compiler sees: it would neither take the
-// instructions for global memory nor move shared loads past stores.
-__device__ __forceinline__ const void* in_global_memory(const void* pointer) {
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
-
 template <typename V>
 __device__ __forceinline__ V global_load(const void* pointer) {
-  return *static_cast<const V*>(in_global_memory(pointer));
+  return *static_cast<const V*>(pointer);
 }
 // For data that no kernel writes while this one runs: the read-only path.
 template <typename V>
@@ -126,7 +119,7 @@ __device__ __forceinline__ V global_load_constant(const void* pointer) {
 }
 template <typename V>
 __device__ __forceinline__ void global_store(void* pointer, V value) {
-  *static_cast<V*>(const_cast<void*>(in_global_memory(pointer))) = value;
+  *static_cast<V*>(pointer) = value;
 }
 template <typename V>
 __device__ __forceinline__ V shared_load(const void* pointer) {
