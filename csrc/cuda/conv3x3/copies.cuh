@@ -10,8 +10,8 @@
 
 namespace densenet_efficient {
 
-// Bottlenecks have 128 channels wherever growth rates are 32. Rows of as many are copied with
-// constants for their distances.
+// Bottlenecks have 128 channels wherever growth rates are 32: rows whose distances are constants of
+// the copies.
 constexpr int kUsualChannels = 128;
 
 template <typename T>
@@ -39,7 +39,8 @@ __device__ __forceinline__ const unsigned char* pixel_at(const RowTensor& x, con
 template <typename T>
 constexpr int kUsualPitch = kUsualChannels * static_cast<int>(sizeof(T));
 
-// f(count) with the count as a constant, from 1 to kMost; nothing of any other count.
+// f(count) with the count, from 1 to kMost, as a constant; nothing of 0. Compared by order: equality
+// would become a table of jumps, a load and a wait.
 template <int kMost, typename F>
 __device__ __forceinline__ void with_constant(int count, F f) {
   if (count >= kMost) {

@@ -80,10 +80,9 @@ inline void check_fits(const Arg& x, const tiling::Tile3x3& tile) {
          " and its outputs do not fit a tile in the device's shared memory");
 }
 
-// The pixels of a tile lie within 32 bits' worth of bytes of its first.
+// The pixels of a tile and its halo lie within 32 bits' worth of bytes of its first.
 inline void check_near(const char* op, std::initializer_list<Strided> tensors) {
-  constexpr int64_t kMost =
-      (int64_t(1) << 31) / (tiling::Tile3x3::kMaxGroups * tiling::Tile3x3::kGroup);
+  constexpr int64_t kMost = (int64_t(1) << 31) / (tiling::Tile3x3::kMaxPositions + 1);
   for (const Strided& rows : tensors)
     if (rows && rows.stride * static_cast<int64_t>(rows.tensor->element_size()) > kMost)
       fail({op, rows.name, *rows.tensor}, "must have pixels at most ", kMost, " bytes apart, got ",
