@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
   using namespace device;
   constexpr int kTiles = kColumns / 8, kRowsOfTaps = kShared ? kTapRows : 1;
   constexpr int kGroup = kShared ? tiling::kForwardShared[0].pixels : Tile::kGroup;
+  constexpr bool kKeepsParts = !kShared || kColumns < 48;
   const int share = kShared ? images.share : 1;
   const Layout layout{sizeof(T), kColumns, images.positions, images.groups, kGroup, share};
   const int threads = 32 * share * images.groups, warp = warp_index(), lane = lane_index();
@@ -150,11 +151,11 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
       const int channel = load_panel * kPanelChannels<T>;
       unsigned char* halo = stage + layout.halo_offset();
       unsigned char* norm = shared + layout.norm_offset(stage_index);
-      // Where warps share pixels, nothing of a thread's part is kept over panels, where it spills.
-      const int thread = kShared ? kept(thread_index()) : kept_thread;
+      // What is kept of a thread's part over panels would spill in the widest blocks.
+      const int thread = kKeepsParts ? kept_thread : kept(thread_index());
       const RowPart weight_part = RowPart::of<T>(args.weight_eights, thread);
       const RowPart halo_part = RowPart::of<T>(images.halo_eights, thread);
-      if (kShared || load_panel == 0) {
+      if (!kKeepsParts || load_panel == 0) {
         halo_from = pixel_at<T>(args.x, images, load_tile, halo_part.first - images.width, 0,
                                 halo_part.chunk);
         whole_tile = whole_rows && images.has_whole_halo(load_tile);
@@ -169,8 +170,8 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : 32 * Tile::kMaxGrou
           copy_whole_rows<pitch>(halo, halo_from + load_panel * kPanelRowBytes, halo_part,
                                  row_pitch<T>(args.x));
         };
-        if (!kShared && args.usual)
-          copy(std::integral_constant<int, kShared ? 0 : kUsualPitch<T>>{});
+        if (kKeepsParts && args.usual)
+          copy(std::integral_constant<int, kKeepsParts ? kUsualPitch<T> : 0>{});
         else
           copy(std::integral_constant<int, 0>{});
       } else {
