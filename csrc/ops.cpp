@@ -29,9 +29,9 @@ STABLE_TORCH_LIBRARY(densenet_efficient, library) {
   library.def(
       "norm_fold(Tensor stats, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) norm) -> ()");
 
-  // Several norms, one after the other in norms, each in the whole fours of elements that its [5, C_i]
-  // take: norm i from the columns of table [2, C] from first[i] on, gammas[i] and betas[i] [C_i].
-  // CPU only.
+  // Several norms, one after the other in norms, each in the whole fours of elements that its
+  // [5, C_i] take: norm i from the columns of table [2, C] from first[i] on, gammas[i] and betas[i]
+  // [C_i]. CPU only.
   library.def(
       "norm_fold_all(Tensor table, Tensor[] gammas, Tensor[] betas, int[] first, float eps, "
       "Tensor(a!) norms) -> ()");

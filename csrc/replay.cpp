@@ -13,7 +13,8 @@
 //                2, reference, bits of a double        all elements become a value
 //                3, operator, number of arguments,     a call; an argument is 0 (none), 1 or 2
 //                   arguments                          (reference; of an optional one), 3, value,
-//                                                      or a list: 4, n, n references, 5, n, n values
+//                                                      or a list: 4, n, n references, or 5, n,
+//                                                      n values
 //                4, tensor                             it is not used any more
 //                5, n, n references, n references      n copies into the first from the second
 //                6, tensor, reference                  a view that is used more than once, under a

@@ -2,7 +2,7 @@
 // snapshot.py, which comes before every call of a block and must see every change.
 //
 //   entries   a tuple of module, its class, layout and values for each
-//   layout    of its __dict__: a tuple of the keys, in order, and behind them bytes, a rule for each
+//   layout    of its __dict__: a tuple of the keys, in order, and behind them bytes, a rule each
 //   values    those that the rules compare with, in order
 //   rule      0  anything
 //             1  equal to the value, and of its type

@@ -1,9 +1,9 @@
-// Copies of panels for the 3x3 convolution, from global to shared memory by cp.async: of its weight,
-// of a tile's halo and of a tile's pixels, and how the warps of a block share them.
+// Copies of panels for the 3x3 convolution, from global to shared memory by cp.async: of its
+// weight, of a tile's halo and of a tile's pixels, and how the warps of a block share them.
 //
 // A copy costs what its address costs. Where all rows of a panel exist, each warp has neighbouring
-// rows, of which a lane copies every eighth: both addresses move on by constants, for usual rows, and
-// no copy is followed by a branch. Whatever is not whole goes ways of its own.
+// rows, of which a lane copies every eighth: both addresses move on by constants, for usual rows,
+// and no copy is followed by a branch. Whatever is not whole goes ways of its own.
 #pragma once
 
 #include "halo.cuh"
@@ -39,8 +39,8 @@ __device__ __forceinline__ const unsigned char* pixel_at(const RowTensor& x, con
 template <typename T>
 constexpr int kUsualPitch = kUsualChannels * static_cast<int>(sizeof(T));
 
-// f(count) with the count, from 1 to kMost, as a constant; nothing of 0. Compared by order: equality
-// would become a table of jumps, a load and a wait.
+// f(count) with the count, from 1 to kMost, as a constant; nothing of 0. Compared by order:
+// equality would become a table of jumps, a load and a wait.
 template <int kMost, typename F>
 __device__ __forceinline__ void with_constant(int count, F f) {
   if (count >= kMost) {

@@ -13,8 +13,8 @@
 
 namespace densenet_efficient {
 
-// How the warps of a block divide the rows of a panel, by eights: so many for each, and one more for
-// the first ones.
+// How the warps of a block divide the rows of a panel, by eights: so many for each, and one more
+// for the first ones.
 struct Eights {
   int each, rest;
 
