@@ -24,6 +24,7 @@ from .specs import PARAMETERS_PER_LAYER, BlockSpec, NormSpec, PoolSpec
 def _norm_relu(x: Tensor, spec: NormSpec, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     mean, var = (None, None) if spec.running is None else spec.running
     batch = spec.running is None
+    gamma = None if gamma is None else gamma.contiguous()  # see `nn.norms.batch_norm`
     return F.relu(F.batch_norm(x, mean, var, gamma, beta, batch, 0.0, spec.eps))
 
 

@@ -259,7 +259,7 @@ class FeaturesExecution(Efficient):
         first = next(iter(self._modules.values()))
         weight: Any = getattr(first, "_parameters", {}).get("weight")
         known = type(weight) in (Tensor, nn.Parameter)  # a lazy one has no memory yet
-        decides = known and weight.dim() > 3 and not weight.is_contiguous()
+        decides = known and not handover.prefers_contiguous(weight)
         return handover.prefers_contiguous(x) and not decides
 
     def _stem(

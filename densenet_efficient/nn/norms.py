@@ -145,14 +145,17 @@ def update_running_statistics(norm: BatchNorm, stats: Tensor, count: int) -> Non
 def batch_norm(norm: BatchNorm, x: Tensor) -> Tensor:
     """PyTorch's batch norm with our rule for running statistics, and the activation that the norm
     may include. x ``[N, C, *spatial]``."""
-    if not uses_batch_statistics(norm):
-        return norm(x)
-    group = process_group(norm)
-    if group is not None:
-        return _shared_batch_norm(norm, x, group)
-    count = x.numel() // x.shape[1]
-    check_count(count, tuple(x.shape))
-    y = F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    batch, count = uses_batch_statistics(norm), x.numel() // x.shape[1]
+    moments: tuple[Tensor | None, ...] = (norm.running_mean, norm.running_var)
+    if batch:
+        group = process_group(norm)
+        if group is not None:
+            return _shared_batch_norm(norm, x, group)
+        check_count(count, tuple(x.shape))
+        moments = (None, None)
+    # PyTorch's backward on the CPU takes these for dense where images are channels last.
+    mean, var, gamma = (None if t is None else t.contiguous() for t in (*moments, norm.weight))
+    y = F.batch_norm(x, mean, var, gamma, norm.bias, batch, 0.0, norm.eps)
     if tracks(norm):
         stats, _ = known_stats(x)
         if stats is None:

@@ -212,24 +212,40 @@ def test_momentum_none_without_a_counter() -> None:
     assert_same_step(plain, ours, images())
 
 
-def test_parameters_lie_in_any_memory() -> None:
-    """Expanded, spread out, or turned around. Not the last norm's and the first convolution's, for
-    which PyTorch's operators run: its batch norm takes a weight for dense in backward where images
-    are channels last."""
+def spread(x: Tensor) -> Tensor:
+    """A vector with other values between its own."""
+    return torch.stack([x.detach(), torch.full_like(x, 7)], 1)[:, 0]
+
+
+def penalised(model: nn.Module, x: Tensor) -> Tensor:
+    """The output, and in its gradient that of a gradient penalty."""
+    y = model(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return y + dx.square().sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("call", [None, penalised])
+def test_parameters_lie_in_any_memory(
+    training: bool, call: Callable[[nn.Module, Tensor], Tensor] | None
+) -> None:
+    """Expanded, spread out, or turned around, which is not channels last."""
     plain, ours = converted_pair()
     for model in (plain, ours):
-        features = dict(model.features.named_modules())
-        for name in features.keys() - {"conv0", "norm5"}:
-            module = features[name]
+        model.train(training)
+        for module in model.features.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight = nn.Parameter(module.weight.detach()[:1].expand_as(module.weight))
-                module.bias = nn.Parameter(torch.stack([module.bias.detach()] * 2, 1)[:, 0])
+                module.bias = nn.Parameter(spread(module.bias))
+                module.running_mean = spread(module.running_mean)
+                module.running_var = spread(module.running_var)
             if isinstance(module, nn.Conv2d):
-                turned = module.weight.detach().transpose(0, 1).contiguous()
-                module.weight = nn.Parameter(turned.transpose(0, 1))
+                turned = module.weight.detach().transpose(0, -1).contiguous()
+                module.weight = nn.Parameter(turned.transpose(0, -1))
     x = images()
     for _ in range(3):
-        assert_same_step(plain, ours, x)
+        assert_same_step(plain, ours, x, call)
+    assert ours.features(x).stride() == plain.features(x).stride()
 
 
 # Higher derivatives
