@@ -151,14 +151,16 @@ __global__ void __launch_bounds__(192, kDepths < 3 ? 2 : 1)
     cp_async_wait<0>();
     sync_threads();
     load(tile + 1, 1 - stage_index);
-    describe_tile(images, origin, pixels, images.groups * kGroup, threads);
-    load_gradient<T, 2>(shared + args.shared.dy, args.shared.dy_pitch,
-                        shared + args.shared.correction, images, origin, args.gradient, output0,
-                        end, kOutputPanels, threads);
     for (int panel = 0; panel < panels; ++panel) {
       unsigned char* x = stage + panel * args.shared.panel_bytes;
       normalise_panel<T>(x, x + args.shared.norm, images.groups * kGroup, threads);
     }
+    describe_tile(images, origin, pixels, images.groups * kGroup, threads);
+    // Anew in every tile: kept over tiles, output0 and end would spill on sm_120.
+    const int first = kept(block_y()) * kOutputs, last = min(args.outputs, first + kOutputs);
+    load_gradient<T, 2>(shared + args.shared.dy, args.shared.dy_pitch,
+                        shared + args.shared.correction, images, origin, args.gradient, first, last,
+                        kOutputPanels, threads);
     sync_threads();
     const int own = own_warp(), own_unit = own / 3, dh = own % 3 - 1;
     multiply_tile<T, kDepths>(acc, shared, args.shared.dy, args.shared.dy_pitch,
